@@ -1,0 +1,57 @@
+"""Input checks shared by the public entry points: each raises one sentence that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def check_images(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError unless ``x`` is a float batch (N, C, H, W) in [0, 1], of ``shape`` (C, H, W) if given."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"Images must be a torch tensor (N, C, H, W), got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise ValueError(f"Images must be floating point in [0, 1], got {x.dtype}; divide 8-bit images by 255.")
+    if x.ndim != 4:
+        raise ValueError(f"Images must have shape (N, C, H, W), got {tuple(x.shape)}.")
+    if shape is not None and tuple(x.shape[1:]) != tuple(shape):
+        raise ValueError(
+            f"This score network takes images of shape {tuple(shape)} (C, H, W), got {tuple(x.shape[1:])}; "
+            "resize them or use the score network of this data set."
+        )
+    if x.numel() == 0:
+        return
+    low, high = torch.aminmax(x.detach())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise ValueError("Images contain NaN or infinite values; check the loading or the attack.")
+    if float(low) < -1e-6 or float(high) > 1 + 1e-6:
+        raise ValueError(f"Images must lie in [0, 1], got values from {float(low):.4g} to {float(high):.4g}.")
+
+
+def check_labels(y: Tensor, n: int, num_classes: int | None = None) -> None:
+    """Raise ValueError unless ``y`` holds ``n`` integer labels in [0, num_classes)."""
+    if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
+        raise ValueError("Labels must be an integer tensor (N,) of class indices.")
+    if y.shape != (n,):
+        raise ValueError(f"There are {n} images but labels of shape {tuple(y.shape)}; give one label per image.")
+    if n and (int(y.min()) < 0 or (num_classes is not None and int(y.max()) >= num_classes)):
+        top = "" if num_classes is None else f" to {num_classes - 1}"
+        raise ValueError(f"Labels must be classes 0{top}, got {int(y.min())} to {int(y.max())}.")
+
+
+def choose(name: str, registry: Mapping[str, T], what: str) -> T:
+    """``registry[name]``, or a ValueError that lists the known names."""
+    if name not in registry:
+        raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(sorted(registry))}.")
+    return registry[name]
+
+
+def check_count(value: int, what: str, minimum: int = 1) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{what} must be a whole number of at least {minimum}, got {value!r}.")

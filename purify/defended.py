@@ -1,0 +1,110 @@
+"""DefendedClassifier: a purifier in front of a classifier, as one module from images to logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from purify.checks import check_count, check_images, choose
+from purify.gradients import GradientEngine
+from purify.purifier import Purifier
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """Mean over purifications: (N, M, K) -> (N, K)."""
+    return logits.mean(1)
+
+
+def vote_shares(logits: Tensor) -> Tensor:
+    """Share of votes per class: (N, M, K) -> (N, K), whose gradient is that of the mean softmax.
+
+    Counting votes has zero gradient almost everywhere, which would only hide the model from an attack.
+    """
+    soft = logits.softmax(-1).mean(1)
+    hard = one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype).mean(1)
+    return hard + (soft - soft.detach())
+
+
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
+
+
+class DefendedClassifier(nn.Module):
+    """A classifier behind a purifier: images (N, C, H, W) in [0, 1] to logits (N, K).
+
+    Every call without ``sample_ids`` purifies with fresh noise, which is what attack libraries expect of a
+    randomized defence. All weights are frozen (``requires_grad`` off): attacks differentiate with respect to the
+    image only, and that saves a third of the backward pass.
+
+    Args:
+        classifier: any module from images in [0, 1] to logits (a RobustBench model, say), in eval mode.
+        purifier: the purifier in front of it.
+        purifications: independent purifications per call.
+        aggregate: ``logits`` (their mean) or ``votes`` (shares of votes; see :func:`vote_shares`).
+
+    Raises:
+        ValueError: classifier in train mode, unknown aggregate, purifications < 1, bad images.
+    """
+
+    accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
+
+    def __init__(
+        self, classifier: nn.Module, purifier: Purifier, purifications: int = 1, aggregate: str = "logits"
+    ) -> None:
+        super().__init__()
+        check_count(purifications, "purifications")
+        self._aggregate = choose(aggregate, AGGREGATES, "aggregate")
+        _check_eval(classifier)
+        self.classifier = classifier.requires_grad_(False)
+        self.purifier = purifier
+        self.purifications, self.aggregate = purifications, aggregate
+        self.eval()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        draw: int | Tensor = 0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Logits (N, K), or vote shares; the keys are those of :meth:`Purifier.forward`.
+
+        The ``m``-th of M purifications of draw d uses the purifier's draw ``d * M + m``.
+        """
+        _check_eval(self.classifier)
+        m = self.purifications
+        if m == 1:
+            x_hat = self.purifier(x, sample_ids=sample_ids, draw=draw, seed=seed)
+            return self._aggregate(self.classifier(x_hat)[:, None])
+        check_images(x)
+        if sample_ids is not None:
+            sample_ids = torch.as_tensor(sample_ids, device=x.device).repeat_interleave(m)
+            draws = torch.as_tensor(draw, device=x.device).expand(len(x))
+            draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
+        x_hat = self.purifier(x.repeat_interleave(m, 0), sample_ids=sample_ids, draw=draw, seed=seed)
+        logits = self.classifier(x_hat)
+        return self._aggregate(logits.unflatten(0, (len(x), m)))
+
+    def with_gradient(self, gradient: str | GradientEngine | Mapping[str, Any]) -> DefendedClassifier:
+        """The same model (sharing all weights) under another gradient engine of its purifier."""
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "purifier": self.purifier.with_gradient(gradient)}
+        return twin
+
+    def config(self) -> dict[str, Any]:
+        """Plain data: the purifier's config and how its purifications are combined."""
+        return {
+            "purifier": self.purifier.config(),
+            "purifications": self.purifications,
+            "aggregate": self.aggregate,
+        }
+
+
+def _check_eval(classifier: nn.Module) -> None:
+    if classifier.training:
+        raise ValueError("The classifier is in train mode; call classifier.eval() before defending or attacking it.")

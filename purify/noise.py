@@ -1,0 +1,128 @@
+"""Where randomness comes from: numbers that are a function of (seed, sample, draw, step), not of call order.
+
+The generator is Philox4x32-10 (Salmon et al. 2011), evaluated for a whole batch in integer tensor arithmetic:
+the key is the seed, the counter is (block, stream and step, draw, sample). A sample's noise is therefore the
+same in any batch, order or shard, on any device, and can be made again in a backward pass without being stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+STREAM_BITS = 24  # the upper byte of the step word names the stream, the rest counts steps
+STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4}
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for a purpose: a hash of ``seed`` and the names, stable across machines and versions."""
+    text = "/".join([str(int(seed)), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four words of 32 bits (in int64 tensors) for each broadcast counter."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps in int64, but its upper and lower 32 bits survive masking.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK) ^ c1 ^ k0,
+            p1 & MASK,
+            ((p0 >> 32) & MASK) ^ c3 ^ k1,
+            p0 & MASK,
+        )
+        k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
+    return c0, c1, c2, c3
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Keyed noise for a batch of N rows.
+
+    Args:
+        seed: any integer in [0, 2^63).
+        sample_ids: int64 (N,), the identity of each row's image, in [0, 2^32).
+        draws: int64 (N,), which purification of that image the row is, in [0, 2^32).
+        stream_id: independent families of numbers (see ``stream``).
+    """
+
+    seed: int
+    sample_ids: Tensor
+    draws: Tensor
+    stream_id: int = 0
+
+    @classmethod
+    def keyed(cls, seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Noise:
+        """Noise for ``sample_ids`` (N,), with one ``draw`` for all rows or one per row."""
+        ids = torch.as_tensor(sample_ids)
+        if ids.ndim != 1 or ids.is_floating_point():
+            raise ValueError(f"sample_ids must be whole numbers of shape (N,), got {ids.dtype} {tuple(ids.shape)}.")
+        draws = torch.as_tensor(draw, dtype=torch.int64).to(ids.device).expand(ids.shape)
+        for what, value in (("sample_ids", ids), ("draw", draws)):
+            if value.numel() and (int(value.min()) < 0 or int(value.max()) > MASK):
+                raise ValueError(f"{what} must lie in [0, 2^32), got {int(value.min())} to {int(value.max())}.")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2^63), got {seed}.")
+        return cls(int(seed), ids.long(), draws)
+
+    @classmethod
+    def fresh(cls, n: int, device: torch.device | str = "cpu") -> Noise:
+        """Noise under a seed drawn once from torch's global generator, so ``torch.manual_seed`` governs it."""
+        seed = int(torch.randint(2**63 - 1, ()))
+        return cls.keyed(seed, torch.arange(n, device=device))
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, rows: Tensor | slice) -> Noise:
+        """The same noise for some of the rows."""
+        return replace(self, sample_ids=self.sample_ids[rows], draws=self.draws[rows])
+
+    def stream(self, name: str) -> Noise:
+        """An independent family of numbers under the same keys: one of ``STREAMS``."""
+        return replace(self, stream_id=STREAMS[name])
+
+    def _words(self, step: int | Tensor, count: int) -> Tensor:
+        """Words (N, 4, count) for ``step`` (one for all rows, or (N,))."""
+        device = self.sample_ids.device
+        steps = torch.as_tensor(step, dtype=torch.int64, device=device).expand(len(self))
+        counter = (
+            torch.arange(count, device=device)[None],
+            (steps | (self.stream_id << STREAM_BITS))[:, None],
+            self.draws[:, None],
+            self.sample_ids[:, None],
+        )
+        return torch.stack(torch.broadcast_tensors(*philox(counter, (self.seed & MASK, self.seed >> 32))), 1)
+
+    def uniform(
+        self, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Uniform numbers in (0, 1) (1 may be reached by rounding below float64), shape (N, *shape).
+
+        ``step``: an int, or int64 (N,) with one per row.
+        """
+        size = math.prod(shape)
+        words = self._words(step, -(-size // 4)).flatten(1)[:, :size]
+        return ((words.double() + 0.5) * 2.0**-32).to(dtype).reshape(len(self), *shape)
+
+    def normal(self, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers, shape (N, *shape), by Box-Muller in float64 and then rounded to ``dtype``.
+
+        The float32 and the float64 run of a purifier thus see the same noise up to rounding.
+        """
+        size = math.prod(shape)
+        u = (self._words(step, -(-size // 4)).double() + 0.5) * 2.0**-32
+        radius = (-2 * u[:, :2].log()).sqrt()
+        angle = 2 * math.pi * u[:, 2:]
+        z = torch.cat([radius * angle.cos(), radius * angle.sin()], 1).flatten(1)[:, :size]
+        return z.to(dtype).reshape(len(self), *shape)

@@ -1,0 +1,150 @@
+"""Purifier: diffuse an image to its noise level and step back to a clean one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purify import registry
+from purify.checks import check_count, check_images
+from purify.gradients import ENGINES, GradientEngine
+from purify.levels import LEVELS, Constant, NoiseLevel
+from purify.noise import Noise
+from purify.process import Process, build_round
+from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
+from purify.schedule import Schedule, schedule_from_config
+from purify.score import ScoreModel
+
+
+class Purifier(nn.Module):
+    """Maps images (N, C, H, W) in [0, 1] to purified images of the same shape, dtype and range.
+
+    Args:
+        score_model: the diffusion model. Its weights are frozen (``requires_grad`` off) and it is put in eval mode.
+        level: noise level t* in (0, 1], or a :class:`~purify.levels.NoiseLevel` rule.
+        reverse: name of a reverse rule (``purify.reverse.REVERSE_RULES``), a rule, or its config.
+        steps: number of reverse steps from t* to ``t_end``.
+        t_end: time at which the reverse process stops.
+        gradient: name of a gradient engine (``purify.gradients.ENGINES``), an engine, or its config.
+        forward_schedule: schedule that diffuses the image, where it differs from the score model's.
+        clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
+
+    Raises:
+        ValueError: t* outside (0, 1], steps < 1, unknown names, and at the call: images that are not float
+            in [0, 1], contain NaN, or do not have the score model's shape.
+    """
+
+    def __init__(
+        self,
+        score_model: ScoreModel,
+        level: float | NoiseLevel | Mapping[str, Any] = 0.1,
+        reverse: str | ReverseRule | Mapping[str, Any] = "sde",
+        steps: int = 100,
+        t_end: float = 0.0,
+        gradient: str | GradientEngine | Mapping[str, Any] = "full",
+        forward_schedule: Schedule | None = None,
+        clip: bool = True,
+    ) -> None:
+        super().__init__()
+        check_count(steps, "steps")
+        if not 0 <= t_end < 1:
+            raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
+        self.score_model = score_model.eval().requires_grad_(False)
+        self.level = Constant(float(level)) if isinstance(level, (int, float)) else _part(level, LEVELS, "noise level")
+        if isinstance(self.level, Constant) and self.level.t_star <= t_end:
+            raise ValueError(f"t_star = {self.level.t_star} must be larger than t_end = {t_end}.")
+        self.rule = _part(reverse, REVERSE_RULES, "reverse rule")
+        if isinstance(self.rule, OneShot) and steps != 1:
+            raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
+        self.engine = _part(gradient, ENGINES, "gradient engine")
+        self.steps, self.t_end, self.clip = steps, float(t_end), clip
+        self.forward_schedule = forward_schedule
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        draw: int | Tensor = 0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Purify ``x``.
+
+        Args:
+            x: images (N, C, H, W), float in [0, 1].
+            sample_ids: identity of each image, whole numbers (N,): noise is then a function of (``seed``, sample id,
+                ``draw``, step) alone, whatever the batch. None: fresh noise under torch's global seed.
+            draw: which purification of the sample this is; one number, or one per row.
+            seed: seed of the keyed noise.
+        """
+        check_images(x, self.score_model.image_shape)
+        noise = self.noise(len(x), x.device, sample_ids, draw, seed)
+        u = 2 * x - 1
+        u = self.engine(lambda steps: self.process(u, noise, steps), u)
+        x_hat = (u + 1) / 2
+        return x_hat.clamp(0, 1) if self.clip else x_hat
+
+    @staticmethod
+    def noise(
+        n: int, device: torch.device, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int
+    ) -> Noise:
+        """The noise that ``forward`` uses for these keys."""
+        if sample_ids is None:
+            return Noise.fresh(n, device)
+        ids = torch.as_tensor(sample_ids, device=device)
+        if len(ids) != n:
+            raise ValueError(f"There are {n} images but {len(ids)} sample_ids; give one per image.")
+        return Noise.keyed(seed, ids, draw.to(device) if isinstance(draw, Tensor) else draw)
+
+    def process(self, u: Tensor, noise: Noise, steps: int | None = None) -> Process:
+        """The steps that purify ``u`` (in [-1, 1] space), with another number of reverse steps if given."""
+        t_star = self.level(self.score_model, u, noise)
+        one_round = build_round(
+            self.score_model, self.rule, t_star, steps or self.steps, noise, self.t_end, self.forward_schedule
+        )
+        return Process((one_round,))
+
+    @property
+    def network_calls(self) -> int | None:
+        """Score-network calls per image (NFE), or None where an adaptive solver decides."""
+        return None if self.rule.calls is None else self.steps * self.rule.calls
+
+    def with_gradient(self, gradient: str | GradientEngine | Mapping[str, Any]) -> Purifier:
+        """The same purifier (sharing its weights) under another gradient engine."""
+        twin = copy.copy(self)
+        twin.engine = _part(gradient, ENGINES, "gradient engine")
+        return twin
+
+    def config(self) -> dict[str, Any]:
+        """Plain data from which :meth:`from_config` builds the same purifier around the same score model."""
+        forward = self.forward_schedule
+        return {
+            "level": registry.describe(self.level, LEVELS),
+            "reverse": registry.describe(self.rule, REVERSE_RULES),
+            "steps": self.steps,
+            "t_end": self.t_end,
+            "gradient": registry.describe(self.engine, ENGINES),
+            "forward_schedule": None if forward is None else forward.config(),
+            "clip": self.clip,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], score_model: ScoreModel) -> Purifier:
+        """Build the purifier that :meth:`config` described."""
+        arguments = dict(config)
+        forward = arguments.pop("forward_schedule", None)
+        schedule = None if forward is None else schedule_from_config(forward)
+        return cls(score_model, forward_schedule=schedule, **arguments)
+
+
+def _part(value: Any, known: Mapping[str, type], what: str) -> Any:
+    """A part given as itself, by name, or as its config."""
+    if isinstance(value, (str, Mapping)):
+        return registry.build(value, known, what)
+    if isinstance(value, tuple(known.values())) or not known or hasattr(value, "__call__"):
+        return value
+    raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")

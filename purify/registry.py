@@ -1,0 +1,30 @@
+"""Small immutable parts as plain data: {"kind": name, **fields}, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from purify.checks import choose
+
+T = TypeVar("T")
+
+
+def describe(part: Any, registry: Mapping[str, type]) -> dict[str, Any]:
+    """The registered name and the dataclass fields of ``part``."""
+    names = [name for name, kind in registry.items() if type(part) is kind]
+    if not names:
+        raise ValueError(f"{type(part).__name__} is not registered; add it to the registry to save it as a config.")
+    return {"kind": names[0], **dataclasses.asdict(part)}
+
+
+def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what: str) -> T:
+    """The part that ``describe`` described; a bare name stands for the part with its defaults."""
+    fields = {"kind": config} if isinstance(config, str) else dict(config)
+    kind = choose(fields.pop("kind", ""), registry, what)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"Unknown {what} parameter {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    return kind(**fields)

@@ -1,0 +1,209 @@
+"""Reverse steps: pure functions from u_t to u_s (s < t), with a time of its own for every sample.
+
+No hidden state and no random generator inside: the standard normal z comes from outside. That is what makes
+checkpointing, mixed noise levels in a batch and bit-equal recomputation possible.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from purify.checks import choose
+from purify.score import Prediction, ScoreModel, per_sample
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """sqrt with derivative 0 at 0, so that a last step without noise has no infinite slope."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+class ReverseRule(ABC):
+    """One step of a reverse process: ``rule(model, u_t, t, s, z) -> u_s``.
+
+    ``u_t`` (N, C, H, W); ``t`` and ``s`` float64 (N,) with 0 <= s <= t <= 1; ``z`` standard normal like u_t,
+    or None where ``stochastic`` is False.
+    """
+
+    stochastic: ClassVar[bool] = True
+
+    @property
+    def calls(self) -> int | None:
+        """Network calls per step, or None where an adaptive solver decides."""
+        return 1
+
+    @abstractmethod
+    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor: ...
+
+
+class GaussianRule(ReverseRule):
+    """A step u_s = mean + std z that needs one network call."""
+
+    @abstractmethod
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean (N, C, H, W) and standard deviation (broadcastable to it) of u_s."""
+
+    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+        mean, std = self.moments(model, model.predict(u, t), u, t, s)
+        return mean if z is None else mean + std * z
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(GaussianRule):
+    """Reverse VP-SDE du = -(beta/2)(u + 2 score) dt + sqrt(beta) dw (Song et al. 2021, eq. 6; DiffPure eq. 5)."""
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rate = model.schedule.beta(t) * (t - s)
+        pull = per_sample(rate / model.schedule.sigma(t), u)
+        mean = u + per_sample(0.5 * rate, u) * u - pull * prediction.eps
+        return mean, per_sample(safe_sqrt(rate), u)
+
+
+@dataclass(frozen=True)
+class Ancestral(GaussianRule):
+    """DDPM ancestral sampling between any two times (Ho et al. 2020, eq. 6-7).
+
+    Args:
+        variance: ``posterior`` (beta-tilde), ``beta`` (fixed large), or ``learned`` (Nichol & Dhariwal 2021,
+            eq. 15, for networks with prediction ``learned_variance``).
+        clip_denoised: clamp u0_hat to [-1, 1] as guided-diffusion does.
+    """
+
+    variance: str = "posterior"
+    clip_denoised: bool = False
+
+    def __post_init__(self) -> None:
+        choose(self.variance, {"posterior": 0, "beta": 0, "learned": 0}, "DDPM variance")
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = model.schedule
+        var_t, var_s = schedule.variance(t), schedule.variance(s)
+        log_ratio = schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s)  # log(1 - beta) of this step
+        beta = -torch.expm1(log_ratio)
+        u0 = model.denoised(prediction.eps, u, t)
+        if self.clip_denoised:
+            u0 = u0.clamp(-1, 1)
+        mean = per_sample(schedule.alpha(s) * beta / var_t, u) * u0
+        mean = mean + per_sample((0.5 * log_ratio).exp() * var_s / var_t, u) * u
+        posterior = beta * var_s / var_t
+        if self.variance == "learned":
+            return mean, self._learned_std(prediction, u, beta, posterior)
+        chosen = posterior if self.variance == "posterior" else torch.where(var_s > 0, beta, 0.0)
+        return mean, per_sample(safe_sqrt(chosen), u)
+
+    def _learned_std(self, prediction: Prediction, u: Tensor, beta: Tensor, posterior: Tensor) -> Tensor:
+        if prediction.variance is None:
+            raise ValueError("variance='learned' needs a score model with prediction='learned_variance'.")
+        noisy = posterior > 0
+        low = torch.where(noisy, posterior, 1.0).log()
+        fraction = 0.5 * (prediction.variance + 1)
+        log_var = fraction * per_sample(beta.log(), u) + (1 - fraction) * per_sample(low, u)
+        return per_sample(noisy.double(), u) * (0.5 * log_var).exp()
+
+
+@dataclass(frozen=True)
+class DDIM(GaussianRule):
+    """DDIM (Song et al. 2021a, eq. 12, 16): eta = 0 is deterministic, eta = 1 is the DDPM posterior."""
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta}.")
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = model.schedule
+        var_t, var_s = schedule.variance(t), schedule.variance(s)
+        beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
+        noise_var = self.eta**2 * beta * var_s / var_t
+        u0 = model.denoised(prediction.eps, u, t)
+        mean = per_sample(schedule.alpha(s), u) * u0
+        mean = mean + per_sample(safe_sqrt(var_s - noise_var), u) * prediction.eps
+        return mean, per_sample(safe_sqrt(noise_var), u)
+
+
+# torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
+ODE_SOLVERS: dict[str, int | None] = {
+    "euler": 1,
+    "midpoint": 2,
+    "heun3": 3,
+    "rk4": 4,
+    "adaptive_heun": None,
+    "bosh3": None,
+    "dopri5": None,
+    "dopri8": None,
+}
+
+
+@dataclass(frozen=True)
+class ProbabilityFlow(ReverseRule):
+    """Probability-flow ODE du = -(beta/2)(u + score) dt (Song et al. 2021, eq. 13) through torchdiffeq.
+
+    Args:
+        solver: one of ``ODE_SOLVERS``. Fixed-step solvers take one step per reverse step; adaptive ones choose
+            their steps for the whole batch, so only the former give results independent of batch-mates.
+        rtol, atol: tolerances of the adaptive solvers.
+        t_min: the field is evaluated at max(t, t_min), because the score diverges at t = 0, where solvers with
+            inner stages would ask for it.
+    """
+
+    solver: str = "euler"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    t_min: float = 1e-3
+
+    stochastic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        choose(self.solver, ODE_SOLVERS, "ODE solver")
+
+    @property
+    def calls(self) -> int | None:
+        return ODE_SOLVERS[self.solver]
+
+    def velocity(self, model: ScoreModel, u: Tensor, t: Tensor) -> Tensor:
+        """du/dt at (u, t): (N, C, H, W) and (N,)."""
+        t = t.clamp_min(self.t_min)
+        half_beta = 0.5 * model.schedule.beta(t)
+        return per_sample(half_beta / model.schedule.sigma(t), u) * model.eps(u, t) - per_sample(half_beta, u) * u
+
+    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+        # tau in [0, 1] stands for t + tau (s - t), so that every sample has its own times.
+        def field(tau: Tensor, v: Tensor) -> Tensor:
+            return per_sample(s - t, v) * self.velocity(model, v, t + tau * (s - t))
+
+        span = torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device)
+        return odeint(field, u, span, method=self.solver, rtol=self.rtol, atol=self.atol)[-1]
+
+
+@dataclass(frozen=True)
+class OneShot(ReverseRule):
+    """u0_hat(u_t, t) in one network call, whatever s (Carlini et al. 2022)."""
+
+    stochastic = False
+
+    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+        return model.denoise(u, t)
+
+
+REVERSE_RULES: dict[str, type[ReverseRule]] = {
+    "sde": EulerMaruyama,
+    "ddpm": Ancestral,
+    "ddim": DDIM,
+    "ode": ProbabilityFlow,
+    "one-shot": OneShot,
+}

@@ -1,0 +1,161 @@
+"""ScoreModel: any diffusion network seen as eps, score or denoiser at (u_t, t)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from purify.checks import choose
+from purify.schedule import Schedule
+
+
+def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
+    """Coefficients (N,) in float64, shaped and rounded to multiply images ``u`` (N, C, H, W)."""
+    return coefficient.to(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one network call says about u_t at time t.
+
+    Attributes:
+        eps: predicted noise, (N, C, H, W).
+        variance: the network's v in [-1, 1] that interpolates log-variances (Nichol & Dhariwal 2021,
+            eq. 15), or None if the network does not learn the variance.
+    """
+
+    eps: Tensor
+    variance: Tensor | None = None
+
+
+def _from_eps(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    return Prediction(output)
+
+
+def _from_score(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    return Prediction(-sigma * output)
+
+
+def _from_x0(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    return Prediction((u - alpha * output) / sigma)
+
+
+def _from_v(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    return Prediction(sigma * u + alpha * output)
+
+
+def _from_learned_variance(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    if output.shape[1] != 2 * u.shape[1]:
+        raise ValueError(
+            f"A learned-variance network returns {2 * u.shape[1]} channels for these images, "
+            f"this one returned {output.shape[1]}; use prediction='eps'."
+        )
+    eps, variance = output.chunk(2, dim=1)
+    return Prediction(eps, variance)
+
+
+# v = alpha eps - sigma u0 (Salimans & Ho 2022); the score is grad log p_t(u_t) = -eps / sigma.
+PREDICTIONS = {
+    "eps": _from_eps,
+    "score": _from_score,
+    "x0": _from_x0,
+    "v": _from_v,
+    "learned_variance": _from_learned_variance,
+}
+
+
+class ScoreModel(nn.Module):
+    """One interface over diffusion networks of every parametrisation.
+
+    Args:
+        network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels
+            (N,); returns a tensor or an object with ``.sample`` (diffusers).
+        schedule: the VP schedule that the network was trained on.
+        prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
+        image_shape: (C, H, W) of the images; checked by the purifier when given.
+        time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. A DDPM of N steps has
+            scale N and offset 1 (0-based labels), a continuous score_sde network scale 999 and offset 0.
+
+    Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: str = "eps",
+        image_shape: tuple[int, int, int] | None = None,
+        time_scale: float = 1000.0,
+        time_offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
+        self.network = network
+        self.schedule = schedule
+        self.prediction = prediction
+        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self.time_scale, self.time_offset = float(time_scale), float(time_offset)
+
+    def labels(self, t: Tensor) -> Tensor:
+        """Network labels for times ``t`` (N,), float64, differentiable in t."""
+        labels = (t.double() * self.time_scale - self.time_offset).clamp_min(0)
+        whole = labels.detach().round()
+        rounding = torch.where((whole - labels.detach()).abs() < 1e-6, whole - labels.detach(), 0.0)
+        return labels + rounding
+
+    def predict(self, u: Tensor, t: Tensor) -> Prediction:
+        """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,)."""
+        output = self.network(u, self.labels(t).to(u.dtype))
+        output = getattr(output, "sample", output)
+        alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
+
+    def eps(self, u: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise eps(u_t, t), (N, C, H, W)."""
+        return self.predict(u, t).eps
+
+    forward = eps
+
+    def score(self, u: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(u_t) = -eps / sigma(t)."""
+        return -self.eps(u, t) / per_sample(self.schedule.sigma(t), u)
+
+    def denoise(self, u: Tensor, t: Tensor) -> Tensor:
+        """u0_hat = (u_t - sigma eps) / alpha, the posterior mean of the clean image in [-1, 1] space."""
+        return self.denoised(self.eps(u, t), u, t)
+
+    def denoised(self, eps: Tensor, u: Tensor, t: Tensor) -> Tensor:
+        """u0_hat from a prediction already made."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def config(self) -> dict[str, Any]:
+        """Plain data that describes the model apart from its network."""
+        return {
+            "prediction": self.prediction,
+            "schedule": self.schedule.config(),
+            "image_shape": None if self.image_shape is None else list(self.image_shape),
+            "time_scale": self.time_scale,
+            "time_offset": self.time_offset,
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 over config and weights: two models with the same fingerprint purify alike."""
+        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
+        digest.update(weights_digest(self.network).encode())
+        return digest.hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 over names, dtypes, shapes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
