@@ -30,7 +30,7 @@ Step = Callable[[Tensor], Tensor]
 class GradientEngine(ABC):
     """Runs a process on u (N, C, H, W) in [-1, 1] space and decides what its gradient is.
 
-    ``build(steps)`` gives the process, with another number of reverse steps per round if ``steps`` is given.
+    ``build(steps)`` gives the process, with at most ``steps`` reverse steps per round if that is not None.
     """
 
     exact: ClassVar[bool] = True

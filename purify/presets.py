@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from purify.checks import choose
-from purify.purifier import Purifier
+from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
 from purify.score import ScoreModel
 
@@ -23,7 +23,7 @@ def diffpure(
     t_star: float = 0.1,
     steps: int = 100,
     reverse: Any = "sde",
-    gradient: Any = "full",
+    gradient: Any = DEFAULT_ENGINE,
     variant: str = "consistent",
 ) -> Purifier:
     """DiffPure (Nie et al. 2022): one diffusion to ``t_star`` and one reverse process.

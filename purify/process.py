@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -87,6 +88,6 @@ def build_round(
     diffuse = DiffuseStep(forward_schedule or model.schedule, t_star, noise, first_index)
     reverse = tuple(
         ReverseStep(rule, model, t, s, noise, first_index + 1 + j)
-        for j, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True))
+        for j, (t, s) in enumerate(pairwise(times))
     )
     return Round(diffuse, reverse)

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from purify import registry
 from purify.checks import check_count, check_images
-from purify.gradients import ENGINES, GradientEngine
+from purify.gradients import ENGINES, Checkpoint, GradientEngine
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.process import Process, build_round
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
+
+# Exact, as fast as ``full`` where the graph is small, and safe where it is not.
+DEFAULT_ENGINE = Checkpoint(memory_budget=2**30)
 
 
 class Purifier(nn.Module):
@@ -29,7 +32,8 @@ class Purifier(nn.Module):
         reverse: name of a reverse rule (``purify.reverse.REVERSE_RULES``), a rule, or its config.
         steps: number of reverse steps from t* to ``t_end``.
         t_end: time at which the reverse process stops.
-        gradient: name of a gradient engine (``purify.gradients.ENGINES``), an engine, or its config.
+        gradient: name of a gradient engine (``purify.gradients.ENGINES``), an engine, or its config;
+            default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
         forward_schedule: schedule that diffuses the image, where it differs from the score model's.
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
 
@@ -45,7 +49,7 @@ class Purifier(nn.Module):
         reverse: str | ReverseRule | Mapping[str, Any] = "sde",
         steps: int = 100,
         t_end: float = 0.0,
-        gradient: str | GradientEngine | Mapping[str, Any] = "full",
+        gradient: str | GradientEngine | Mapping[str, Any] = DEFAULT_ENGINE,
         forward_schedule: Schedule | None = None,
         clip: bool = True,
     ) -> None:
@@ -54,13 +58,14 @@ class Purifier(nn.Module):
         if not 0 <= t_end < 1:
             raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
         self.score_model = score_model.eval().requires_grad_(False)
-        self.level = Constant(float(level)) if isinstance(level, (int, float)) else _part(level, LEVELS, "noise level")
+        level = Constant(float(level)) if isinstance(level, (int, float)) else level
+        self.level = _part(level, LEVELS, NoiseLevel, "noise level")
         if isinstance(self.level, Constant) and self.level.t_star <= t_end:
             raise ValueError(f"t_star = {self.level.t_star} must be larger than t_end = {t_end}.")
-        self.rule = _part(reverse, REVERSE_RULES, "reverse rule")
+        self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         if isinstance(self.rule, OneShot) and steps != 1:
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
-        self.engine = _part(gradient, ENGINES, "gradient engine")
+        self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         self.steps, self.t_end, self.clip = steps, float(t_end), clip
         self.forward_schedule = forward_schedule
 
@@ -101,10 +106,11 @@ class Purifier(nn.Module):
         return Noise.keyed(seed, ids, draw.to(device) if isinstance(draw, Tensor) else draw)
 
     def process(self, u: Tensor, noise: Noise, steps: int | None = None) -> Process:
-        """The steps that purify ``u`` (in [-1, 1] space), with another number of reverse steps if given."""
+        """The steps that purify ``u`` (in [-1, 1] space), in at most ``steps`` reverse steps if given."""
         t_star = self.level(self.score_model, u, noise)
+        count = self.steps if steps is None else min(steps, self.steps)
         one_round = build_round(
-            self.score_model, self.rule, t_star, steps or self.steps, noise, self.t_end, self.forward_schedule
+            self.score_model, self.rule, t_star, count, noise, self.t_end, self.forward_schedule
         )
         return Process((one_round,))
 
@@ -116,7 +122,7 @@ class Purifier(nn.Module):
     def with_gradient(self, gradient: str | GradientEngine | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another gradient engine."""
         twin = copy.copy(self)
-        twin.engine = _part(gradient, ENGINES, "gradient engine")
+        twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         return twin
 
     def config(self) -> dict[str, Any]:
@@ -141,10 +147,10 @@ class Purifier(nn.Module):
         return cls(score_model, forward_schedule=schedule, **arguments)
 
 
-def _part(value: Any, known: Mapping[str, type], what: str) -> Any:
+def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
     """A part given as itself, by name, or as its config."""
+    if isinstance(value, base):
+        return value
     if isinstance(value, (str, Mapping)):
         return registry.build(value, known, what)
-    if isinstance(value, tuple(known.values())) or not known or hasattr(value, "__call__"):
-        return value
     raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from purify.checks import choose
 
 
 class Schedule(ABC):
@@ -152,13 +155,14 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(f"sigma must be a positive number, got {sigma}.")
 
 
-SCHEDULES = {"continuous": ContinuousVP, "linear": DiscreteVP.linear, "cosine": DiscreteVP.cosine}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "continuous": ContinuousVP,
+    "linear": DiscreteVP.linear,
+    "cosine": DiscreteVP.cosine,
+}
 
 
 def schedule_from_config(config: dict[str, Any]) -> Schedule:
     """Build the schedule that ``Schedule.config()`` described."""
     arguments = dict(config)
-    kind = arguments.pop("kind", None)
-    if kind not in SCHEDULES:
-        raise ValueError(f"Unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}.")
-    return SCHEDULES[kind](**arguments)
+    return choose(arguments.pop("kind", ""), SCHEDULES, "schedule")(**arguments)
