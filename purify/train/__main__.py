@@ -1,0 +1,125 @@
+"""Train a network of the embedded default, or one like it: ``python -m purify.train NAME``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify import zoo
+from purify.checks import choose
+from purify.data import DATASETS, load_dataset
+from purify.schedule import ContinuousVP
+from purify.score import ScoreModel
+from purify.train.loop import train
+from purify.train.measure import measure_classifier, measure_score
+from purify.train.recipes import RECIPES, Recipe
+from purify.zoo.architectures import build_network
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m purify.train",
+        description="Train a network of the embedded default by its recipe. A run that was stopped resumes.",
+        epilog="example: python -m purify.train digits --out runs/train",
+    )
+    p.add_argument("name", help=f"which recipe: {', '.join(RECIPES)}")
+    p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the weights (default: %(default)s)")
+    p.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    p.add_argument("--steps", type=int, help="training steps instead of the recipe's")
+    p.add_argument("--seed", type=int, help="seed instead of the recipe's")
+    p.add_argument("--threads", type=int, help="CPU threads for torch")
+    return p
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The untrained module that the recipe's loss takes."""
+    network = build_network(recipe.architecture, recipe.hyper.seed)
+    if recipe.kind == "classifier":
+        return network
+    return ScoreModel(network, ContinuousVP(), image_shape=DATASETS[recipe.dataset].shape)
+
+
+def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> dict[str, Any]:
+    """Train, measure, and write ``out/name``.safetensors, .json and .md; returns the JSON's content."""
+    out.mkdir(parents=True, exist_ok=True)
+    images, labels = load_dataset(recipe.dataset, "train", data_dir)
+    test_images, test_labels = load_dataset(recipe.dataset, "test", data_dir)
+    start = time.time()
+    module = train(build(recipe), recipe.loss, images, labels, recipe.hyper, out / f"{name}.checkpoint")
+    seconds = time.time() - start
+    entry = {
+        "kind": recipe.kind,
+        "dataset": recipe.dataset,
+        "architecture": recipe.architecture,
+        "loss": {"kind": type(recipe.loss).__name__, **dataclasses.asdict(recipe.loss)},
+        "hyper": dataclasses.asdict(recipe.hyper),
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "training_seconds_of_last_run": round(seconds),
+        "torch": torch.__version__,
+    }
+    if isinstance(module, ScoreModel):
+        entry |= {"score_model": module.config(), "measured": measure_score(module, test_images)}
+        network = module.network
+    else:
+        eps = DATASETS[recipe.dataset].eps["Linf"]
+        entry["measured"] = measure_classifier(module, test_images, test_labels, eps)
+        network = module
+    zoo.save(out / name, network, entry)
+    (out / f"{name}.md").write_text(card(name, entry))
+    return entry
+
+
+def card(name: str, entry: dict[str, Any]) -> str:
+    """The model card, in Markdown."""
+    measured = "\n".join(f"| {key} | {value:.4f} |" for key, value in entry["measured"].items())
+    hyper = ", ".join(f"{k} {v}" for k, v in entry["hyper"].items())
+    loss = ", ".join(f"{k} {v}" for k, v in entry["loss"].items())
+    return f"""# {name}
+
+A {entry["kind"]} network for {entry["dataset"]}, {entry["parameters"]:,} parameters.
+
+- Architecture: `{entry["architecture"]}`
+- Made by: `python -m purify.train {name}` (torch {entry["torch"]}, CPU, {entry["training_seconds_of_last_run"]} s)
+- Loss: {loss}
+- Hyper-parameters: {hyper}
+- Data: the training split of `purify.data.load_dataset("{entry["dataset"]}", "train")`
+
+Measured on the test split, by the same command:
+
+| what | value |
+| --- | --- |
+{measured}
+
+Small networks for demonstrations and tests on the CPU. They say nothing about defences of CIFAR-10 or ImageNet size.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        recipe = choose(args.name, RECIPES, "recipe")
+        changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
+        recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        entry = run(args.name, recipe, args.out, args.data_dir)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out / args.name}.safetensors")
+    for key, value in entry["measured"].items():
+        print(f"  {key}: {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What a model card reports, measured on the test split under fixed seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from purify.score import ScoreModel, per_sample
+from purify.train.losses import AdversarialCrossEntropy
+
+TIMES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+@torch.no_grad()
+def eps_loss(model: ScoreModel, images: Tensor, t: Tensor, seed: int = 0) -> float:
+    """Mean squared error of the predicted noise at times ``t`` (N,), with noise under ``seed``."""
+    z = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    u = 2 * images - 1
+    u_t = per_sample(model.schedule.alpha(t), u) * u + per_sample(model.schedule.sigma(t), u) * z
+    losses = [
+        (model.eps(a, b) - c).square().flatten(1).mean(1)
+        for a, b, c in zip(u_t.split(500), t.split(500), z.split(500), strict=True)
+    ]
+    return torch.cat(losses).mean().item()
+
+
+def measure_score(model: ScoreModel, images: Tensor) -> dict[str, float]:
+    """eps-loss at uniform times in (1e-3, 1) and at each of ``TIMES``."""
+    uniform = 1e-3 + (1 - 1e-3) * torch.rand(
+        len(images), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    fixed = {f"eps_loss_t{t}": eps_loss(model, images, torch.full((len(images),), t).double()) for t in TIMES}
+    return {"eps_loss_uniform_t": eps_loss(model, images, uniform), **fixed}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images classified as their label."""
+    predictions = torch.cat([model(x).argmax(1) for x in images.split(500)])
+    return (predictions == labels).double().mean().item()
+
+
+def measure_classifier(
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, pgd_steps: int = 40, pgd_images: int = 1000
+) -> dict[str, float]:
+    """Clean accuracy, and accuracy of the first ``pgd_images`` under L_inf PGD with one random start."""
+    x, y = images[:pgd_images], labels[:pgd_images]
+    attack = AdversarialCrossEntropy(eps, pgd_steps)
+    adversarial = attack.attack(model, x, y, torch.Generator().manual_seed(0))
+    return {
+        "clean_accuracy": accuracy(model, images, labels),
+        f"pgd{pgd_steps}_accuracy_eps{eps:g}": accuracy(model, adversarial, y),
+    }

@@ -1,0 +1,65 @@
+"""The recipes of the embedded default: what `python -m purify.train` does unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from purify.train.loop import Hyper
+from purify.train.losses import AdversarialCrossEntropy, CrossEntropy, EpsLoss
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A zoo entry before training: what to build and how to train it."""
+
+    kind: str  # score or classifier
+    dataset: str
+    architecture: dict[str, Any]
+    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy
+    hyper: Hyper
+
+
+DIGITS_CNN = {"kind": "small-cnn", "channels": 1, "widths": [32, 64], "num_classes": 10}
+FASHION_CNN = {"kind": "small-cnn", "channels": 1, "widths": [16, 48, 96], "num_classes": 10}
+
+RECIPES: dict[str, Recipe] = {
+    "digits": Recipe(
+        "score",
+        "digits",
+        {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 2, "widths": [32], "layers": 1},
+        EpsLoss(),
+        Hyper(steps=30_000, batch_size=128, lr=2e-3, ema=0.9995),
+    ),
+    "digits-standard": Recipe(
+        "classifier", "digits", DIGITS_CNN, CrossEntropy(), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
+    ),
+    "digits-at": Recipe(
+        "classifier",
+        "digits",
+        DIGITS_CNN,
+        AdversarialCrossEntropy(eps=0.3),
+        Hyper(steps=4_000, batch_size=128, weight_decay=1e-4),
+    ),
+    "fashion_mnist": Recipe(
+        "score",
+        "fashion_mnist",
+        {"kind": "patch-unet", "channels": 1, "size": 28, "patch": 2, "widths": [24, 64], "layers": 1},
+        EpsLoss(),
+        Hyper(steps=16_000, batch_size=64, lr=1.5e-3, ema=0.9995),
+    ),
+    "fashion_mnist-standard": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        CrossEntropy(shift=1),
+        Hyper(steps=6_000, batch_size=128, weight_decay=5e-4),
+    ),
+    "fashion_mnist-at": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        AdversarialCrossEntropy(eps=0.1, attack_steps=7),
+        Hyper(steps=6_000, batch_size=128, weight_decay=1e-4),
+    ),
+}

@@ -1,0 +1,104 @@
+"""The embedded default: small networks for digits and Fashion-MNIST, with the recipes that trained them.
+
+An entry is a safetensors file of weights beside a JSON file that says what they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from purify.checks import choose
+from purify.schedule import schedule_from_config
+from purify.score import ScoreModel
+from purify.zoo.architectures import build_network
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def names(kind: str | None = None) -> list[str]:
+    """Names of the embedded entries, all or those of a ``kind`` (``score``, ``classifier``)."""
+    entries = sorted(WEIGHTS.glob("*.json"))
+    return [e.stem for e in entries if kind is None or json.loads(e.read_text())["kind"] == kind]
+
+
+def score_model(name: str | Path) -> ScoreModel:
+    """An embedded score model by name (``digits``, ``fashion_mnist``), or one that purify saved, by path.
+
+    Returns it in eval mode with frozen weights.
+
+    Raises:
+        ValueError: unknown name; file missing, truncated, foreign, or not matching its JSON.
+    """
+    entry, network = _load(name, "score")
+    config = dict(entry["score_model"])
+    config["schedule"] = schedule_from_config(config["schedule"])
+    return ScoreModel(network, **config).eval()
+
+
+def classifier(name: str | Path) -> nn.Module:
+    """An embedded classifier by name (``digits-standard``, ``digits-at``, ...), or one that purify saved, by path.
+
+    Returns a module from images in [0, 1] to logits, in eval mode with frozen weights. Raises as :func:`score_model`.
+    """
+    return _load(name, "classifier")[1]
+
+
+def describe(name: str | Path) -> dict[str, Any]:
+    """The JSON of an entry: architecture, recipe, what was measured."""
+    path = _json_path(name)
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a purify model description ({error}).") from error
+
+
+def save(path: Path, network: nn.Module, entry: dict[str, Any]) -> None:
+    """Write ``path``.safetensors and ``path``.json; ``entry`` needs ``kind`` and ``architecture``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path.with_suffix(".safetensors"))
+    path.with_suffix(".json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+def _json_path(name: str | Path) -> Path:
+    if str(name).endswith((".safetensors", ".json")):
+        return Path(name).with_suffix(".json")
+    return WEIGHTS / f"{choose(str(name), {n: n for n in names()}, 'zoo model')}.json"
+
+
+def _load(name: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
+    entry = describe(name)
+    if entry.get("kind") != kind:
+        raise ValueError(f"{name} is a {entry.get('kind')} model, not a {kind}; known: {', '.join(names(kind))}.")
+    network = build_network(entry["architecture"])
+    load_weights(network, _json_path(name).with_suffix(".safetensors"))
+    return entry, network.eval().requires_grad_(False)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``network``, strictly.
+
+    Raises:
+        ValueError: the file is missing, truncated or foreign, or its keys or shapes differ (the first few are listed).
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or train it again.") from error
+    wanted = network.state_dict()
+    problems = [f"missing {k}" for k in wanted if k not in weights]
+    problems += [f"unexpected {k}" for k in weights if k not in wanted]
+    problems += [
+        f"{k} has shape {tuple(weights[k].shape)} instead of {tuple(wanted[k].shape)}"
+        for k in wanted
+        if k in weights and weights[k].shape != wanted[k].shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ValueError(f"{path} does not fit this network: {listed}.")
+    network.load_state_dict(weights)
