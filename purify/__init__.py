@@ -1,5 +1,6 @@
 """purify: diffusion-based adversarial purification, attacked with exact gradients and reported honestly."""
 
+from purify import compat
 from purify.defended import DefendedClassifier
 from purify.noise import Noise, derive_seed
 from purify.presets import PURIFIERS, diffpure
@@ -8,6 +9,8 @@ from purify.schedule import ContinuousVP, DiscreteVP
 from purify.score import ScoreModel
 
 __version__ = "0.1.0"
+
+compat.install()
 
 __all__ = [
     "PURIFIERS",

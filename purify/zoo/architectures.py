@@ -23,7 +23,7 @@ class PatchUNet(nn.Module):
         from diffusers import UNet2DModel
 
         self.patch = patch
-        self.unet = UNet2DModel(
+        self.unet = UNet2DModel(  # type: ignore[operator]
             sample_size=size // patch,
             in_channels=channels * patch**2,
             out_channels=channels * patch**2,

@@ -1,0 +1,189 @@
+"""AutoAttack's well-known interface over the original ``autoattack`` or the registry's ``pyautoattack``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from purify.attacks.base import Attack, AttackResult, check_budget
+from purify.noise import derive_seed
+
+
+def backend() -> ModuleType:
+    """The installed AutoAttack package, the original one first.
+
+    Raises:
+        ImportError: neither is installed.
+    """
+    if is_original_installed():
+        return import_module("autoattack")
+    if util.find_spec("pyautoattack") is not None:
+        return import_module("pyautoattack")
+    raise ImportError("AutoAttack is not installed; run `pip install pyautoattack`.")
+
+
+def is_original_installed() -> bool:
+    """Whether ``autoattack`` comes from its own package and not from our stand-in (``purify.compat``)."""
+    spec = util.find_spec("autoattack")
+    return spec is not None and spec.origin != "purify"
+
+
+class AutoAttack:
+    """``autoattack.AutoAttack`` as RobustBench and most papers call it.
+
+    Args:
+        model: images in [0, 1] to logits.
+        norm: ``Linf``, ``L2`` or ``L1``.
+        eps: radius.
+        seed: seed of the attacks (None: the clock, as in the original).
+        verbose: report progress on the standard error stream.
+        attacks_to_run: names of attacks, with ``version="custom"``.
+        version: ``standard``, ``plus``, ``rand`` or ``custom``.
+        device: where to attack; default: where the model's parameters are.
+        log_path: file that the report is also written to.
+
+    The parts ``apgd``, ``apgd_targeted``, ``fab``, ``square`` and everything else are those of the backend.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norm: str = "Linf",
+        eps: float = 0.3,
+        seed: int | None = None,
+        verbose: bool = True,
+        attacks_to_run: list[str] | None = None,
+        version: str = "standard",
+        is_tf_model: bool = False,
+        device: torch.device | str | None = None,
+        log_path: str | Path | None = None,
+    ) -> None:
+        if is_tf_model:
+            raise ValueError("Only PyTorch models are supported; pass is_tf_model=False.")
+        if device is None:
+            parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+            device = "cpu" if parameter is None else parameter.device
+        package = backend()
+        self._original = package.__name__ == "autoattack"
+        self.verbose, self.log_path = verbose, log_path
+        common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "version": version, "device": device}
+        if self._original:
+            extra = {"verbose": verbose, "attacks_to_run": attacks_to_run or [], "log_path": log_path}
+            self._backend = package.AutoAttack(model, **common, **extra)
+        else:
+            self._backend = package.AutoAttack(model, attacks=attacks_to_run, **common)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_backend":
+            raise AttributeError(name)
+        return getattr(self._backend, name)
+
+    @property
+    def attacks_to_run(self) -> list[str]:
+        """Names of the attacks, in order."""
+        return self._backend.attacks_to_run
+
+    @attacks_to_run.setter
+    def attacks_to_run(self, names: list[str]) -> None:
+        self._backend.attacks_to_run = names
+
+    def run_standard_evaluation(
+        self,
+        x_orig: Tensor,
+        y_orig: Tensor,
+        bs: int = 250,
+        return_labels: bool = False,
+        state_path: Path | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Adversarial images (those that no attack broke are returned as they came), and labels if asked for."""
+        size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
+        state = {} if state_path is None else {"state_path": Path(state_path)}
+        with self._logging():
+            images, labels = self._backend.run_standard_evaluation(x_orig, y_orig, **size, **state)
+        return (images, labels) if return_labels else images
+
+    def run_standard_evaluation_individual(
+        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
+    ) -> dict[str, Any]:
+        """What each attack finds by itself: name -> images, or (images, labels) if asked for."""
+        size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
+        with self._logging():
+            found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
+        return found if return_labels else {name: images for name, (images, _) in found.items()}
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """pyautoattack reports to a logger only; the original prints and writes its file by itself."""
+        handlers: list[logging.Handler] = []
+        if not self._original:
+            handlers += [logging.StreamHandler()] if self.verbose else []
+            handlers += [logging.FileHandler(self.log_path)] if self.log_path else []
+        logger = logging.getLogger("auto-attack")
+        level, propagate = logger.level, logger.propagate
+        if handlers:
+            logger.setLevel(logging.DEBUG)
+            logger.propagate = False
+        for handler in handlers:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                logger.removeHandler(handler)
+                handler.close()
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+@dataclass(frozen=True)
+class AutoAttackRand(Attack):
+    """AutoAttack's ``rand`` version: APGD on cross-entropy and on DLR, with EOT (Croce & Hein 2020).
+
+    Args:
+        norm, eps: threat model and radius.
+        steps: APGD iterations (the original: 100).
+        eot: draws per gradient (the original: 20).
+        batch_size: images at once.
+
+    An image that no attack broke, on AutoAttack's own single draw, is returned as it came.
+    """
+
+    steps: int = 100
+    eot: int = 20
+    batch_size: int = 250
+
+    name: ClassVar[str] = "autoattack-rand"
+    group_size: ClassVar[int | None] = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.steps, self.eot, 1)
+
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        assert self.group_size is not None
+        images = x.clone()
+        groups = ids // self.group_size
+        for group in groups.unique().tolist():
+            rows = (groups == group).nonzero()[:, 0]
+            rows = rows[ids[rows].argsort()]
+            images[rows] = self._run_group(model, x[rows], y[rows], derive_seed(seed, group))
+        return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
+
+    def _run_group(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(seed)
+            seed32 = seed % 2**31
+            attack = AutoAttack(model, self.norm, self.eps, seed32, verbose=False, version="rand", device=x.device)
+            attack.apgd.n_iter, attack.apgd.eot_iter = self.steps, self.eot
+            found = attack.run_standard_evaluation(x, y, bs=self.batch_size)
+        assert isinstance(found, Tensor)
+        return found.detach()

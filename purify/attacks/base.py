@@ -1,0 +1,94 @@
+"""What every attack takes and returns, and how it calls a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from purify.checks import check_count, check_images, check_labels
+from purify.noise import derive_seed
+
+Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Outcome of an attack on N images.
+
+    Attributes:
+        images: adversarial images (N, C, H, W) in [0, 1], within eps of the originals.
+        loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
+    """
+
+    images: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Attack(ABC):
+    """An attack within ``eps`` in the ``norm`` (Linf, L2 or L1) of images in [0, 1]."""
+
+    norm: str
+    eps: float
+
+    name: ClassVar[str]
+    # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
+    # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
+    group_size: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
+        if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < float("inf")):
+            raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        sample_ids: Tensor | None = None,
+        seed: int = 0,
+    ) -> AttackResult:
+        """Attack ``model`` at ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,).
+
+        ``sample_ids`` (N,) key all randomness together with ``seed`` (default: 0..N-1). Weights should not require
+        gradients (a :class:`~purify.DefendedClassifier` freezes its own); the attack then costs a third less.
+
+        Raises:
+            ValueError: images or labels out of range, or a loss or gradient that is not finite.
+        """
+        check_images(images)
+        check_labels(labels, len(images))
+        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        return self.run(model, images.detach(), labels.long(), ids.to(images.device), derive_seed(seed, self.name))
+
+    @abstractmethod
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        """The attack itself, on checked input and under a seed of its own."""
+
+    def budget(self) -> dict[str, Any]:
+        """Plain data that states the attack and its budget in records and tables."""
+        return {"attack": self.name, **asdict(self)}
+
+
+NORMS = ("Linf", "L2", "L1")
+
+
+def keyed(model: nn.Module, seed: int) -> Keyed:
+    """``model`` as a function of images, sample ids and draws; models without keys ignore these."""
+    if getattr(model, "accepts_keys", False):
+        return lambda x, ids, draws: model(x, sample_ids=ids, draw=draws, seed=seed)
+    return lambda x, ids, draws: model(x)
+
+
+def check_budget(steps: int, eot: int, restarts: int) -> None:
+    """Raise ValueError unless all three are whole numbers of at least 1."""
+    for what, value in (("attack steps", steps), ("EOT draws", eot), ("restarts", restarts)):
+        check_count(value, what)

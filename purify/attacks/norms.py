@@ -1,0 +1,116 @@
+"""Geometry of the threat models: projection onto {z in [0,1]^d: ||z - x|| <= eps}, ascent directions, starts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _rows(v: Tensor, like: Tensor) -> Tensor:
+    """Per-sample values (N,) shaped to multiply images."""
+    return v.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Ball(ABC):
+    """A norm ball around images x in the box [0, 1]."""
+
+    @abstractmethod
+    def distance(self, delta: Tensor) -> Tensor:
+        """Norm of each sample's perturbation: (N, C, H, W) -> (N,)."""
+
+    @abstractmethod
+    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
+        """A point within ``eps`` of ``x`` and inside [0, 1], close to ``z``."""
+
+    @abstractmethod
+    def direction(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """Ascent direction of unit norm at the iterate ``z``; zero where the gradient is zero."""
+
+    @abstractmethod
+    def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
+        """A random start within the ball, from numbers ``uniform`` in (0, 1) of the shape of ``x``."""
+
+
+class LinfBall(Ball):
+    """max |delta| <= eps; the projection is exact."""
+
+    def distance(self, delta: Tensor) -> Tensor:
+        return delta.abs().flatten(1).amax(1)
+
+    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
+        return torch.minimum(torch.maximum(z, (x - eps).clamp_min(0)), (x + eps).clamp_max(1))
+
+    def direction(self, gradient: Tensor, z: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
+        return self.project(x + eps * (2 * uniform - 1), x, eps)
+
+
+class L2Ball(Ball):
+    """||delta||_2 <= eps; scaled back and then clamped, which only brings the point closer to x."""
+
+    def distance(self, delta: Tensor) -> Tensor:
+        return delta.flatten(1).norm(dim=1)
+
+    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
+        delta = z - x
+        length = self.distance(delta).clamp_min(torch.finfo(z.dtype).tiny)
+        return (x + delta * _rows((eps / length).clamp_max(1), delta)).clamp(0, 1)
+
+    def direction(self, gradient: Tensor, z: Tensor) -> Tensor:
+        largest = _rows(gradient.abs().flatten(1).amax(1), gradient)  # keeps tiny gradients from underflowing
+        scaled = gradient / torch.where(largest > 0, largest, 1.0)
+        return scaled / _rows(self.distance(scaled), scaled).clamp_min(1e-12)
+
+    def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
+        return self.project(x + self.direction(2 * uniform - 1, x) * eps, x, eps)
+
+
+@dataclass(frozen=True)
+class L1Ball(Ball):
+    """||delta||_1 <= eps with the exact projection onto ball and box together (Croce & Hein 2021).
+
+    The ascent direction moves the ``sparsity`` share of pixels with the largest gradient among those that can
+    still move (Tramer & Boneh 2019, SLIDE).
+    """
+
+    sparsity: float = 0.05
+
+    def distance(self, delta: Tensor) -> Tensor:
+        return delta.abs().flatten(1).sum(1)
+
+    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
+        delta = (z - x).double()
+        x64 = x.double()
+        room = torch.where(delta > 0, 1 - x64, x64)  # how far each pixel may move in its direction
+        size = delta.abs()
+        low = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        high = size.flatten(1).amax(1)
+        # The projection shrinks every |delta_i| by the same amount and caps it; bisection finds the amount.
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_long = torch.minimum((size - _rows(middle, size)).clamp_min(0), room).flatten(1).sum(1) > eps
+            low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
+        inside = torch.minimum(size, room).flatten(1).sum(1) <= eps
+        shrink = _rows(torch.where(inside, 0.0, high), size)
+        length = torch.minimum((size - shrink).clamp_min(0), room)
+        return (x64 + delta.sign() * length).to(z.dtype).clamp(0, 1)
+
+    def direction(self, gradient: Tensor, z: Tensor) -> Tensor:
+        movable = ((gradient > 0) & (z < 1)) | ((gradient < 0) & (z > 0))
+        size = torch.where(movable, gradient.abs(), 0.0).flatten(1)
+        count = max(1, round(self.sparsity * size.shape[1]))
+        values, pixels = size.topk(count, dim=1)
+        chosen = torch.zeros_like(size).scatter(1, pixels, (values > 0).to(size.dtype))
+        unit = chosen / chosen.sum(1, keepdim=True).clamp_min(1)
+        return unit.reshape(gradient.shape) * gradient.sign()
+
+    def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
+        return self.project(x + eps * (2 * uniform - 1), x, eps)
+
+
+BALLS: dict[str, Ball] = {"Linf": LinfBall(), "L2": L2Ball(), "L1": L1Ball()}

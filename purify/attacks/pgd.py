@@ -1,0 +1,172 @@
+"""Projected gradient descent with expectation over transformation, through whatever gradient the model has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from purify.attacks.base import Attack, AttackResult, Keyed, check_budget, keyed
+from purify.attacks.norms import BALLS
+from purify.checks import choose
+from purify.noise import Noise
+
+
+def ce_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy per row, (R, K) and (R,) -> (R,)."""
+    return cross_entropy(logits, y, reduction="none")
+
+
+def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest other logit minus the label's (Carlini & Wagner 2017): positive where misclassified."""
+    own = one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -math.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce & Hein 2020, eq. 6); needs at least three classes."""
+    top = logits.topk(3, dim=1).values
+    return margin_loss(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
+
+# Relative step size at progress p in [0, 1); each has mean 1, so that all schedules walk equally far.
+STEP_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda p: 1.0,
+    "linear": lambda p: 2 * (1 - p),
+    "cosine": lambda p: 1 + math.cos(math.pi * p),
+}
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """PGD+EOT (Madry et al. 2018; Athalye et al. 2018), EOT draws batched together.
+
+    The gradient at an iterate is that of the mean loss over ``eot`` draws of the model's randomness. The iterate
+    with the largest mean loss, over all steps (the last included) and restarts, is returned. Everything is per
+    sample: batch-mates, their order and ``max_rows`` do not change a sample's result.
+
+    Args:
+        norm, eps: threat model and radius.
+        steps: gradient steps.
+        eot: draws per gradient.
+        restarts: runs from new random starts.
+        step_size: mean step length in the norm; default 2.5 eps / steps.
+        schedule: how the length changes over the run: one of ``STEP_SCHEDULES``.
+        random_start: start anywhere in the ball; otherwise the first run starts at the clean image
+            (Lee & Kim 2023).
+        loss: one of ``LOSSES``.
+        max_rows: images times draws that go through the model at once.
+    """
+
+    steps: int = 40
+    eot: int = 10
+    restarts: int = 1
+    step_size: float | None = None
+    schedule: str = "cosine"
+    random_start: bool = True
+    loss: str = "ce"
+    max_rows: int = 2048
+
+    name: ClassVar[str] = "pgd-eot"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.steps, self.eot, self.restarts)
+        choose(self.loss, LOSSES, "attack loss")
+        choose(self.schedule, STEP_SCHEDULES, "step-size schedule")
+
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        call = keyed(self.attacked(model), seed)
+        best = x.clone()
+        best_loss = torch.full((len(x),), -math.inf, device=x.device)
+        for restart in range(self.restarts):
+            for z, loss in self._iterates(call, x, y, ids, seed, restart):
+                better = loss > best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
+        return AttackResult(best, best_loss)
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        """The model that is differentiated; its forward values are those of ``model``."""
+        return model
+
+    def _iterates(
+        self, call: Keyed, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every iterate of one run with its estimated loss."""
+        ball = BALLS[self.norm]
+        z = self._start(x, ids, seed, restart)
+        length = 2.5 * self.eps / self.steps if self.step_size is None else self.step_size
+        for step in range(self.steps + 1):
+            first_draw = (restart * (self.steps + 1) + step) * self.eot
+            last = step == self.steps
+            loss, gradient = self._eot(call, z, y, ids, first_draw, with_gradient=not last)
+            yield z, loss
+            if gradient is not None:
+                size = length * STEP_SCHEDULES[self.schedule](step / self.steps)
+                z = ball.project(z + size * ball.direction(gradient, z), x, self.eps)
+
+    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
+        if restart == 0 and not self.random_start:
+            return x
+        uniform = Noise.keyed(seed, ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
+        return BALLS[self.norm].start(x, self.eps, uniform)
+
+    def _eot(
+        self, call: Keyed, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean loss (N,) over the draws and its gradient, ``max_rows`` rows at a time."""
+        n = len(z)
+        draws = torch.arange(first_draw, first_draw + self.eot, device=z.device).repeat(n)
+        rows = torch.arange(n, device=z.device).repeat_interleave(self.eot)
+        losses, gradients = [], []
+        for part in torch.arange(n * self.eot, device=z.device).split(self.max_rows):
+            r = rows[part]
+            with torch.set_grad_enabled(with_gradient):
+                images = z[r].requires_grad_(with_gradient)
+                loss = LOSSES[self.loss](call(images, ids[r], draws[part]), y[r])
+            losses.append(loss.detach())
+            if with_gradient:
+                gradients.append(torch.autograd.grad(loss.sum(), images)[0])
+        mean_loss = torch.cat(losses).reshape(n, self.eot).mean(1)
+        if not with_gradient:
+            return _finite(mean_loss, ids), None
+        gradient = torch.cat(gradients).unflatten(0, (n, self.eot)).mean(1)
+        return _finite(mean_loss, ids), _finite(gradient, ids)
+
+
+@dataclass(frozen=True)
+class BPDA(PGD):
+    """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""
+
+    name: ClassVar[str] = "bpda-eot"
+    engine: ClassVar[str] = "bpda"
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        with_gradient = getattr(model, "with_gradient", None)
+        return model if with_gradient is None else with_gradient(self.engine)
+
+
+@dataclass(frozen=True)
+class SurrogatePGD(BPDA):
+    """PGD+EOT on the gradient of a purifier with fewer steps (Lee & Kim 2023)."""
+
+    name: ClassVar[str] = "surrogate-eot"
+    engine: ClassVar[str] = "surrogate"
+
+
+def _finite(values: Tensor, ids: Tensor) -> Tensor:
+    bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
+    if bool(bad.any()):
+        raise ValueError(
+            f"The model gave a loss or gradient that is not finite for sample {int(ids[bad][0])}; "
+            "check its precision and its purifier."
+        )
+    return values
