@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, util
 from pathlib import Path
 from types import ModuleType
@@ -177,6 +177,9 @@ class AutoAttackRand(Attack):
             rows = rows[ids[rows].argsort()]
             images[rows] = self._run_group(model, x[rows], y[rows], derive_seed(seed, group))
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
+
+    def on_deterministic(self) -> Attack:
+        return replace(self, eot=1)
 
     def _run_group(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

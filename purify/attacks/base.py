@@ -40,6 +40,7 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
+    needs_purifier: ClassVar[bool] = False  # the attack is about a purifier's gradient and says nothing without one
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -72,6 +73,10 @@ class Attack(ABC):
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         """The attack itself, on checked input and under a seed of its own."""
+
+    def on_deterministic(self) -> Attack:
+        """The same attack on a model without randomness, where averaging over draws would be a waste."""
+        return self
 
     def budget(self) -> dict[str, Any]:
         """Plain data that states the attack and its budget in records and tables."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -97,6 +97,9 @@ class PGD(Attack):
         """The model that is differentiated; its forward values are those of ``model``."""
         return model
 
+    def on_deterministic(self) -> Attack:
+        return replace(self, eot=1)
+
     def _iterates(
         self, call: Keyed, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,6 +150,7 @@ class BPDA(PGD):
     """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""
 
     name: ClassVar[str] = "bpda-eot"
+    needs_purifier: ClassVar[bool] = True
     engine: ClassVar[str] = "bpda"
 
     def attacked(self, model: nn.Module) -> nn.Module:

@@ -20,10 +20,10 @@ class PatchUNet(nn.Module):
 
     def __init__(self, channels: int, size: int, patch: int, widths: list[int], layers: int = 1) -> None:
         super().__init__()
-        from diffusers import UNet2DModel
+        from diffusers.models.unets.unet_2d import UNet2DModel
 
         self.patch = patch
-        self.unet = UNet2DModel(  # type: ignore[operator]
+        self.unet = UNet2DModel(
             sample_size=size // patch,
             in_channels=channels * patch**2,
             out_channels=channels * patch**2,

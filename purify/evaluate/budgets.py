@@ -1,0 +1,40 @@
+"""Attack budgets by name: what `--preset` means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from purify.checks import choose
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps and EOT draws of the gradient attacks, samples attacked, purifications that judge each image."""
+
+    steps: int
+    eot: int
+    n_examples: int
+    judge_draws: int
+    autoattack_steps: int
+    autoattack_eot: int
+
+
+PRESETS: dict[str, Budget] = {
+    # The demo: enough to see the picture, too little to publish.
+    "quick": Budget(20, 4, 128, 10, 10, 4),
+    # What a 4-core CPU finishes in about 20 minutes on the embedded data.
+    "standard": Budget(40, 10, 256, 20, 20, 10),
+    # For a GPU: Lee & Kim 2023 and AutoAttack's rand.
+    "paper": Budget(200, 20, 512, 20, 100, 20),
+}
+
+# Data sets whose networks are dearer on a CPU.
+DEARER: dict[tuple[str, str], dict[str, int]] = {
+    ("quick", "fashion_mnist"): {"steps": 10, "n_examples": 64},
+    ("standard", "fashion_mnist"): {"steps": 20, "eot": 8, "n_examples": 128},
+}
+
+
+def budget(preset: str, dataset: str) -> Budget:
+    """The budget of a preset on a data set."""
+    return replace(choose(preset, PRESETS, "preset"), **DEARER.get((preset, dataset), {}))

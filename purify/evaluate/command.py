@@ -1,0 +1,283 @@
+"""The command line of ``benchmarks/run_autoattack.py``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import purify
+from purify import zoo
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand
+from purify.attacks.base import NORMS
+from purify.checks import check_count, choose
+from purify.data import DATASETS, load_dataset
+from purify.defended import AGGREGATES, DefendedClassifier
+from purify.evaluate import report
+from purify.evaluate.budgets import PRESETS, Budget, budget
+from purify.evaluate.models import fingerprint, load_classifier, load_score
+from purify.evaluate.records import RunFolder
+from purify.evaluate.runner import Defence, Samples, evaluate, results
+from purify.gradients import ENGINES, Surrogate
+from purify.presets import DIFFPURE_VARIANTS, PURIFIERS
+from purify.reverse import REVERSE_RULES
+
+EXAMPLES = """examples:
+  %(prog)s                                     the demo: digits, reduced budget
+  %(prog)s --preset standard                   the same with an attack worth quoting
+  %(prog)s --dataset fashion_mnist --t-star 0.15 --preset standard
+  %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
+  %(prog)s --dataset cifar10 --model Standard --score-model my.safetensors --preset paper --device cuda
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options, in groups."""
+    p = argparse.ArgumentParser(
+        prog="benchmarks/run_autoattack.py",
+        description="Attack a purified classifier through exact gradients and report what holds.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    g = p.add_argument_group("what is attacked")
+    g.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
+    g.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    g.add_argument("--model", help="zoo name, RobustBench name, or file.py:function (default: DATASET-standard)")
+    g.add_argument("--n-examples", type=int, help="test images to attack")
+    g = p.add_argument_group("defence")
+    g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
+    g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
+    g.add_argument("--t-star", type=float, default=0.15, help="noise level in (0, 1] (default: %(default)s)")
+    g.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
+    g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
+    g.add_argument("--variant", default="consistent", help=f"time convention: {', '.join(DIFFPURE_VARIANTS)}")
+    g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
+    g.add_argument("--aggregate", default="logits", help=f"how they are combined: {', '.join(AGGREGATES)}")
+    g = p.add_argument_group("threat and attack")
+    g.add_argument("--threat-model", default="Linf", help=f"one of {', '.join(NORMS)} (default: Linf)")
+    g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
+    g.add_argument("--attacks", default="pgd-eot", help=f"comma-separated: {', '.join(ATTACKS)} (default: pgd-eot)")
+    g.add_argument("--gradient", default="full", help=f"one of {', '.join(ENGINES)} (default: full, exact)")
+    g.add_argument("--memory-budget", type=int, help="bytes of step graphs to keep under full or checkpoint")
+    g.add_argument("--surrogate-steps", type=int, default=5, help="steps of the surrogate gradient (default: 5)")
+    g = p.add_argument_group("budget (a preset, or its parts)")
+    g.add_argument("--preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
+    g.add_argument("--attack-steps", type=int, help="gradient steps of every attack")
+    g.add_argument("--eot", type=int, help="draws per gradient of every attack")
+    g.add_argument("--restarts", type=int, default=1, help="random restarts of PGD (default: 1)")
+    g.add_argument("--judge-draws", type=int, help="fresh purifications that judge each image")
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
+    g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    g.add_argument("--batch-size", type=int, default=64, help="samples attacked at once (default: 64)")
+    g.add_argument("--threads", type=int, help="CPU threads for torch")
+    g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status. Bad input is one line on stderr and status 2."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Check everything, then attack, judge and report."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = check_device(args.device)
+    dataset = choose(args.dataset, DATASETS, "data set")
+    allowed = resolve_budget(args)
+    eps = args.eps if args.eps is not None else choose(args.threat_model, dataset.eps, "threat model")
+    attacks = build_attacks(args, allowed, eps)
+    check_count(args.batch_size, "batch size")
+    defences, bare, purifier = build_defences(args, allowed, attacks, device)
+    samples = load_samples(args, allowed.n_examples, device)
+    config = {
+        "dataset": args.dataset,
+        "n_examples": len(samples),
+        "seed": args.seed,
+        "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
+        "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
+    }
+    folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command))
+    print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
+    evaluate(folder, defences, samples, args.seed, args.batch_size)
+    show(folder, defences, samples, bare, purifier, args, allowed, command)
+    return 0
+
+
+def show(
+    folder: RunFolder,
+    defences: list[Defence],
+    samples: Samples,
+    bare: nn.Module,
+    purifier: nn.Module,
+    args: argparse.Namespace,
+    allowed: Budget,
+    command: str,
+) -> None:
+    """Print the table, write result.json and the picture."""
+    found = results(folder, defences, samples)
+    stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
+    report.write_result(folder.path / "result.json", found, defences, {"command": command, "budget": stated})
+    report.figure(folder.path / "samples.png", folder, defences[1], bare, purifier, samples)
+    print(f"\nAccuracy in %, mean over {allowed.judge_draws} fresh purifications per image, [95 % interval]")
+    print(report.table(found).to_string())
+    defended = {defences[1].name: found[defences[1].name]}
+    for criterion, text in (("any_of_r", "right in every one of them"), ("majority", "right by majority")):
+        print(f"\n{text}:\n{report.table(defended, criterion).to_string()}")
+    print(f"\nBudget: {', '.join(describe(a) for a in defences[1].attacks)} ({args.preset}).")
+    if args.preset == "quick":
+        print(
+            "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "
+            "paper before quoting any."
+        )
+    print(f"Wrote {folder.path / 'result.json'} and {folder.path / 'samples.png'}.")
+
+
+def describe(attack: Attack) -> str:
+    """An attack's name with its budget."""
+    parts = attack.budget()
+    return f"{attack.name} {parts['steps']} steps x EOT {parts['eot']}"
+
+
+def resolve_budget(args: argparse.Namespace) -> Budget:
+    """The preset for the data set, with the user's changes."""
+    asked = {
+        "steps": args.attack_steps,
+        "autoattack_steps": args.attack_steps,
+        "eot": args.eot,
+        "autoattack_eot": args.eot,
+        "n_examples": args.n_examples,
+        "judge_draws": args.judge_draws,
+    }
+    chosen = dataclasses.replace(
+        budget(args.preset, args.dataset), **{k: v for k, v in asked.items() if v is not None}
+    )
+    check_count(chosen.n_examples, "n-examples")
+    check_count(chosen.judge_draws, "judge draws")
+    return chosen
+
+
+def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
+    """The attacks named on the command line."""
+    attacks: list[Attack] = []
+    for name in args.attacks.split(","):
+        kind = choose(name.strip(), ATTACKS, "attack")
+        if issubclass(kind, PGD):
+            attacks.append(
+                kind(args.threat_model, eps, steps=allowed.steps, eot=allowed.eot, restarts=args.restarts)
+            )
+        else:
+            assert issubclass(kind, AutoAttackRand)
+            attacks.append(
+                kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)
+            )
+    return attacks
+
+
+def build_defences(
+    args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
+) -> tuple[list[Defence], nn.Module, nn.Module]:
+    """Undefended, purified, and the adversarially trained baseline where there is one; the bare model, the purifier."""
+    bare = load_classifier(args.model or f"{args.dataset}-standard", args.dataset, args.threat_model).to(device)
+    score_model = load_score(args.score_model or args.dataset).to(device)
+    preset = choose(args.purifier, PURIFIERS, "purifier")
+    engine = choose(args.gradient, ENGINES, "gradient engine")
+    options: dict[str, Any] = {"memory_budget": args.memory_budget} if args.memory_budget is not None else {}
+    if engine is Surrogate:
+        options = {"steps": args.surrogate_steps}
+    purifier = preset(
+        score_model, args.t_star, args.steps, args.reverse, {"kind": args.gradient, **options}, args.variant
+    )
+    model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
+    once = [a.on_deterministic() for a in attacks if not a.needs_purifier] or [PGD(attacks[0].norm, attacks[0].eps)]
+    defended = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    defences = [
+        Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}),
+        Defence(args.purifier, model, attacks, allowed.judge_draws, defended),
+    ]
+    baseline = f"{args.dataset}-at"
+    if baseline in zoo.names("classifier") and args.model is None:
+        trained = zoo.classifier(baseline).to(device)
+        defences.append(Defence("adversarial training", trained, once, 1, {"classifier": fingerprint(trained)}))
+    return defences, bare, purifier
+
+
+def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samples:
+    """The first ``n`` test images with their positions as ids."""
+    images, labels = load_dataset(args.dataset, "test", args.data_dir)
+    if n > len(images):
+        raise ValueError(f"{args.dataset} has {len(images)} test images; --n-examples {n} is too many.")
+    return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
+
+
+def check_device(name: str) -> torch.device:
+    """The device, or a ValueError if this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no GPU {name!r} here ({torch.cuda.device_count()} found); use --device cpu.")
+    return device
+
+
+def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:
+    """A folder below runs/ that only this configuration has."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / f"{args.dataset}-{args.purifier}-{args.preset}-{digest}"
+
+
+def environment(device: torch.device, command: str) -> dict[str, Any]:
+    """Versions, revision, device and command, for the manifest."""
+    names = ("torch", "torchvision", "numpy", "torchdiffeq", "diffusers", "robustbench", "pyautoattack", "autoattack")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "purify": purify.__version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout that runs, with ``+`` if it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+" if changed else "")

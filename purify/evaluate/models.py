@@ -1,0 +1,77 @@
+"""Models named on a command line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from torch import nn
+
+from purify import zoo
+from purify.compat import import_robustbench
+from purify.score import ScoreModel, weights_digest
+
+
+def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
+    """A classifier by zoo name, ``file.py:function``, or RobustBench name; in eval mode, weights frozen.
+
+    Raises:
+        ValueError: nothing of that name, or the file or function does not give a module.
+    """
+    if name in zoo.names("classifier"):
+        model = zoo.classifier(name)
+    elif ".py:" in name:
+        model = _from_file(name)
+    else:
+        model = _from_robustbench(name, dataset, threat_model)
+    return model.eval().requires_grad_(False)
+
+
+def load_score(name: str) -> ScoreModel:
+    """A score model by zoo name, or the path of a safetensors file that purify saved."""
+    if not name.endswith(".safetensors") and name not in zoo.names("score"):
+        raise ValueError(
+            f"There is no embedded score model {name!r} (known: {', '.join(zoo.names('score'))}); "
+            "pass --score-model with the path of a purify .safetensors file."
+        )
+    return zoo.score_model(name)
+
+
+def _from_file(name: str) -> nn.Module:
+    path, function = name.rsplit(":", 1)
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; --model takes file.py:function.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"{path} has no function {function!r}.")
+    model = getattr(module, function)()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
+    if dataset not in ("cifar10", "cifar100", "imagenet"):
+        raise ValueError(f"Unknown model {name!r} for {dataset}; known: {', '.join(zoo.names('classifier'))}.")
+    package = import_robustbench()
+    package_models = importlib.import_module("robustbench.model_zoo").model_dicts
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    known = package_models[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
+    if name not in known:
+        raise ValueError(f"RobustBench has no {dataset} {threat_model} model {name!r}; known: {', '.join(known)}.")
+    try:
+        return package.utils.load_model(name, dataset=dataset, threat_model=threat_model)
+    except Exception as error:
+        raise ValueError(
+            f"RobustBench's {name} could not be loaded ({error}); download its file into models/{dataset}/"
+            f"{threat_model}/{name}.pt."
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the weights."""
+    return weights_digest(model)

@@ -1,0 +1,120 @@
+"""What a run shows: a table, result.json and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from purify.evaluate.records import RunFolder, write_json
+from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def table(results: dict[str, dict[str, Any]], criterion: str = "mean") -> pd.DataFrame:
+    """Percentages with intervals: one row per defence, one column per stage, ``-`` where a stage was not run."""
+    stages = [s for s in dict.fromkeys(s for row in results.values() for s in row) if s != "worst case"]
+    rows = {
+        name: {s: str(row[s][criterion]) if s in row else "-" for s in [*stages, "worst case"]}
+        for name, row in results.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def write_result(
+    path: Path, results: dict[str, dict[str, Any]], defences: Sequence[Defence], context: dict[str, Any]
+) -> None:
+    """result.json: the accuracies with intervals, the budget of every attack, and ``context``."""
+    body = {
+        name: {stage: {k: asdict(e) for k, e in row.items()} for stage, row in stages.items()}
+        for name, stages in results.items()
+    }
+    budgets = {d.name: {stage_name(a): a.budget() for a in d.attacks} for d in defences}
+    write_json(path, {**context, "budgets": budgets, "results": body})
+
+
+@torch.no_grad()
+def figure(
+    path: Path, folder: RunFolder, defence: Defence, undefended: nn.Module, purifier: nn.Module, samples: Samples
+) -> None:
+    """PNG of up to eight samples: original, perturbation, adversarial and purified, each with its prediction.
+
+    Samples that are broken come first in the order of the data, mixed with held ones, so that both are seen.
+    """
+    attack = stage_name(defence.attacks[0])
+    chosen = _both_kinds(folder, defence, attack, samples, 8)
+    shown = samples[chosen]
+    adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])
+    adversarial = adversarial.to(shown.images)
+    purified = purifier(adversarial, sample_ids=shown.ids)
+    records = [folder.get(defence.name, attack, int(i)) for i in shown.ids]
+    votes = [np.bincount(r["predictions"]).argmax() for r in records]
+    share = [np.mean(np.array(r["predictions"]) == r["label"]) for r in records]
+    bare = undefended(adversarial).argmax(1).tolist()
+    first = undefended(shown.images).argmax(1).tolist()
+    scale = (adversarial - shown.images).abs().max().clamp_min(1e-12)
+    rows: list[tuple[str, Tensor, list[tuple[str, bool | None]]]] = [
+        ("original\nundefended says", shown.images, _said(first, shown.labels)),
+        (f"perturbation\nx {0.5 / float(scale):.2g}", 0.5 + 0.5 * (adversarial - shown.images) / scale, []),
+        ("adversarial\nundefended says", adversarial, _said(bare, shown.labels)),
+        (
+            "purified\ndefence says",
+            purified,
+            [
+                (f"{v}  ({100 * s:.0f}% right)", int(v) == int(y))
+                for v, s, y in zip(votes, share, shown.labels, strict=True)
+            ],
+        ),
+    ]
+    _draw(path, rows, f"{defence.name} under {attack}", shown.labels)
+
+
+def _both_kinds(folder: RunFolder, defence: Defence, attack: str, samples: Samples, count: int) -> Tensor:
+    """Rows of held and broken samples, alternating as far as they go."""
+    records = [folder.get(defence.name, attack, int(i)) for i in samples.ids]
+    share = np.array([np.mean(np.array(r["predictions"]) == r["label"]) for r in records])
+    held, broken = np.flatnonzero(share >= 0.5), np.flatnonzero(share < 0.5)
+    half = count // 2
+    n_held = min(len(held), max(half, count - len(broken)))
+    rows = np.sort(np.concatenate([held[:n_held], broken[: count - n_held]]))
+    return torch.from_numpy(rows)
+
+
+def _said(predictions: list[int], labels: Tensor) -> list[tuple[str, bool | None]]:
+    return [(str(p), p == int(y)) for p, y in zip(predictions, labels, strict=True)]
+
+
+def _draw(
+    path: Path, rows: list[tuple[str, Tensor, list[tuple[str, bool | None]]]], title: str, labels: Tensor
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    n = len(labels)
+    fig = Figure(figsize=(1.35 * n + 1.6, 1.65 * len(rows) + 0.7), dpi=120, layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(len(rows), n, squeeze=False)
+    for (name, images, captions), line in zip(rows, axes, strict=True):
+        for i, ax in enumerate(line):
+            image = images[i].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+            ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if captions:
+                text, right = captions[i]
+                ax.set_xlabel(text, color=RIGHT if right else WRONG, fontsize=9, weight="bold")
+        line[0].set_ylabel(name, fontsize=9)
+    for ax, y in zip(axes[0], labels.tolist(), strict=True):
+        ax.set_title(f"label {y}", fontsize=9)
+    fig.suptitle(f"{title}; green: right, red: wrong", fontsize=11)
+    fig.savefig(path)
+
+
+__all__ = ["CLEAN", "figure", "table", "write_result"]

@@ -1,0 +1,191 @@
+"""Attack defences sample by sample and judge the results on fresh purifications."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from purify.attacks.base import Attack, keyed
+from purify.attacks.norms import BALLS
+from purify.checks import check_count, check_images, check_labels
+from purify.evaluate.metrics import summarize, worst_case
+from purify.evaluate.records import RunFolder
+from purify.noise import derive_seed
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A model under test.
+
+    Attributes:
+        name: how records and tables call it.
+        model: images in [0, 1] to logits.
+        attacks: attacks to run on it.
+        draws: purifications R that judge each image; 1 for a deterministic model.
+        config: plain data that describes the model.
+    """
+
+    name: str
+    model: nn.Module
+    attacks: Sequence[Attack]
+    draws: int
+    config: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_count(self.draws, "judge draws")
+
+    def stages(self) -> list[Attack | None]:
+        """What is judged: the clean images (None), then each attack."""
+        return [None, *self.attacks]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, C, H, W), labels (N,) and their ids (N,) in the data set."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Samples:
+        return Samples(self.images[rows], self.labels[rows], self.ids[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def stage_name(attack: Attack | None) -> str:
+    """``clean``, or the attack's name."""
+    return CLEAN if attack is None else attack.name
+
+
+def evaluate(
+    folder: RunFolder,
+    defences: Sequence[Defence],
+    samples: Samples,
+    seed: int = 0,
+    batch_size: int = 128,
+    max_rows: int = 2048,
+    progress: bool = True,
+) -> None:
+    """Attack and judge what the folder does not hold yet, writing each sample as its batch finishes.
+
+    Args:
+        folder: where records go; finished (defence, attack, sample) triples are skipped.
+        defences: models with their attacks.
+        samples: what to attack.
+        seed: keys all randomness together with sample ids; attacks and judges use different seeds derived from it.
+        batch_size: samples attacked at once; does not change results.
+        max_rows: samples times draws judged at once; does not change results.
+
+    Raises:
+        ValueError: bad images or labels, before anything runs.
+    """
+    check_images(samples.images)
+    check_labels(samples.labels, len(samples))
+    check_count(batch_size, "batch size")
+    total = sum(len(d.stages()) for d in defences) * len(samples)
+    with tqdm(total=total, unit="sample", disable=not progress, mininterval=0.5) as bar:
+        for defence in defences:
+            for attack in defence.stages():
+                run = _Stage(folder, defence, attack, seed, max_rows)
+                run(samples, batch_size, bar)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One attack (or none) on one defence."""
+
+    folder: RunFolder
+    defence: Defence
+    attack: Attack | None
+    seed: int
+    max_rows: int
+
+    @property
+    def name(self) -> str:
+        return stage_name(self.attack)
+
+    def __call__(self, samples: Samples, batch_size: int, bar: tqdm) -> None:
+        done = torch.tensor([(self.defence.name, self.name, int(i)) in self.folder for i in samples.ids])
+        bar.set_description(f"{self.defence.name}, {self.name}")
+        bar.update(int(done.sum()))
+        right, judged = 0.0, 0
+        for rows in batches(samples.ids, done, batch_size, None if self.attack is None else self.attack.group_size):
+            for record in self._batch(samples[rows], ~done[rows]):
+                right += float(np.mean(np.array(record["predictions"]) == record["label"]))
+                judged += 1
+                bar.update(1)
+            bar.set_postfix(accuracy=f"{100 * right / max(judged, 1):.1f}%")
+
+    def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
+        start = time.perf_counter()
+        adversarial, loss = batch.images, torch.full((len(batch),), float("nan"))
+        if self.attack is not None:
+            attack_seed = derive_seed(self.seed, "attack")
+            result = self.attack(
+                self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed
+            )
+            adversarial, loss = result.images, result.loss
+        predictions = self.judge(adversarial, batch.ids)
+        seconds = (time.perf_counter() - start) / len(batch)
+        distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
+        for i in wanted.nonzero()[:, 0].tolist():
+            record = {
+                "defence": self.defence.name,
+                "attack": self.name,
+                "sample": int(batch.ids[i]),
+                "label": int(batch.labels[i]),
+                "predictions": predictions[i].tolist(),
+                **{n: values[i] for n, values in distances.items()},
+                "loss": None if torch.isnan(loss[i]) else float(loss[i]),
+                "seconds": round(seconds, 4),
+            }
+            image = None if self.attack is None else adversarial[i].cpu().numpy()
+            self.folder.append(record, image)
+            yield record
+
+    @torch.no_grad()
+    def judge(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Predictions (N, R) on draws that no attack has seen: their seed is the judges' own."""
+        call = keyed(self.defence.model, derive_seed(self.seed, "judge"))
+        n, draws = len(images), self.defence.draws
+        rows = torch.arange(n, device=images.device).repeat_interleave(draws)
+        draw = torch.arange(draws, device=images.device).repeat(n)
+        parts = zip(rows.split(self.max_rows), draw.split(self.max_rows), strict=True)
+        return torch.cat([call(images[r], ids.to(r.device)[r], d).argmax(1) for r, d in parts]).reshape(n, draws)
+
+
+def batches(ids: Tensor, done: Tensor, batch_size: int, group_size: int | None) -> Iterator[Tensor]:
+    """Row indices to run next: unfinished samples in batches, or whole groups of ids for group attacks."""
+    if group_size is None:
+        yield from (~done).nonzero()[:, 0].split(batch_size)
+        return
+    groups = ids // group_size
+    for group in groups[~done].unique():
+        yield (groups == group).nonzero()[:, 0]
+
+
+def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> dict[str, dict[str, Any]]:
+    """Accuracies per defence and stage, and the worst case per sample over all stages (a clean error counts)."""
+    labels = samples.labels.cpu().numpy()
+    table: dict[str, dict[str, Any]] = {}
+    for defence in defences:
+        found = {
+            stage_name(a): np.array(
+                [folder.get(defence.name, stage_name(a), int(i))["predictions"] for i in samples.ids]
+            )
+            for a in defence.stages()
+        }
+        table[defence.name] = {stage: summarize(p, labels) for stage, p in found.items()}
+        table[defence.name]["worst case"] = summarize(worst_case(list(found.values()), labels), labels)
+    return table
