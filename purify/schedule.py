@@ -131,7 +131,7 @@ class DiscreteVP(Schedule):
         t = t.double()
         k = self._interval(t)
         knots, slope = self._knots.to(t.device), self._slope.to(t.device)
-        return knots[k] + slope[k - 1] * (k / self.steps - t)
+        return knots[k] + slope[k - 1] * (k.double() / self.steps - t)
 
     def beta(self, t: Tensor) -> Tensor:
         t = t.double()

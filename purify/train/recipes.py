@@ -27,12 +27,12 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         "score",
         "digits",
-        {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 2, "widths": [32], "layers": 1},
+        {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1},
         EpsLoss(),
-        Hyper(steps=30_000, batch_size=128, lr=2e-3, ema=0.9995),
+        Hyper(steps=20_000, batch_size=128, lr=2e-3, ema=0.9995),
     ),
     "digits-standard": Recipe(
-        "classifier", "digits", DIGITS_CNN, CrossEntropy(), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
+        "classifier", "digits", DIGITS_CNN, CrossEntropy(shift=1), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
     ),
     "digits-at": Recipe(
         "classifier",

@@ -1,0 +1,104 @@
+"""Small models with known answers, shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from purify import ContinuousVP, ScoreModel
+
+DATA = Path(__file__).parent / "data"
+
+
+class SmoothNet(nn.Module):
+    """A small smooth random network that sees the time; its float64 copy is the same function."""
+
+    def __init__(self, channels: int = 1, out_channels: int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first = nn.Conv2d(channels, 8, 3, padding=1)
+            self.time = nn.Linear(1, 8)
+            self.last = nn.Conv2d(8, out_channels or channels, 3, padding=1)
+
+    def forward(self, u: Tensor, labels: Tensor) -> Tensor:
+        hidden = self.first(u) + self.time(labels[:, None] / 1000)[:, :, None, None]
+        return self.last(torch.tanh(hidden))
+
+
+class GaussianEps(nn.Module):
+    """eps of the exact score of data N(mean, covariance) under a VP schedule: labels are 1000 t."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        self.mean, self.covariance = mean.double(), covariance.double()
+        self.schedule = ContinuousVP()
+
+    def forward(self, u: Tensor, labels: Tensor) -> Tensor:
+        t = labels.double() / 1000
+        alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
+        d = len(self.mean)
+        total = alpha[..., None] ** 2 * self.covariance + sigma[..., None] ** 2 * torch.eye(d, dtype=torch.float64)
+        residual = u.flatten(1).double() - alpha * self.mean
+        return (sigma * torch.linalg.solve(total, residual)).reshape(u.shape).to(u.dtype)
+
+
+class MixtureEps(nn.Module):
+    """eps of the exact score of a mixture of isotropic Gaussians."""
+
+    def __init__(self, means: Tensor, std: float, weights: Tensor) -> None:
+        super().__init__()
+        self.means, self.std, self.weights = means.double(), std, weights.double()
+        self.schedule = ContinuousVP()
+
+    def responsibilities(self, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p(component | u_t) (N, K), residuals to the component means (N, K, d), variances (N,)."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        variance = alpha**2 * self.std**2 + sigma**2
+        residual = u.flatten(1).double()[:, None] - alpha[:, None, None] * self.means
+        log_p = self.weights.log() - 0.5 * residual.square().sum(-1) / variance[:, None]
+        return log_p.softmax(1), residual, variance
+
+    def forward(self, u: Tensor, labels: Tensor) -> Tensor:
+        t = labels.double() / 1000
+        share, residual, variance = self.responsibilities(u, t)
+        score = -(share[..., None] * residual).sum(1) / variance[:, None]
+        return (-self.schedule.sigma(t)[:, None] * score).reshape(u.shape).to(u.dtype)
+
+
+def smooth_model(dtype: torch.dtype = torch.float32, channels: int = 1, size: int = 4) -> ScoreModel:
+    """An eps-prediction ScoreModel around :class:`SmoothNet`."""
+    return ScoreModel(SmoothNet(channels), ContinuousVP(), image_shape=(channels, size, size)).to(dtype)
+
+
+class TinyClassifier(nn.Module):
+    """A smooth random classifier of 4x4 images, in eval mode."""
+
+    def __init__(self, classes: int = 5, channels: int = 1, size: int = 4) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.layers = nn.Sequential(
+                nn.Flatten(), nn.Linear(channels * size**2, 16), nn.Tanh(), nn.Linear(16, classes)
+            )
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.fixture(scope="session")
+def tables() -> dict[str, np.ndarray]:
+    """Tables made with the original programs (tests/data/schedules.npz)."""
+    with np.load(DATA / "schedules.npz") as f:
+        return dict(f)
+
+
+@pytest.fixture()
+def images() -> Tensor:
+    """Seven 4x4 images away from the edges of [0, 1]."""
+    return 0.2 + 0.6 * torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,90 @@
+"""ScoreModel: every parametrisation of one and the same denoiser gives the same answers."""
+
+import pytest
+import torch
+from conftest import GaussianEps, SmoothNet
+from torch import nn
+
+from purify import ContinuousVP, DiscreteVP, ScoreModel
+
+MEAN = torch.tensor([0.2, -0.1, 0.4, 0.0])
+COVARIANCE = 0.1 * torch.eye(4) + 0.05
+
+
+class As(nn.Module):
+    """The exact Gaussian model in another parametrisation."""
+
+    def __init__(self, prediction: str) -> None:
+        super().__init__()
+        self.eps, self.prediction, self.schedule = GaussianEps(MEAN, COVARIANCE), prediction, ContinuousVP()
+
+    def forward(self, u, labels):
+        eps = self.eps(u, labels)
+        t = labels.double() / 1000
+        alpha, sigma = (c.reshape(-1, 1, 1, 1) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        x0 = (u - sigma * eps) / alpha
+        return {
+            "eps": eps,
+            "score": -eps / sigma,
+            "x0": x0,
+            "v": alpha * eps - sigma * x0,
+            "learned_variance": torch.cat([eps, torch.full_like(eps, 0.3)], 1),
+        }[self.prediction]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score", "x0", "v", "learned_variance"])
+def test_parametrisations_agree_with_the_analytic_posterior(prediction):
+    model = ScoreModel(As(prediction), ContinuousVP(), prediction)
+    u = torch.randn(6, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.01, 0.9, 6, dtype=torch.float64)
+    for i in range(6):
+        alpha, sigma = model.schedule.alpha(t[i]), model.schedule.sigma(t[i])
+        total = alpha**2 * COVARIANCE.double() + sigma**2 * torch.eye(4)
+        gain = alpha * COVARIANCE.double() @ torch.linalg.inv(total)
+        residual = u[i].flatten() - alpha * MEAN.double()
+        torch.testing.assert_close(model.denoise(u, t)[i].flatten(), MEAN.double() + gain @ residual)
+        torch.testing.assert_close(model.score(u, t)[i].flatten(), -torch.linalg.inv(total) @ residual)
+    torch.testing.assert_close(model.eps(u, t), -model.score(u, t) * model.schedule.sigma(t).reshape(-1, 1, 1, 1))
+
+
+def test_learned_variance_is_kept_and_its_channels_are_checked():
+    model = ScoreModel(As("learned_variance"), ContinuousVP(), "learned_variance")
+    assert (model.predict(torch.zeros(1, 1, 2, 2), torch.tensor([0.5])).variance == 0.3).all()
+    narrow = ScoreModel(SmoothNet(), ContinuousVP(), "learned_variance")
+    with pytest.raises(ValueError, match="returns 2 channels"):
+        narrow.eps(torch.zeros(1, 1, 4, 4), torch.tensor([0.5]))
+
+
+def test_labels_of_a_discrete_model_are_exactly_k_minus_1():
+    model = ScoreModel(SmoothNet(), DiscreteVP.linear(1000), time_scale=1000, time_offset=1)
+    for k in range(1, 1001):
+        t_star = torch.tensor([k / 1000], dtype=torch.float64)
+        times = torch.cat([t_star * ((k - j) / k) for j in range(k)])
+        assert torch.equal(model.labels(times), torch.arange(k - 1, -1, -1).double()), k
+
+
+def test_diffusers_outputs_are_unwrapped():
+    class Output:
+        def __init__(self, sample):
+            self.sample = sample
+
+    class Wrapped(SmoothNet):
+        def forward(self, u, labels):
+            return Output(super().forward(u, labels))
+
+    u, t = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 0.2], dtype=torch.float64)
+    plain = ScoreModel(SmoothNet(), ContinuousVP()).eps(u, t)
+    assert torch.equal(ScoreModel(Wrapped(), ContinuousVP()).eps(u, t), plain)
+
+
+def test_fingerprint_sees_weights_and_config():
+    base = ScoreModel(SmoothNet(seed=0), ContinuousVP()).fingerprint()
+    assert ScoreModel(SmoothNet(seed=0), ContinuousVP()).fingerprint() == base
+    assert ScoreModel(SmoothNet(seed=1), ContinuousVP()).fingerprint() != base
+    assert ScoreModel(SmoothNet(seed=0), ContinuousVP(0.2)).fingerprint() != base
+    assert ScoreModel(SmoothNet(seed=0), ContinuousVP(), "v").fingerprint() != base
+
+
+def test_unknown_prediction():
+    with pytest.raises(ValueError, match="Unknown prediction 'noise'; known: eps, learned_variance, score, v, x0"):
+        ScoreModel(SmoothNet(), ContinuousVP(), "noise")
