@@ -155,7 +155,8 @@ class ProbabilityFlow(ReverseRule):
 
     Args:
         solver: one of ``ODE_SOLVERS``. Fixed-step solvers take one step per reverse step; adaptive ones choose
-            their steps for the whole batch, so only the former give results independent of batch-mates.
+            their steps for the whole batch and by the image, so only the former give results independent of
+            batch-mates, and gradients exact beyond the solver's tolerance.
         rtol, atol: tolerances of the adaptive solvers.
         t_min: the field is evaluated at max(t, t_min), because the score diverges at t = 0, where solvers with
             inner stages would ask for it.

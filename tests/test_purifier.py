@@ -1,0 +1,184 @@
+"""Purifier and DefendedClassifier: keyed results, configs, votes, and clear errors before any network call."""
+
+import json
+
+import pytest
+import torch
+from conftest import SmoothNet, TinyClassifier, smooth_model
+from torch.nn.functional import one_hot
+
+from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure
+from purify.gradients import BPDA
+from purify.levels import Constant
+from purify.reverse import DDIM
+
+IDS = torch.arange(64)
+
+
+@pytest.fixture()
+def many():
+    return torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("reverse", ["sde", "ddpm", "ddim", "ode"])
+def test_results_do_not_depend_on_the_batch(many, reverse):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 5, reverse))
+    whole = model.purifier(many, sample_ids=IDS, draw=3, seed=9)
+    logits = model(many, sample_ids=IDS, draw=3, seed=9)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    for size in (1, 7, 64):
+        parts = [model.purifier(many[i], sample_ids=i, draw=3, seed=9) for i in order.split(size)]
+        torch.testing.assert_close(torch.cat(parts), whole[order], rtol=0, atol=1e-5)
+        answers = torch.cat([model(many[i], sample_ids=i, draw=3, seed=9).argmax(1) for i in order.split(size)])
+        assert torch.equal(answers, logits.argmax(1)[order])
+
+
+def test_draws_and_seeds_differ_and_can_be_mixed_in_a_batch(many):
+    purifier = diffpure(smooth_model(), 0.3, 5)
+    x = many[:2].repeat_interleave(2, 0)
+    mixed = purifier(x, sample_ids=[0, 0, 1, 1], draw=torch.tensor([0, 1, 0, 1]))
+    assert torch.equal(mixed[::2], purifier(many[:2], sample_ids=[0, 1], draw=0))
+    assert torch.equal(mixed[1::2], purifier(many[:2], sample_ids=[0, 1], draw=1))
+    assert not torch.allclose(mixed[0], mixed[1])
+    assert not torch.allclose(purifier(many[:2], sample_ids=[0, 1], seed=1), mixed[::2])
+
+
+def test_fresh_noise_differs_at_each_call_and_follows_the_global_seed(many):
+    purifier = diffpure(smooth_model(), 0.3, 5)
+    torch.manual_seed(0)
+    first, second = purifier(many), purifier(many)
+    assert not torch.allclose(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(purifier(many), first)
+
+
+def test_output_is_clamped_only_if_asked(many):
+    loose = Purifier(smooth_model(), 0.5, "sde", 5, clip=False)(many, sample_ids=IDS)
+    tight = Purifier(smooth_model(), 0.5, "sde", 5)(many, sample_ids=IDS)
+    assert loose.min() < 0
+    assert torch.equal(loose.clamp(0, 1), tight)
+
+
+@pytest.mark.parametrize(
+    "purifier",
+    [
+        diffpure(smooth_model(), 0.1, 10),
+        diffpure(smooth_model(), 0.1, 100, variant="published"),
+        Purifier(smooth_model(), Constant(0.2), DDIM(0.3), 7, t_end=0.01, gradient=BPDA(), clip=False),
+        Purifier(smooth_model(), 0.2, {"kind": "ode", "solver": "rk4"}, 3),
+    ],
+)
+def test_config_round_trip(purifier, many):
+    config = json.loads(json.dumps(purifier.config()))
+    again = Purifier.from_config(config, smooth_model())
+    assert again.config() == purifier.config()
+    assert torch.equal(again(many, sample_ids=IDS), purifier(many, sample_ids=IDS))
+
+
+def test_network_calls_are_as_announced(many):
+    for reverse, steps in (("sde", 6), ({"kind": "ode", "solver": "rk4"}, 3), ("one-shot", 1)):
+        purifier = diffpure(smooth_model(), 0.2, steps, reverse)
+        calls = []
+        purifier.score_model.network.register_forward_pre_hook(lambda m, a, calls=calls: calls.append(len(a[0])))
+        purifier(many, sample_ids=IDS)
+        assert sum(calls) == purifier.network_calls * 64
+    assert diffpure(smooth_model(), 0.2, 1, {"kind": "ode", "solver": "dopri5"}).network_calls is None
+
+
+def draws_by_hand(model, x, m, draw):
+    """Logits (N, m, K) of the purifications that a draw of a DefendedClassifier stands for."""
+    logits = [model.classifier(model.purifier(x, sample_ids=IDS, draw=draw * m + k)) for k in range(m)]
+    return torch.stack(logits, 1)
+
+
+def test_mean_logits_and_votes_against_a_loop(many):
+    purifier = diffpure(smooth_model(), 0.4, 4)
+    for aggregate in ("logits", "votes"):
+        model = DefendedClassifier(TinyClassifier(), purifier, purifications=5, aggregate=aggregate)
+        logits = draws_by_hand(model, many, 5, draw=2)
+        expected = logits.mean(1)
+        if aggregate == "votes":
+            expected = one_hot(logits.argmax(-1), 5).float().mean(1)
+            assert ((expected > 0) & (expected < 1)).any()  # purifications disagree somewhere
+        torch.testing.assert_close(model(many, sample_ids=IDS, draw=2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_votes_have_the_gradient_of_the_mean_softmax(many):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.4, 4), 3, "votes")
+    x = many.clone().requires_grad_()
+    weight = torch.randn(64, 5)
+    (g,) = torch.autograd.grad((model(x, sample_ids=IDS) * weight).sum(), x)
+    y = many.clone().requires_grad_()
+    soft = draws_by_hand(model, y, 3, 0).softmax(-1).mean(1)
+    torch.testing.assert_close(g, torch.autograd.grad((soft * weight).sum(), y)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_are_frozen_and_shared_between_engines(many):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.4, 4))
+    assert not any(p.requires_grad for p in model.parameters())
+    twin = model.with_gradient("bpda")
+    assert twin.purifier.engine == BPDA()
+    assert model.purifier.engine != BPDA()
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
+    assert torch.equal(twin(many, sample_ids=IDS), model(many, sample_ids=IDS))
+
+
+class Untouchable(SmoothNet):
+    def forward(self, u, labels):
+        raise AssertionError("the network ran before the input was checked")
+
+
+GOOD = torch.rand(2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (GOOD * 3, r"lie in \[0, 1\]"),
+        (GOOD - 0.5, r"lie in \[0, 1\]"),
+        ((GOOD * 255).to(torch.uint8), "floating point"),
+        (GOOD.clone().fill_(float("nan")), "NaN"),
+        (GOOD.repeat(1, 3, 1, 1), r"shape \(1, 4, 4\)"),
+        (torch.rand(2, 1, 8, 8), r"shape \(1, 4, 4\)"),
+        (GOOD[0], r"\(N, C, H, W\)"),
+        (GOOD.numpy(), "torch tensor"),
+    ],
+)
+@pytest.mark.parametrize("purifications", [1, 2])
+def test_bad_images(x, message, purifications):
+    score = ScoreModel(Untouchable(), ContinuousVP(), image_shape=(1, 4, 4))
+    model = DefendedClassifier(TinyClassifier(), diffpure(score), purifications)
+    with pytest.raises(ValueError, match=message):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: diffpure(smooth_model(), 0.0), r"t_star must lie in \(0, 1\]"),
+        (lambda: diffpure(smooth_model(), 1.1), r"t_star must lie in \(0, 1\]"),
+        (lambda: diffpure(smooth_model(), 0.1, 0), "steps must be a whole number"),
+        (lambda: diffpure(smooth_model(), 0.1, 2.5), "steps must be a whole number"),
+        (lambda: diffpure(smooth_model(), reverse="heun"), "Unknown reverse rule 'heun'; known: ddim, ddpm, ode"),
+        (lambda: diffpure(smooth_model(), variant="mine"), "Unknown DiffPure variant"),
+        (lambda: diffpure(smooth_model(), reverse="one-shot"), "steps=1"),
+        (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "larger than t_end"),
+        (lambda: Purifier(smooth_model(), 0.1, t_end=1.0), "t_end must lie"),
+        (lambda: Purifier(smooth_model(), None), "is not a noise level"),
+        (lambda: DefendedClassifier(TinyClassifier().train(), diffpure(smooth_model())), "train mode"),
+        (lambda: DefendedClassifier(TinyClassifier(), diffpure(smooth_model()), 0), "purifications must be"),
+        (lambda: DefendedClassifier(TinyClassifier(), diffpure(smooth_model()), 1, "max"), "known: logits, votes"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_bad_keys_and_a_classifier_put_back_into_train_mode():
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model()))
+    with pytest.raises(ValueError, match="give one per image"):
+        model(GOOD, sample_ids=[1])
+    model.train()
+    with pytest.raises(ValueError, match="train mode"):
+        model(GOOD)
