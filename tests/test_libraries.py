@@ -1,0 +1,142 @@
+"""Attack libraries and RobustBench take our models as they are."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import TinyClassifier, smooth_model
+
+from purify import DefendedClassifier, diffpure
+from purify.attacks import AutoAttack, AutoAttackRand
+from purify.attacks import autoattack as adapter
+
+
+@pytest.fixture()
+def model():
+    return DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.1, 3, "ddpm"))
+
+
+@pytest.fixture()
+def y(model, images):
+    return torch.stack([model(images, sample_ids=range(7), draw=k) for k in range(9)]).mean(0).argmax(1)
+
+
+@pytest.mark.parametrize("name", ["EOTPGD", "APGD", "Square"])
+def test_torchattacks(name, model, images, y):
+    import torchattacks
+
+    torch.manual_seed(0)
+    make = {
+        "EOTPGD": lambda: torchattacks.EOTPGD(model, eps=0.3, alpha=0.08, steps=8, eot_iter=3),
+        "APGD": lambda: torchattacks.APGD(model, eps=0.3, steps=8, eot_iter=2),
+        "Square": lambda: torchattacks.Square(model, eps=0.3, n_queries=200),
+    }[name]
+    adversarial = make()(images, y)
+    assert (adversarial - images).abs().max() <= 0.3 + 1e-5
+    accuracy = torch.stack([model(adversarial, sample_ids=range(7), draw=k).argmax(1) == y for k in range(9)])
+    assert accuracy.float().mean() < (0.9 if name == "Square" else 0.7)
+    model(images)  # still usable: the library put modes back
+
+
+def test_robustbench_imports_on_a_plain_install():
+    """In a fresh process, after `import purify`, without the original autoattack."""
+    code = (
+        "import purify, robustbench, autoattack; from autoattack.state import EvaluationState;"
+        "from robustbench.eval import benchmark; print(autoattack.AutoAttack.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    expected = "autoattack.autoattack" if adapter.is_original_installed() else "purify.attacks.autoattack"
+    assert done.stdout.strip() == expected
+
+
+def test_robustbench_benchmark_takes_a_defended_classifier(monkeypatch, images):
+    """Its own code path, with our small data in place of CIFAR-10 (which cannot be downloaded here)."""
+    from purify.compat import import_robustbench
+
+    import_robustbench()
+    import robustbench.eval
+
+    classifier = TinyClassifier(channels=1)
+    y = classifier(images).argmax(1)
+    monkeypatch.setattr(robustbench.eval, "load_clean_dataset", lambda *a, **k: (images, y))
+    original = robustbench.eval.AutoAttack
+
+    def rand(*args, **kwargs):
+        attack = original(*args, **{**kwargs, "version": "rand"})
+        attack.apgd.n_iter, attack.apgd.eot_iter = 5, 2
+        return attack
+
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", rand)
+    model = DefendedClassifier(classifier, diffpure(smooth_model(), 0.05, 2, "ddpm"))
+    clean, robust = robustbench.eval.benchmark(model, n_examples=7, dataset="cifar10", threat_model="Linf", eps=0.3)
+    assert 0 <= robust <= clean <= 1
+
+
+def test_adapter_equals_its_backend(images):
+    """The same seed gives the same adversarial images as calling the package directly."""
+    model = TinyClassifier().requires_grad_(False)
+    y = model(images).argmax(1)
+    ours = AutoAttack(model, "Linf", 0.2, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce", "square"])
+    ours.apgd.n_iter, ours.square.n_queries = 5, 20
+    package = adapter.backend()
+    if package.__name__ != "pyautoattack":
+        pytest.skip("the original autoattack is installed: nothing is adapted")
+    direct = package.AutoAttack(model, norm="Linf", eps=0.2, seed=0, version="custom", attacks=["apgd-ce", "square"])
+    direct.apgd.n_iter, direct.square.n_queries = 5, 20
+    expected, labels = direct.run_standard_evaluation(images, y, batch_size=4)
+    got, got_labels = ours.run_standard_evaluation(images, y, bs=4, return_labels=True)
+    assert torch.equal(got, expected)
+    assert torch.equal(got_labels, labels)
+    assert ours.attacks_to_run == ["apgd-ce", "square"]
+    individual = ours.run_standard_evaluation_individual(images, y, bs=4)
+    assert set(individual) == {"apgd-ce", "square"}
+
+
+def test_adapter_writes_its_log(tmp_path, images):
+    model = TinyClassifier().requires_grad_(False)
+    attack = AutoAttack(
+        model, eps=0.2, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce"], log_path=tmp_path / "log"
+    )
+    attack.apgd.n_iter = 2
+    attack.run_standard_evaluation(images, model(images).argmax(1))
+    assert "apgd-ce" in (tmp_path / "log").read_text()
+
+
+def test_the_original_package_is_preferred(monkeypatch):
+    fake = types.ModuleType("autoattack")
+    fake.__spec__ = types.SimpleNamespace(origin="elsewhere", name="autoattack")
+    calls = {}
+
+    class Original:
+        def __init__(self, model, **kwargs):
+            calls["init"] = kwargs
+
+        def run_standard_evaluation(self, x, y, bs, return_labels):
+            calls["run"] = (bs, return_labels)
+            return x, y
+
+    fake.AutoAttack = Original
+    monkeypatch.setitem(sys.modules, "autoattack", fake)
+    x, y = torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64)
+    AutoAttack(TinyClassifier(), eps=0.1, log_path="somewhere").run_standard_evaluation(x, y, bs=3)
+    assert calls["init"]["log_path"] == "somewhere"
+    assert calls["run"] == (3, True)
+
+
+def test_autoattack_rand_in_fixed_groups_does_not_depend_on_the_order(model):
+    g = torch.Generator().manual_seed(0)
+    images = 0.2 + 0.6 * torch.rand(40, 1, 4, 4, generator=g)
+    y = torch.stack([model(images, sample_ids=range(40), draw=k) for k in range(9)]).mean(0).argmax(1)
+    attack = AutoAttackRand("Linf", 0.2, steps=4, eot=2)
+    state = torch.get_rng_state()
+    whole = attack(model, images, y).images
+    assert torch.equal(state, torch.get_rng_state())
+    order = torch.cat([torch.arange(32, 40), torch.randperm(32, generator=g)])
+    again = attack(model, images[order], y[order], sample_ids=order).images
+    torch.testing.assert_close(again, whole[order], rtol=0, atol=2e-5)
+    second_group = attack(model, images[32:], y[32:], sample_ids=torch.arange(32, 40)).images
+    torch.testing.assert_close(second_group, whole[32:], rtol=0, atol=2e-5)
+    assert (whole - images).abs().max() <= 0.2 + 1e-5
+    assert (whole != images).any()
