@@ -98,7 +98,7 @@ def tables() -> dict[str, np.ndarray]:
         return dict(f)
 
 
-@pytest.fixture()
+@pytest.fixture
 def images() -> Tensor:
     """Seven 4x4 images away from the edges of [0, 1]."""
     return 0.2 + 0.6 * torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(5))

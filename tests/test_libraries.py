@@ -13,12 +13,12 @@ from purify.attacks import AutoAttack, AutoAttackRand
 from purify.attacks import autoattack as adapter
 
 
-@pytest.fixture()
+@pytest.fixture
 def model():
     return DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.1, 3, "ddpm"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def y(model, images):
     return torch.stack([model(images, sample_ids=range(7), draw=k) for k in range(9)]).mean(0).argmax(1)
 

@@ -15,7 +15,7 @@ from purify.reverse import DDIM
 IDS = torch.arange(64)
 
 
-@pytest.fixture()
+@pytest.fixture
 def many():
     return torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 

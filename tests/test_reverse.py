@@ -1,6 +1,7 @@
 """Reverse rules against the original programs' steps, analytic posteriors, and convergence orders."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_error_falls_with_the_step(rule):
     for steps in (50, 100, 200, 400):
         mean, variance = chain_moments(rule, steps, t_star)
         errors.append((abs(mean - exact_mean), abs(variance - exact_variance)))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         for a, b in zip(coarse, fine, strict=True):
             # first order: halving the step halves the error (DDPM's mean is exact on Gaussian data)
             assert b < max(0.62 * a, 1e-7)
@@ -215,7 +216,7 @@ def test_ode_converges_with_its_solvers_order(solver, order):
             a, b = (t0 + (t1 - t0) * k / steps for k in (j, j + 1))
             v = ProbabilityFlow(solver)(model, v, a, b, None)
         errors.append((v.flatten() - exact).norm().item())
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) > order - 0.35
 
 
@@ -254,6 +255,6 @@ def test_bad_parameters(make, message):
 
 
 def test_learned_variance_needs_a_network_that_learns_it():
+    t = torch.tensor([0.5], dtype=torch.float64)
     with pytest.raises(ValueError, match="learned_variance"):
-        t = torch.tensor([0.5], dtype=torch.float64)
         Ancestral("learned")(smooth_model(), torch.zeros(1, 1, 4, 4), t, t / 2, torch.zeros(1, 1, 4, 4))

@@ -168,7 +168,8 @@ class _Stage:
 def batches(ids: Tensor, done: Tensor, batch_size: int, group_size: int | None) -> Iterator[Tensor]:
     """Row indices to run next: unfinished samples in batches, or whole groups of ids for group attacks."""
     if group_size is None:
-        yield from (~done).nonzero()[:, 0].split(batch_size)
+        if not bool(done.all()):
+            yield from (~done).nonzero()[:, 0].split(batch_size)
         return
     groups = ids // group_size
     for group in groups[~done].unique():

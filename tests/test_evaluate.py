@@ -1,0 +1,317 @@
+"""Metrics by hand and by simulation; records that survive kills, damage and full disks; the runner; the command."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyClassifier, smooth_model
+from scipy import stats
+
+from purify import DefendedClassifier, diffpure
+from purify.attacks import PGD, AutoAttackRand
+from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
+from purify.evaluate.command import main
+from purify.evaluate.metrics import any_of_accuracy, majority_accuracy, mean_accuracy, wilson, worst_case
+from purify.evaluate.records import differences
+from purify.evaluate.runner import batches
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_by_its_formula():
+    k, n, z = 7, 20, stats.norm.ppf(0.975)
+    centre = (k + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * np.sqrt(k * (n - k) / n + z**2 / 4)
+    estimate = wilson(k, n)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((k / n, centre - half, centre + half))
+
+
+def test_three_accuracies_by_hand():
+    labels = np.array([1, 0, 2])
+    predictions = np.array([[1, 1, 1, 1], [0, 0, 0, 3], [2, 2, 1, 1]])
+    correct = predictions == labels[:, None]
+    assert mean_accuracy(correct).value == pytest.approx((4 + 3 + 2) / 12)
+    assert any_of_accuracy(correct).value == pytest.approx(1 / 3)
+    assert majority_accuracy(predictions, labels).value == pytest.approx(2 / 3)  # a tie goes to the smaller class
+
+
+def test_bootstrap_interval_covers_the_truth():
+    """95 % intervals of a Beta-Binomial accuracy cover its mean in about 95 % of 200 simulations."""
+    g = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        p = g.beta(2, 1, size=60)
+        estimate = mean_accuracy(g.random((60, 10)) < p[:, None])
+        hits += estimate.low <= 2 / 3 <= estimate.high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_one_draw_falls_back_to_wilson():
+    correct = np.array([[True]] * 8 + [[False]] * 2)
+    assert mean_accuracy(correct) == wilson(8, 10)
+
+
+def test_worst_case_takes_the_worst_attack_of_each_sample():
+    labels = np.array([0, 1])
+    a, b = np.array([[0, 0], [1, 2]]), np.array([[0, 3], [1, 1]])
+    assert worst_case([a, b], labels).tolist() == [[0, 3], [1, 2]]
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+CONFIG = {"attack": {"eps": 0.1, "steps": 3}, "seed": 0}
+
+
+def record(sample, **changes):
+    return {"defence": "d", "attack": "clean", "sample": sample, "label": 1, "predictions": [1, 1], **changes}
+
+
+def test_records_come_back(tmp_path):
+    folder = RunFolder(tmp_path / "run", CONFIG, {})
+    folder.append(record(3, attack="pgd"), np.ones((1, 2, 2), np.float32))
+    again = RunFolder(tmp_path / "run", CONFIG, {"other": "environment"})
+    assert ("d", "pgd", 3) in again
+    assert ("d", "pgd", 4) not in again
+    assert again.get("d", "pgd", 3) == record(3, attack="pgd")
+    assert (again.image("d", "pgd", 3) == 1).all()
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path):
+    folder = RunFolder(tmp_path / "run", CONFIG, {})
+    for i in range(3):
+        folder.append(record(i))
+    path = tmp_path / "run" / "records.jsonl"
+    whole = path.read_bytes()
+    second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
+    for cut in range(second, len(whole)):
+        path.write_bytes(whole[:cut])
+        again = RunFolder(tmp_path / "run", CONFIG, {})
+        assert ("d", "clean", 1) in again
+        assert ("d", "clean", 2) not in again
+        again.append(record(2))
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", [b"{not json}\n", b'{"defence": "d"}\n', b"7\n"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    RunFolder(tmp_path / "run", CONFIG, {}).append(record(0))
+    with open(tmp_path / "run" / "records.jsonl", "ab") as f:
+        f.write(line)
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 2"):
+        RunFolder(tmp_path / "run", CONFIG, {})
+
+
+def test_another_run_in_the_folder_is_refused_with_its_differences(tmp_path):
+    RunFolder(tmp_path, CONFIG, {})
+    other = {"attack": {"eps": 0.2, "steps": 3}, "seed": 1}
+    with pytest.raises(ValueError, match=r"another run, which differs in attack\.eps, seed"):
+        RunFolder(tmp_path, other, {})
+    assert list(differences({"a": {"b": 1}}, {"a": 2})) == ["a"]
+
+
+def test_a_folder_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "below", CONFIG, {})
+    with pytest.raises(ValueError, match="holds other files"):
+        RunFolder(tmp_path, CONFIG, {})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        RunFolder(tmp_path / "run", CONFIG, {})
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small tmpfs")
+def test_a_full_disk_loses_nothing(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        folder = RunFolder(tmp_path, CONFIG, {})
+        written = 0
+
+        def fill():
+            nonlocal written
+            while written < 10_000:
+                folder.append(record(written, predictions=[1] * 1000))
+                written += 1
+
+        with pytest.raises(ValueError, match="make room"):
+            fill()
+        assert 0 < written < 10_000
+        again = RunFolder(tmp_path, CONFIG, {})
+        assert all(("d", "clean", i) in again for i in range(written))
+        assert ("d", "clean", written) not in again
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# --- runner -------------------------------------------------------------------------------------------------------
+
+
+def setup_run(steps=3):
+    g = torch.Generator().manual_seed(0)
+    images = 0.2 + 0.6 * torch.rand(40, 1, 4, 4, generator=g)
+    classifier = TinyClassifier()
+    samples = Samples(images, classifier(images).argmax(1), torch.arange(40))
+    attacks = [PGD("Linf", 0.2, steps=steps, eot=2), AutoAttackRand("Linf", 0.2, steps=2, eot=2)]
+    model = DefendedClassifier(classifier, diffpure(smooth_model(), 0.1, 3, "ddpm"))
+    defences = [
+        Defence("undefended", classifier, [a.on_deterministic() for a in attacks], 1, {}),
+        Defence("diffpure", model, attacks, 4, {}),
+    ]
+    return defences, samples
+
+
+def lines(path: Path):
+    """Records without their timings, sorted."""
+    found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
+
+
+def test_runner_writes_every_sample_once_and_resumes(tmp_path):
+    defences, samples = setup_run()
+    evaluate(RunFolder(tmp_path / "a", {}, {}), defences, samples, batch_size=16, progress=False)
+    reference = lines(tmp_path / "a")
+    assert len(reference) == 2 * 3 * 40
+    # A run with some records missing does just those and ends up the same.
+    (tmp_path / "b").mkdir()
+    kept = [line for i, line in enumerate((tmp_path / "a" / "records.jsonl").read_text().splitlines(True)) if i % 3]
+    (tmp_path / "b" / "manifest.json").write_text((tmp_path / "a" / "manifest.json").read_text())
+    (tmp_path / "b" / "records.jsonl").write_text("".join(kept))
+    evaluate(RunFolder(tmp_path / "b", {}, {}), defences, samples, batch_size=64, progress=False)
+    again = lines(tmp_path / "b")
+    assert [r["predictions"] for r in again] == [r["predictions"] for r in reference]
+    np.testing.assert_allclose([r["L2"] for r in again], [r["L2"] for r in reference], atol=1e-4)
+    found = results(RunFolder(tmp_path / "b", {}, {}), defences, samples)
+    assert found["undefended"]["clean"]["mean"].value == 1.0
+    assert found["diffpure"]["worst case"]["mean"].value <= found["diffpure"]["pgd-eot"]["mean"].value
+    assert found["diffpure"]["pgd-eot"]["any_of_r"].value <= found["diffpure"]["pgd-eot"]["mean"].value
+
+
+def test_judges_use_other_noise_than_the_attack():
+    """No (seed, sample, draw) that the attack saw is used to judge."""
+    _, samples = setup_run()
+    seeds = []
+
+    class Spy(TinyClassifier):
+        accepts_keys = True
+
+        def forward(self, x, *, sample_ids, draw, seed):
+            seeds.append((seed, torch.is_grad_enabled()))
+            return super().forward(x)
+
+    class NoFolder(dict):
+        def append(self, record, image):
+            pass
+
+    defence = Defence("spy", Spy(), [PGD("Linf", 0.1, steps=2, eot=2)], 3, {})
+    evaluate(NoFolder(), [defence], samples, progress=False)
+    attacking = {s for s, grad in seeds if grad}
+    judging = {seeds[0][0], seeds[-1][0]}
+    assert len(judging) == 1
+    assert not attacking & judging
+
+
+def test_group_attacks_get_whole_groups():
+    ids = torch.arange(70)
+    done = torch.ones(70, dtype=torch.bool)
+    done[[3, 65]] = False
+    assert [b.tolist() for b in batches(ids, done, 8, 32)] == [list(range(32)), list(range(64, 70))]
+    assert [b.tolist() for b in batches(ids, done, 1, None)] == [[3], [65]]
+
+
+def test_a_killed_run_resumes_to_the_same_records(tmp_path):
+    """SIGKILL in the middle, then the same command."""
+    arguments = [
+        *("--n-examples", "24", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
+        *("--steps", "3", "--threads", "1"),
+    ]
+    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "benchmarks/run_autoattack.py", *arguments, "--out", str(tmp_path / "killed")]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = tmp_path / "killed" / "records.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 60):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_bytes().count(b"\n")
+    assert 60 <= before < 6 * 24
+    assert main([*arguments, "--out", str(tmp_path / "killed")]) == 0
+    for resumed, whole in zip(lines(tmp_path / "killed"), lines(tmp_path / "whole"), strict=True):
+        assert resumed["predictions"] == whole["predictions"]
+    result = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert result["results"] == json.loads((tmp_path / "whole" / "result.json").read_text())["results"]
+    assert result["budgets"]["diffpure"]["pgd-eot"]["steps"] == 2
+
+
+# --- command ------------------------------------------------------------------------------------------------------
+
+
+def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, capsys):
+    small = ["--n-examples", "8", "--attack-steps", "2", "--eot", "2", "--judge-draws", "3", "--threads", "1"]
+    assert main([*small, "--attacks", "pgd-eot,bpda-eot", "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    for word in ("undefended", "diffpure", "adversarial training", "worst case", "REDUCED", "pgd-eot 2 steps x EOT 2"):
+        assert word in text
+    assert (tmp_path / "run" / "samples.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["config"]["attacks"]["diffpure"][0] == PGD("Linf", 0.3, steps=2, eot=2).budget()
+    assert len(manifest["config"]["defences"]["diffpure"]["score_model"]) == 64
+    assert main([*small, "--out", str(tmp_path / "run"), "--seed", "1"]) == 2
+    assert "differs in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnist"], "Unknown data set 'mnist'; known: cifar10, cifar100, digits"),
+        (["--purifier", "magic"], "Unknown purifier 'magic'; known: diffpure"),
+        (["--attacks", "pgd-eot,fgsm"], "Unknown attack 'fgsm'; known: autoattack-rand, bpda-eot, pgd-eot"),
+        (["--model", "resnet"], "Unknown model 'resnet' for digits; known: digits-at, digits-standard"),
+        (["--model", "nowhere.py:make"], "no file nowhere.py"),
+        (["--dataset", "cifar10", "--model", "Nobody2020"], "RobustBench has no cifar10 Linf model 'Nobody2020'"),
+        (["--score-model", "nothing"], "no embedded score model 'nothing'"),
+        (["--score-model", "nothing.safetensors"], "cannot be read"),
+        (["--gradient", "exact"], "Unknown gradient engine"),
+        (["--preset", "huge"], "Unknown preset 'huge'; known: paper, quick, standard"),
+        (["--reverse", "heun"], "Unknown reverse rule"),
+        (["--threat-model", "Linfinity"], "Unknown threat model"),
+        (["--t-star", "0"], "t_star must lie in (0, 1]"),
+        (["--steps", "0"], "steps must be a whole number"),
+        (["--eps", "-1"], "eps must be a number of at least 0"),
+        (["--eot", "0"], "EOT draws must be"),
+        (["--n-examples", "501"], "has 500 test images"),
+        (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
+        (["--device", "gpu"], "Unknown device"),
+        (["--dataset", "fashion_mnist", "--data-dir", "/nonexistent"], "Fashion-MNIST is not in"),
+        (["--out", "/proc/nothing"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_model_from_a_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("from purify import zoo\ndef make():\n    return zoo.classifier('digits-at')\n")
+    small = ["--n-examples", "4", "--attack-steps", "1", "--eot", "1", "--judge-draws", "1", "--threads", "1"]
+    assert main([*small, "--model", f"{tmp_path}/mine.py:make", "--out", str(tmp_path / "run")]) == 0
+    assert "adversarial training" not in capsys.readouterr().out
+    assert main([*small, "--model", f"{tmp_path}/mine.py:other", "--out", str(tmp_path / "run2")]) == 2
+    assert "has no function 'other'" in capsys.readouterr().err
