@@ -323,6 +323,7 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
     """(what, measured, limit) for every promise; the measured value must not exceed the limit."""
     checks = []
     peaks: dict[int, float] = {}
+    to_full = {(row.engine, row.steps): row.time_to_full for row in rows}
     for row in rows:
         at = f"{row.engine}, {row.steps} steps"
         if row.exact:
@@ -333,6 +334,9 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
         if row.engine == "checkpoint":
             checks.append((f"time of {at}, to torchsde", row.time_to_peer, 0.85))
             peaks[row.steps] = row.peak_bytes
+            half = to_full["checkpoint, half fits", row.steps]
+            checks.append((f"time of full to half a budget, {row.steps} steps", 1 / half, 1.0))
+            checks.append((f"time of half a budget to checkpoint, {row.steps} steps", half / row.time_to_full, 1.0))
     if len(peaks) > 1:
         few, many = min(peaks), max(peaks)
         checks.append((f"memory of checkpoint, {many} to {few} steps", peaks[many] / peaks[few], 1.3))

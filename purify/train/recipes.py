@@ -21,7 +21,7 @@ class Recipe:
 
 
 DIGITS_CNN = {"kind": "small-cnn", "channels": 1, "widths": [32, 64], "num_classes": 10}
-FASHION_CNN = {"kind": "small-cnn", "channels": 1, "widths": [16, 48, 96], "num_classes": 10}
+FASHION_CNN = {"kind": "small-cnn", "channels": 1, "widths": [16, 32, 64], "num_classes": 10}
 
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
@@ -53,13 +53,13 @@ RECIPES: dict[str, Recipe] = {
         "fashion_mnist",
         FASHION_CNN,
         CrossEntropy(shift=1),
-        Hyper(steps=6_000, batch_size=128, weight_decay=5e-4),
+        Hyper(steps=4_000, batch_size=128, weight_decay=1e-3, lr=2e-3),
     ),
     "fashion_mnist-at": Recipe(
         "classifier",
         "fashion_mnist",
         FASHION_CNN,
-        AdversarialCrossEntropy(eps=0.1, attack_steps=7),
-        Hyper(steps=6_000, batch_size=128, weight_decay=1e-4),
+        AdversarialCrossEntropy(eps=0.1, attack_steps=5),
+        Hyper(steps=2_500, batch_size=128, weight_decay=1e-4, lr=2e-3),
     ),
 }
