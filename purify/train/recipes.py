@@ -60,6 +60,6 @@ RECIPES: dict[str, Recipe] = {
         "fashion_mnist",
         FASHION_CNN,
         AdversarialCrossEntropy(eps=0.1, attack_steps=5),
-        Hyper(steps=2_500, batch_size=128, weight_decay=1e-4, lr=2e-3),
+        Hyper(steps=1_500, batch_size=128, weight_decay=1e-4, lr=2e-3),
     ),
 }

@@ -1,0 +1,119 @@
+"""The README's commands, the notebooks and the scripts do what they say."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+
+
+def readme_commands() -> list[str]:
+    """Lines of the README's fenced shell blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_ci_runs_the_readmes_install_and_test_commands():
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = readme_commands()
+    assert 'pip install -e ".[test]"' in commands
+    assert "python -m pytest" in commands
+    assert 'pip install -q -e ".[test]"' in ci
+    assert "\npython -m pytest\n" in ci
+
+
+def test_the_readmes_options_exist():
+    helps = {}
+    for command in readme_commands():
+        script = next((p for p in command.split() if p.startswith("benchmarks/")), None)
+        if script is None:
+            continue
+        if script not in helps:
+            helps[script] = subprocess.run(
+                [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+            ).stdout
+        for option in re.findall(r"--[a-z-]+", command):
+            assert option in helps[script], command
+    assert set(helps) >= {"benchmarks/run_autoattack.py", "benchmarks/gradient_fidelity.py"}
+
+
+def test_the_readmes_python_example_runs():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert examples
+    for example in examples:
+        subprocess.run([sys.executable, "-W", "ignore", "-c", example], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradient_fidelity(tmp_path, capsys):
+    """What does not depend on the clock: errors, network calls, memory, files."""
+    script = load_script("gradient_fidelity")
+    arguments = ["--steps", "4", "20", "--batch-size", "3", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    found = json.loads((tmp_path / "fidelity.json").read_text())
+    rows = {(r["engine"], r["steps"]): r for r in found["rows"]}
+    for steps in (4, 20):
+        assert rows["full", steps]["network_calls"] == steps
+        assert rows["checkpoint", steps]["network_calls"] == 2 * steps
+        assert rows["checkpoint, half fits", steps]["network_calls"] == 2 * steps - steps // 2
+        assert rows["full", steps]["relative_error"] < 1e-5
+        assert rows["checkpoint", steps]["relative_error"] == rows["full", steps]["relative_error"]
+        assert rows["bpda", steps]["cosine"] < rows["adjoint (SDE)", steps]["cosine"] < 0.9999
+        assert rows["adjoint (ODE)", steps]["cosine"] < 1
+    assert rows["checkpoint", 20]["peak_bytes"] < 1.3 * rows["checkpoint", 4]["peak_bytes"]
+    assert rows["full", 20]["peak_bytes"] > 3 * rows["full", 4]["peak_bytes"]
+    half = rows["checkpoint, half fits", 20]["peak_bytes"] / rows["full", 20]["peak_bytes"]
+    assert 0.4 < half < 0.65
+    if importlib.util.find_spec("torchsde") is not None:
+        assert rows["torchsde adjoint (DiffPure)", 20]["relative_error"] > 0.05
+    assert (tmp_path / "fidelity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "relative error of full, 20 steps" in capsys.readouterr().out
+
+
+def test_the_peers_reference_is_its_own_forward_process():
+    """Our published-variant SDE on torchsde's increments gives torchsde's forward result."""
+    torchsde = pytest.importorskip("torchsde")
+    import torch
+
+    script = load_script("gradient_fidelity")
+    from purify import zoo
+    from purify.data import load_dataset
+    from purify.reverse import EulerMaruyama
+
+    images, labels = load_dataset("digits", "test")
+    setting = script.Setting(
+        zoo.score_model("digits"), zoo.classifier("digits-standard"), images[:2], labels[:2], 0.02, 20
+    )
+    peer = script.Peer(setting)
+    start = peer.diffuse(2 * setting.x - 1)
+    sde = script.ReverseSDE(setting.model, setting.x.shape[1:])
+    with torch.no_grad():
+        theirs = torchsde.sdeint(sde, start.flatten(1), peer.times, bm=peer.path, method="euler", dt=peer.dt)[-1]
+        u, t = start, peer.times[0]
+        while t < peer.times[-1]:
+            following = torch.minimum(t + peer.dt, peer.times[-1])
+            z = (peer.path(t, following) / (following - t).sqrt()).reshape(u.shape)
+            now, then = ((1 - v.double()).expand(2) for v in (t, following))
+            u = EulerMaruyama()(setting.model, u, now, then, z)
+            t = following
+    torch.testing.assert_close(theirs.reshape(u.shape), u, rtol=1e-4, atol=1e-4)
