@@ -259,6 +259,11 @@ def test_bad_input(images, labels):
         attack(TinyClassifier(), images, labels.float())
 
 
+def test_labels_that_the_model_does_not_know(images):
+    with pytest.raises(ValueError, match="classes 0 to 4, got 0 to 5"):
+        PGD("Linf", 0.1, steps=1, eot=1)(defended(), images, torch.tensor([0, 5, 0, 0, 0, 0, 0]))
+
+
 def test_a_model_that_gives_nan_is_named(images, labels):
     class Broken(TinyClassifier):
         def forward(self, x):

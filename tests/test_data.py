@@ -16,7 +16,7 @@ needs_fashion = pytest.mark.skipif(
 
 
 def test_digits_split_is_fixed_stratified_and_disjoint():
-    train, train_labels = load_dataset("digits", "train")
+    train, _ = load_dataset("digits", "train")
     test, test_labels = load_dataset("digits", "test")
     assert train.shape == (1297, 1, 8, 8)
     assert test.shape == (500, 1, 8, 8)

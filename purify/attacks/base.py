@@ -66,9 +66,10 @@ class Attack(ABC):
             ValueError: images or labels out of range, or a loss or gradient that is not finite.
         """
         check_images(images)
-        check_labels(labels, len(images))
         ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
-        return self.run(model, images.detach(), labels.long(), ids.to(images.device), derive_seed(seed, self.name))
+        ids, seed = ids.to(images.device), derive_seed(seed, self.name)
+        check_labels(labels, len(images), num_classes(model, images, ids, seed))
+        return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
@@ -91,6 +92,14 @@ def keyed(model: nn.Module, seed: int) -> Keyed:
     if getattr(model, "accepts_keys", False):
         return lambda x, ids, draws: model(x, sample_ids=ids, draw=draws, seed=seed)
     return lambda x, ids, draws: model(x)
+
+
+@torch.no_grad()
+def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int) -> int | None:
+    """Classes that the model tells apart, asked on one image; None without images."""
+    if len(images) == 0:
+        return None
+    return keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1])).shape[1]
 
 
 def check_budget(steps: int, eot: int, restarts: int) -> None:

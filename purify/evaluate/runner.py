@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from purify.attacks.base import Attack, keyed
+from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.checks import check_count, check_images, check_labels
 from purify.evaluate.metrics import summarize, worst_case
@@ -88,10 +88,11 @@ def evaluate(
         max_rows: samples times draws judged at once; does not change results.
 
     Raises:
-        ValueError: bad images or labels, before anything runs.
+        ValueError: bad images, or labels that some model does not know, before anything runs.
     """
     check_images(samples.images)
-    check_labels(samples.labels, len(samples))
+    for defence in defences:
+        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
     total = sum(len(d.stages()) for d in defences) * len(samples)
     with tqdm(total=total, unit="sample", disable=not progress, mininterval=0.5) as bar:
