@@ -33,7 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from purify import zoo
+from purify.checks import check_count
 from purify.data import load_dataset
+from purify.evaluate.command import check_device
 from purify.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
 from purify.noise import Noise
 from purify.purifier import Purifier
@@ -41,6 +43,12 @@ from purify.reverse import EulerMaruyama, ProbabilityFlow
 from purify.score import ScoreModel, per_sample
 
 PEER = "torchsde adjoint (DiffPure)"
+# The same with frozen weights, and ended where the network was trained, to tell where its error and time come from.
+PEER_VARIANTS: dict[str, dict[str, Any]] = {
+    PEER: {},
+    "torchsde, weights frozen": {"frozen": True},
+    "torchsde, ended at t = 1e-3": {"t_end": 1e-3},
+}
 
 
 @dataclass
@@ -141,14 +149,16 @@ class ReverseSDE(nn.Module):
 class Peer:
     """torchsde's ``sdeint_adjoint`` by Euler's method with DiffPure's step, on a Brownian path of its own.
 
-    As in DiffPure's program the weights require gradients, which the adjoint then integrates along.
+    The weights require gradients unless ``frozen``, as a network has them unless one switches them off (programs
+    derived from DiffPure only call ``eval()``), and the adjoint integrates those along. The path is kept from one run
+    to the next, so that its noise costs the peer nothing in the timings.
     """
 
-    def __init__(self, setting: Setting, t_end: float = 1e-5) -> None:
+    def __init__(self, setting: Setting, t_end: float = 1e-5, frozen: bool = False) -> None:
         import torchsde
 
         self.setting, self.sdeint_adjoint = setting, torchsde.sdeint_adjoint
-        self.model = copy.deepcopy(setting.model).requires_grad_(True)
+        self.model = copy.deepcopy(setting.model).requires_grad_(not frozen)
         x = setting.x
         self.times = torch.tensor([1 - setting.t_star, 1 - t_end], device=x.device)
         size = (len(x), x[0].numel())
@@ -286,21 +296,21 @@ def measure(setting: Setting, repeats: int) -> list[Row]:
     double = setting.double()
     exact = {rule: engine_gradient(double, Full(), rule)() for rule in (sde, ode)}
     references = {name: exact[rule] for name, (_, rule) in engines.items()}
-    peer = load_peer(setting)
-    if peer is not None:
-        gradients[PEER], references[PEER] = peer.gradient, peer.exact()
+    peers = load_peers(setting)
+    for name, peer in peers.items():
+        gradients[name], references[name] = peer.gradient, peer.exact()
     taken = seconds({**gradients, "forward": forward_pass(setting)}, repeats, device)
     rows = []
     for name, gradient in gradients.items():
         base = "full (ODE)" if "ODE" in name else "full"
         row = Row(name, setting.steps, name in engines and engines[name][0].exact)
         compare(row, gradient(), references[name])
-        network = peer.model.network if name == PEER and peer is not None else setting.model.network
+        network = peers[name].model.network if name in peers else setting.model.network
         row.network_calls = network_rows(gradient, network) / len(setting.x)
         row.seconds = statistics.median(taken[name])
         row.time_to_full = ratio(taken[name], taken[base])
         row.time_to_forward = ratio(taken[name], taken["forward"])
-        if peer is not None:
+        if peers:
             row.time_to_peer = ratio(taken[name], taken[PEER])
         row.peak_bytes = peak_bytes(gradient, device)
         rows.append(row)
@@ -310,13 +320,13 @@ def measure(setting: Setting, repeats: int) -> list[Row]:
     return rows
 
 
-def load_peer(setting: Setting) -> Peer | None:
-    """The peer, or None with a word on how to get it."""
+def load_peers(setting: Setting) -> dict[str, Peer]:
+    """The peers by name, or nothing and a word on how to get them."""
     try:
-        return Peer(setting)
+        return {name: Peer(setting, **options) for name, options in PEER_VARIANTS.items()}
     except ImportError:
         print("torchsde is not installed, its rows are left out: pip install 'purify[peers]'", file=sys.stderr)
-        return None
+        return {}
 
 
 def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
@@ -397,14 +407,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        check_count(args.repeats, "repeats")
+        check_count(args.batch_size, "batch size")
+        device = check_device(args.device)
         images, labels = load_dataset(args.dataset, "test", args.data_dir)
         models = (zoo.score_model(args.dataset), zoo.classifier(f"{args.dataset}-standard"))
+        for steps in args.steps:
+            Purifier(models[0], args.t_star, "sde", steps)  # refuses bad settings before anything runs
         args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model, classifier = (m.to(args.device) for m in models)
-    x, y = images[: args.batch_size].to(args.device), labels[: args.batch_size].to(args.device)
+    model, classifier = (m.to(device) for m in models)
+    x, y = images[: args.batch_size].to(device), labels[: args.batch_size].to(device)
     rows = [
         row
         for steps in args.steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def check_images(x: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError unless ``x`` is a float batch (N, C, H, W) in [0, 1], of ``shape`` (C, H, W) if given."""
+def check_images(x: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless ``x`` is a float batch (N, C, H, W) in [0, 1], of ``shape`` (C, H, W) and ``dtype``.
+
+    The last two are checked if given.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"Images must be a torch tensor (N, C, H, W), got {type(x).__name__}.")
     if not x.is_floating_point():
         raise ValueError(f"Images must be floating point in [0, 1], got {x.dtype}; divide 8-bit images by 255.")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"Images are {x.dtype} but the score network is {dtype}; convert one of them.")
     if x.ndim != 4:
         raise ValueError(f"Images must have shape (N, C, H, W), got {tuple(x.shape)}.")
     if shape is not None and tuple(x.shape[1:]) != tuple(shape):
@@ -53,5 +59,5 @@ def choose(name: str, registry: Mapping[str, T], what: str) -> T:
 
 def check_count(value: int, what: str, minimum: int = 1) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{what} must be a whole number of at least {minimum}, got {value!r}.")

@@ -106,5 +106,5 @@ class DefendedClassifier(nn.Module):
 
 
 def _check_eval(classifier: nn.Module) -> None:
-    if classifier.training:
+    if any(m.training for m in classifier.modules()):
         raise ValueError("The classifier is in train mode; call classifier.eval() before defending or attacking it.")

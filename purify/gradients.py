@@ -22,7 +22,7 @@ from torchdiffeq import odeint_adjoint
 
 from purify.checks import check_count
 from purify.process import Process, ReverseStep, Round
-from purify.reverse import ProbabilityFlow
+from purify.reverse import OneShot, ProbabilityFlow
 
 Step = Callable[[Tensor], Tensor]
 
@@ -54,7 +54,7 @@ def saved_bytes(step: Step, u: Tensor) -> tuple[Tensor, int]:
         base = x if x._base is None else x._base
         if not isinstance(base, nn.Parameter):
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+        return x.detach()  # the tensor itself would tie its own graph into a cycle that is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = step(u)
@@ -100,12 +100,15 @@ class _Exact(GradientEngine):
     def _unbounded(self, steps: Sequence[Step], u: Tensor) -> Tensor: ...
 
     def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
-        steps = list(build(None).steps())
+        process = build(None)
+        steps = list(process.steps())
         if not torch.is_grad_enabled():
-            return run(steps, u)
-        if self.memory_budget is None:
-            return self._unbounded(steps, u)
-        return run_within_budget(steps, u, self.memory_budget)
+            u = run(steps, u)
+        elif self.memory_budget is None:
+            u = self._unbounded(steps, u)
+        else:
+            u = run_within_budget(steps, u, self.memory_budget)
+        return process.finish(u)
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,15 @@ class Adjoint(GradientEngine):
     exact: ClassVar[bool] = False
 
     def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
-        for one_round in build(None).rounds:
+        process = build(None)
+        for one_round in process.rounds:
             u = self._chain(one_round, one_round.diffuse(u))
-        return u
+        return process.finish(u)
 
     def _chain(self, one_round: Round, u: Tensor) -> Tensor:
         steps = one_round.reverse
         rule = steps[0].rule
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or isinstance(rule, OneShot):  # a single step has nothing to reconstruct
             return run(steps, u)
         if not isinstance(rule, ProbabilityFlow):
             return _StochasticAdjoint.apply(u, steps)
@@ -216,12 +220,16 @@ class Surrogate(GradientEngine):
     def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _forward(build, u)
-        return _with_gradient_of(_forward(build, u), run(list(build(self.steps).steps()), u))
+        return _with_gradient_of(_forward(build, u), _run_all(build(self.steps), u))
 
 
 def _forward(build: Callable[[int | None], Process], u: Tensor) -> Tensor:
     with torch.no_grad():
-        return run(list(build(None).steps()), u)
+        return _run_all(build(None), u)
+
+
+def _run_all(process: Process, u: Tensor) -> Tensor:
+    return process.finish(run(list(process.steps()), u))
 
 
 def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:

@@ -65,15 +65,21 @@ class Noise:
     def keyed(cls, seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Noise:
         """Noise for ``sample_ids`` (N,), with one ``draw`` for all rows or one per row."""
         ids = torch.as_tensor(sample_ids)
-        if ids.ndim != 1 or ids.is_floating_point():
-            raise ValueError(f"sample_ids must be whole numbers of shape (N,), got {ids.dtype} {tuple(ids.shape)}.")
-        draws = torch.as_tensor(draw, dtype=torch.int64).to(ids.device).expand(ids.shape)
+        ids = ids.long() if ids.numel() == 0 else ids
+        draws = torch.as_tensor(draw, device=ids.device)
+        if ids.ndim != 1 or draws.shape not in (torch.Size(), ids.shape):
+            raise ValueError(
+                f"sample_ids must have shape (N,) and draw () or (N,), got {tuple(ids.shape)} and {tuple(draws.shape)}."
+            )
+        draws = draws.expand(ids.shape)
         for what, value in (("sample_ids", ids), ("draw", draws)):
+            if value.is_floating_point() or value.dtype == torch.bool:
+                raise ValueError(f"{what} must be whole numbers, got {value.dtype}.")
             if value.numel() and (int(value.min()) < 0 or int(value.max()) > MASK):
                 raise ValueError(f"{what} must lie in [0, 2^32), got {int(value.min())} to {int(value.max())}.")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must lie in [0, 2^63), got {seed}.")
-        return cls(int(seed), ids.long(), draws)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number in [0, 2^63), got {seed!r}.")
+        return cls(seed, ids.long(), draws.long())
 
     @classmethod
     def fresh(cls, n: int, device: torch.device | str = "cpu") -> Noise:

@@ -54,23 +54,33 @@ class Round:
 
 @dataclass(frozen=True)
 class Process:
-    """All rounds of a purification. ``process.steps()`` is the flat sequence that exact engines differentiate."""
+    """All rounds of a purification. ``process.steps()`` is the flat sequence that exact engines differentiate.
+
+    ``clip``: clamp the result to [-1, 1], the range of images in diffusion space.
+    """
 
     rounds: tuple[Round, ...]
+    clip: bool = False
 
     def steps(self) -> Iterator[DiffuseStep | ReverseStep]:
         for r in self.rounds:
             yield r.diffuse
             yield from r.reverse
 
+    def finish(self, u: Tensor) -> Tensor:
+        """What is done to the last state."""
+        return u.clamp(-1, 1) if self.clip else u
+
 
 def reverse_times(t_star: Tensor, steps: int, t_end: float) -> list[Tensor]:
     """Times t_star (1 - j/steps), j = 0..steps, each (N,) float64; the last is ``t_end`` instead of 0.
 
+    ``t_end`` is never later than the time before it: the process would turn round.
+
     For t_star = k/N and steps = k these are exactly k/N, ..., 1/N, t_end up to float64 rounding.
     """
     times = [t_star * ((steps - j) / steps) for j in range(steps)]
-    return [*times, 0.0 * t_star + t_end]
+    return [*times, times[-1].clamp_max(t_end)]
 
 
 def build_round(

@@ -54,15 +54,21 @@ class Purifier(nn.Module):
         clip: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(score_model, ScoreModel):
+            kind = type(score_model).__name__
+            raise ValueError(f"A purifier wraps a purify.ScoreModel; wrap this {kind} in one first.")
         check_count(steps, "steps")
         if not 0 <= t_end < 1:
             raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
         self.score_model = score_model.eval().requires_grad_(False)
         level = Constant(float(level)) if isinstance(level, (int, float)) else level
         self.level = _part(level, LEVELS, NoiseLevel, "noise level")
-        if isinstance(self.level, Constant) and self.level.t_star <= t_end:
-            raise ValueError(f"t_star = {self.level.t_star} must be larger than t_end = {t_end}.")
+        if isinstance(self.level, Constant) and self.level.t_star / steps <= t_end:
+            raise ValueError(
+                f"t_end = {t_end} must be smaller than a step, t_star / steps = {self.level.t_star / steps:.3g}."
+            )
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.rule.check(score_model)
         if isinstance(self.rule, OneShot) and steps != 1:
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
@@ -86,12 +92,16 @@ class Purifier(nn.Module):
             draw: which purification of the sample this is; one number, or one per row.
             seed: seed of the keyed noise.
         """
-        check_images(x, self.score_model.image_shape)
+        check_images(x, self.score_model.image_shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
         u = 2 * x - 1
-        u = self.engine(lambda steps: self.process(u, noise, steps), u)
-        x_hat = (u + 1) / 2
-        return x_hat.clamp(0, 1) if self.clip else x_hat
+        return (self.engine(lambda steps: self.process(u, noise, steps), u) + 1) / 2
+
+    def train(self, mode: bool = True) -> Purifier:
+        """Sets the flag as usual, but keeps the score model in eval mode: dropout would break keyed noise."""
+        super().train(mode)
+        self.score_model.eval()
+        return self
 
     @staticmethod
     def noise(
@@ -100,10 +110,10 @@ class Purifier(nn.Module):
         """The noise that ``forward`` uses for these keys."""
         if sample_ids is None:
             return Noise.fresh(n, device)
-        ids = torch.as_tensor(sample_ids, device=device)
-        if len(ids) != n:
-            raise ValueError(f"There are {n} images but {len(ids)} sample_ids; give one per image.")
-        return Noise.keyed(seed, ids, draw.to(device) if isinstance(draw, Tensor) else draw)
+        noise = Noise.keyed(seed, torch.as_tensor(sample_ids, device=device), torch.as_tensor(draw, device=device))
+        if len(noise) != n:
+            raise ValueError(f"There are {n} images but {len(noise)} sample_ids; give one per image.")
+        return noise
 
     def process(self, u: Tensor, noise: Noise, steps: int | None = None) -> Process:
         """The steps that purify ``u`` (in [-1, 1] space), in at most ``steps`` reverse steps if given."""
@@ -112,7 +122,7 @@ class Purifier(nn.Module):
         one_round = build_round(
             self.score_model, self.rule, t_star, count, noise, self.t_end, self.forward_schedule
         )
-        return Process((one_round,))
+        return Process((one_round,), self.clip)
 
     @property
     def network_calls(self) -> int | None:
@@ -143,6 +153,9 @@ class Purifier(nn.Module):
         """Build the purifier that :meth:`config` described."""
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
+        unknown = sorted(set(arguments) - {"level", "reverse", "steps", "t_end", "gradient", "clip"})
+        if unknown:
+            raise ValueError(f"Unknown purifier setting {', '.join(unknown)}; is this a purifier's config?")
         schedule = None if forward is None else schedule_from_config(forward)
         return cls(score_model, forward_schedule=schedule, **arguments)
 

@@ -27,4 +27,11 @@ def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what
     unknown = sorted(set(fields) - known)
     if unknown:
         raise ValueError(f"Unknown {what} parameter {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.name not in fields and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"The {what} {config!r} lacks {', '.join(missing)}.")
     return kind(**fields)

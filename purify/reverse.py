@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,12 +30,18 @@ class ReverseRule(ABC):
     or None where ``stochastic`` is False.
     """
 
-    stochastic: ClassVar[bool] = True
+    @property
+    def stochastic(self) -> bool:
+        """Whether the step uses z."""
+        return True
 
     @property
     def calls(self) -> int | None:
         """Network calls per step, or None where an adaptive solver decides."""
         return 1
+
+    def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
+        """Raise ValueError if the rule cannot drive ``model``."""
 
     @abstractmethod
     def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor: ...
@@ -85,6 +90,10 @@ class Ancestral(GaussianRule):
     def __post_init__(self) -> None:
         choose(self.variance, {"posterior": 0, "beta": 0, "learned": 0}, "DDPM variance")
 
+    def check(self, model: ScoreModel) -> None:
+        if self.variance == "learned" and model.prediction != "learned_variance":
+            raise ValueError("variance='learned' needs a score model with prediction='learned_variance'.")
+
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,7 @@ class Ancestral(GaussianRule):
         return mean, per_sample(safe_sqrt(chosen), u)
 
     def _learned_std(self, prediction: Prediction, u: Tensor, beta: Tensor, posterior: Tensor) -> Tensor:
-        if prediction.variance is None:
-            raise ValueError("variance='learned' needs a score model with prediction='learned_variance'.")
+        assert prediction.variance is not None
         noisy = posterior > 0
         low = torch.where(noisy, posterior, 1.0).log()
         fraction = 0.5 * (prediction.variance + 1)
@@ -122,6 +130,10 @@ class DDIM(GaussianRule):
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}.")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
 
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
@@ -167,10 +179,14 @@ class ProbabilityFlow(ReverseRule):
     atol: float = 1e-5
     t_min: float = 1e-3
 
-    stochastic: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         choose(self.solver, ODE_SOLVERS, "ODE solver")
+        if not (0 < self.t_min < 1 and self.rtol > 0 and self.atol > 0):
+            raise ValueError("The ODE rule needs t_min in (0, 1) and positive rtol and atol.")
+
+    @property
+    def stochastic(self) -> bool:
+        return False
 
     @property
     def calls(self) -> int | None:
@@ -195,7 +211,9 @@ class ProbabilityFlow(ReverseRule):
 class OneShot(ReverseRule):
     """u0_hat(u_t, t) in one network call, whatever s (Carlini et al. 2022)."""
 
-    stochastic = False
+    @property
+    def stochastic(self) -> bool:
+        return False
 
     def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
         return model.denoise(u, t)

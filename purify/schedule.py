@@ -94,7 +94,7 @@ class DiscreteVP(Schedule):
     discrete model can be driven at any time. The network's 0-based label for time k/N is k - 1.
     """
 
-    def __init__(self, betas: np.ndarray, config: dict[str, Any]) -> None:
+    def __init__(self, betas: np.ndarray | list[float], config: dict[str, Any] | None = None) -> None:
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("A discrete schedule needs a one-dimensional table of betas in (0, 1).")
@@ -102,7 +102,7 @@ class DiscreteVP(Schedule):
         log_step = np.log1p(-betas)
         self._slope = torch.from_numpy(-log_step * len(betas))
         self._knots = torch.from_numpy(np.concatenate([[0.0], np.cumsum(log_step)]))
-        self._config = config
+        self._config = config or {"kind": "table", "betas": betas.tolist()}
 
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> DiscreteVP:
@@ -131,7 +131,7 @@ class DiscreteVP(Schedule):
         t = t.double()
         k = self._interval(t)
         knots, slope = self._knots.to(t.device), self._slope.to(t.device)
-        return knots[k] + slope[k - 1] * (k.double() / self.steps - t)
+        return knots[k - 1] - slope[k - 1] * (t - (k - 1).double() / self.steps)  # exactly 0 at t = 0
 
     def beta(self, t: Tensor) -> Tensor:
         t = t.double()
@@ -159,6 +159,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "continuous": ContinuousVP,
     "linear": DiscreteVP.linear,
     "cosine": DiscreteVP.cosine,
+    "table": DiscreteVP,
 }
 
 

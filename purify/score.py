@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import choose
-from purify.schedule import Schedule
+from purify.schedule import DiscreteVP, Schedule
 
 
 def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class ScoreModel(nn.Module):
         schedule: the VP schedule that the network was trained on.
         prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
         image_shape: (C, H, W) of the images; checked by the purifier when given.
-        time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. A DDPM of N steps has
-            scale N and offset 1 (0-based labels), a continuous score_sde network scale 999 and offset 0.
+        time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
+            of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
 
     Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
     """
@@ -90,8 +90,8 @@ class ScoreModel(nn.Module):
         schedule: Schedule,
         prediction: str = "eps",
         image_shape: tuple[int, int, int] | None = None,
-        time_scale: float = 1000.0,
-        time_offset: float = 0.0,
+        time_scale: float | None = None,
+        time_offset: float | None = None,
     ) -> None:
         super().__init__()
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
@@ -99,7 +99,14 @@ class ScoreModel(nn.Module):
         self.schedule = schedule
         self.prediction = prediction
         self.image_shape = None if image_shape is None else tuple(image_shape)
-        self.time_scale, self.time_offset = float(time_scale), float(time_offset)
+        scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
+        self.time_scale = scale if time_scale is None else float(time_scale)
+        self.time_offset = offset if time_offset is None else float(time_offset)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The network's floating type; None if it has no parameters."""
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), None)
 
     def labels(self, t: Tensor) -> Tensor:
         """Network labels for times ``t`` (N,), float64, differentiable in t."""

@@ -19,7 +19,8 @@ from purify import DefendedClassifier, diffpure
 from purify.attacks import PGD, AutoAttackRand
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
 from purify.evaluate.command import main
-from purify.evaluate.metrics import any_of_accuracy, majority_accuracy, mean_accuracy, wilson, worst_case
+from purify.evaluate.metrics import estimate, summarize, wilson, worst_case
+from purify.evaluate.models import load_classifier
 from purify.evaluate.records import differences
 from purify.evaluate.runner import batches
 
@@ -37,32 +38,54 @@ def test_wilson_by_its_formula():
 def test_three_accuracies_by_hand():
     labels = np.array([1, 0, 2])
     predictions = np.array([[1, 1, 1, 1], [0, 0, 0, 3], [2, 2, 1, 1]])
-    correct = predictions == labels[:, None]
-    assert mean_accuracy(correct).value == pytest.approx((4 + 3 + 2) / 12)
-    assert any_of_accuracy(correct).value == pytest.approx(1 / 3)
-    assert majority_accuracy(predictions, labels).value == pytest.approx(2 / 3)  # a tie goes to the smaller class
+    found = summarize(predictions, labels)
+    assert found["mean"].value == pytest.approx((4 + 3 + 2) / 12)
+    assert found["any_of_r"].value == pytest.approx(1 / 3)
+    assert found["majority"].value == pytest.approx(2 / 3)  # a tie goes to the smaller class
 
 
-def test_bootstrap_interval_covers_the_truth():
-    """95 % intervals of a Beta-Binomial accuracy cover its mean in about 95 % of 200 simulations."""
+def easy(g, n):
+    """Accuracies spread over samples; mean 2/3."""
+    return g.beta(2, 1, size=n), 2 / 3
+
+
+def nearly_all_broken(g, n):
+    """A few samples hold, the others are right once in a thousand."""
+    return np.where(g.random(n) < 0.007, 1.0, 0.001), 0.007 + 0.993 * 0.001
+
+
+@pytest.mark.parametrize("law", [easy, nearly_all_broken])
+def test_intervals_cover_the_truth(law):
+    """95 % intervals hold the mean in about 95 % of 200 simulations, also where a bootstrap would collapse."""
     g = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        p = g.beta(2, 1, size=60)
-        estimate = mean_accuracy(g.random((60, 10)) < p[:, None])
-        hits += estimate.low <= 2 / 3 <= estimate.high
-    assert 0.89 <= hits / 200 <= 0.99
+        p, truth = law(g, 128)
+        found = estimate((g.random((128, 10)) < p[:, None]).mean(1))
+        hits += found.low <= truth <= found.high
+    assert hits / 200 >= 0.9
+
+
+def test_a_single_sample_has_an_interval():
+    found = summarize(np.array([[1, 0, 1]]), np.array([1]))["mean"]
+    assert found.low <= 2 / 3 <= found.high
 
 
 def test_one_draw_falls_back_to_wilson():
-    correct = np.array([[True]] * 8 + [[False]] * 2)
-    assert mean_accuracy(correct) == wilson(8, 10)
+    predictions = np.array([[1]] * 8 + [[0]] * 2)
+    assert summarize(predictions, np.ones(10, dtype=int))["mean"] == wilson(8, 10)
 
 
 def test_worst_case_takes_the_worst_attack_of_each_sample():
     labels = np.array([0, 1])
     a, b = np.array([[0, 0], [1, 2]]), np.array([[0, 3], [1, 1]])
-    assert worst_case([a, b], labels).tolist() == [[0, 3], [1, 2]]
+    assert worst_case([a, b], labels)["mean"].value == 0.5
+    assert worst_case([a, b], labels)["any_of_r"].value == 0.0
+    # Right in 3 of 8 but the majority holds, right in 4 of 8 but the majority (a tie) is broken: broken.
+    plural, tied = [1, 1, 1, 0, 0, 2, 3, 4], [1, 1, 1, 1, 0, 0, 0, 0]
+    found = worst_case([np.array([plural]), np.array([tied])], np.array([1]))
+    assert found["majority"].value == 0.0
+    assert found["mean"].value == 3 / 8
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -77,6 +100,7 @@ def record(sample, **changes):
 def test_records_come_back(tmp_path):
     folder = RunFolder(tmp_path / "run", CONFIG, {})
     folder.append(record(3, attack="pgd"), np.ones((1, 2, 2), np.float32))
+    del folder  # releases its lock
     again = RunFolder(tmp_path / "run", CONFIG, {"other": "environment"})
     assert ("d", "pgd", 3) in again
     assert ("d", "pgd", 4) not in again
@@ -90,6 +114,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         folder.append(record(i))
     path = tmp_path / "run" / "records.jsonl"
     whole = path.read_bytes()
+    del folder
     second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
     for cut in range(second, len(whole)):
         path.write_bytes(whole[:cut])
@@ -97,10 +122,40 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         assert ("d", "clean", 1) in again
         assert ("d", "clean", 2) not in again
         again.append(record(2))
+        del again
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"{not json}\n", b'{"defence": "d"}\n', b"7\n"])
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    first = RunFolder(tmp_path, CONFIG, {})
+    with pytest.raises(ValueError, match="Another process writes to"):
+        RunFolder(tmp_path, CONFIG, {})
+    first.append(record(0))
+
+
+def test_a_kill_while_the_manifest_was_written_does_not_block_the_folder(tmp_path):
+    (tmp_path / "manifest.partial").write_text('{"conf')
+    RunFolder(tmp_path, CONFIG, {})
+
+
+def test_the_manifest_remembers_every_session(tmp_path):
+    for environment in ({"torch": "1"}, {"torch": "1"}, {"torch": "2"}):
+        RunFolder(tmp_path, CONFIG, environment)
+    assert json.loads((tmp_path / "manifest.json").read_text())["sessions"] == [{"torch": "1"}, {"torch": "2"}]
+
+
+DAMAGED = [
+    b"{not json}\n",
+    b'{"defence": "d"}\n',
+    b"7\n",
+    b'{"defence": "d", "attack": "clean", "sample": 1, "label": 1, "predictions": "yes"}\n',
+    b'{"defence": "d", "attack": "clean", "sample": 1, "label": 1, "predictions": []}\n',
+    b'{"defence": ["d"], "attack": "clean", "sample": 1, "label": 1, "predictions": [1]}\n',
+    b'{"defence": "d", "attack": "clean", "sample": 0, "label": 1, "predictions": [0]}\n',  # sample 0 again
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
 def test_a_damaged_line_is_named(tmp_path, line):
     RunFolder(tmp_path / "run", CONFIG, {}).append(record(0))
     with open(tmp_path / "run" / "records.jsonl", "ab") as f:
@@ -137,21 +192,21 @@ def test_a_full_disk_loses_nothing(tmp_path):
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
-        folder = RunFolder(tmp_path, CONFIG, {})
-        written = 0
+        written = []
 
         def fill():
-            nonlocal written
-            while written < 10_000:
-                folder.append(record(written, predictions=[1] * 1000))
-                written += 1
+            folder = RunFolder(tmp_path, CONFIG, {})
+            for i in range(10_000):
+                folder.append(record(i, predictions=[1] * 1000), np.zeros((1, 9, 9), np.float32))
+                written.append(i)
 
         with pytest.raises(ValueError, match="make room"):
             fill()
-        assert 0 < written < 10_000
+        assert 0 < len(written) < 10_000
         again = RunFolder(tmp_path, CONFIG, {})
-        assert all(("d", "clean", i) in again for i in range(written))
-        assert ("d", "clean", written) not in again
+        assert all(("d", "clean", i) in again for i in written)
+        assert ("d", "clean", len(written)) not in again
+        del again
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -193,10 +248,23 @@ def test_runner_writes_every_sample_once_and_resumes(tmp_path):
     again = lines(tmp_path / "b")
     assert [r["predictions"] for r in again] == [r["predictions"] for r in reference]
     np.testing.assert_allclose([r["L2"] for r in again], [r["L2"] for r in reference], atol=1e-4)
-    found = results(RunFolder(tmp_path / "b", {}, {}), defences, samples)
+    folder = RunFolder(tmp_path / "b", {}, {})
+    found = results(folder, defences, samples)
     assert found["undefended"]["clean"]["mean"].value == 1.0
     assert found["diffpure"]["worst case"]["mean"].value <= found["diffpure"]["pgd-eot"]["mean"].value
     assert found["diffpure"]["pgd-eot"]["any_of_r"].value <= found["diffpure"]["pgd-eot"]["mean"].value
+    folder.get("diffpure", "clean", 3)["label"] += 1
+    with pytest.raises(ValueError, match=r"sample 3 \(diffpure, clean\) .* changed by hand"):
+        results(folder, defences, samples)
+
+
+def test_a_model_that_cannot_take_the_images_is_refused_before_any_record(tmp_path):
+    _, samples = setup_run()
+    cases = {"cannot take images": TinyClassifier(size=8), "classes 0 to 1": TinyClassifier(classes=2)}
+    for message, model in cases.items():
+        with pytest.raises(ValueError, match=message):
+            evaluate(RunFolder(tmp_path / message, {}, {}), [Defence("d", model, [], 1, {})], samples, progress=False)
+        assert not (tmp_path / message / "records.jsonl").exists()
 
 
 def test_judges_use_other_noise_than_the_attack():
@@ -281,7 +349,6 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
         (["--attacks", "pgd-eot,fgsm"], "Unknown attack 'fgsm'; known: autoattack-rand, bpda-eot, pgd-eot"),
         (["--model", "resnet"], "Unknown model 'resnet' for digits; known: digits-at, digits-standard"),
         (["--model", "nowhere.py:make"], "no file nowhere.py"),
-        (["--dataset", "cifar10", "--model", "Nobody2020"], "RobustBench has no cifar10 Linf model 'Nobody2020'"),
         (["--score-model", "nothing"], "no embedded score model 'nothing'"),
         (["--score-model", "nothing.safetensors"], "cannot be read"),
         (["--gradient", "exact"], "Unknown gradient engine"),
@@ -295,6 +362,10 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
         (["--n-examples", "501"], "has 500 test images"),
         (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
         (["--device", "gpu"], "Unknown device"),
+        (["--device", "meta"], "Unknown device"),
+        (["--threads", "-1"], "threads must be"),
+        (["--gradient", "bpda", "--memory-budget", "7"], "--memory-budget is for"),
+        (["--dataset", "imagenet", "--threat-model", "L1"], "no usual L1 radius for imagenet; pass --eps"),
         (["--dataset", "fashion_mnist", "--data-dir", "/nonexistent"], "Fashion-MNIST is not in"),
         (["--out", "/proc/nothing"], "cannot be written"),
     ],
@@ -314,3 +385,21 @@ def test_a_model_from_a_file(tmp_path, capsys):
     assert "adversarial training" not in capsys.readouterr().out
     assert main([*small, "--model", f"{tmp_path}/mine.py:other", "--out", str(tmp_path / "run2")]) == 2
     assert "has no function 'other'" in capsys.readouterr().err
+    (tmp_path / "broken.py").write_text("def make(:")
+    assert main([*small, "--model", f"{tmp_path}/broken.py:make", "--out", str(tmp_path / "run3")]) == 2
+    assert "could not give a model" in capsys.readouterr().err
+
+
+def test_approximate_gradients_are_named(tmp_path, capsys):
+    small = ["--n-examples", "4", "--attack-steps", "3", "--eot", "1", "--judge-draws", "1", "--threads", "1"]
+    assert main([*small, "--gradient", "bpda", "--attacks", "surrogate-eot", "--out", str(tmp_path)]) == 0
+    assert "bpda gradient, APPROXIMATE" in capsys.readouterr().out
+    budgets = json.loads((tmp_path / "result.json").read_text())["budgets"]
+    assert budgets["undefended"]["pgd-eot"]["steps"] == 3
+    assert budgets["diffpure"]["surrogate-eot"]["surrogate_steps"] == 5
+
+
+def test_unknown_robustbench_models_are_listed():
+    for threat_model, name in (("Linf", "Nobody2020"), ("L1", "Standard")):
+        with pytest.raises(ValueError, match=f"RobustBench has no cifar10 {threat_model} model '{name}'"):
+            load_classifier(name, "cifar10", threat_model)

@@ -87,7 +87,12 @@ def test_derived_seeds_are_stable_and_differ():
         ((0, torch.tensor([0.5])), "whole numbers"),
         ((0, torch.tensor([-1])), "sample_ids must lie"),
         ((0, torch.tensor([1]), 2**33), "draw must lie"),
-        ((-1, torch.tensor([1])), "seed must lie"),
+        ((-1, torch.tensor([1])), "seed must be"),
+        ((0.5, torch.tensor([1])), "seed must be"),
+        ((0, torch.tensor([1]), 0.5), "draw must be whole numbers"),
+        ((0, torch.tensor([True])), "sample_ids must be whole numbers"),
+        ((0, torch.tensor([1, 2]), torch.tensor([1, 2, 3])), r"draw \(\) or \(N,\)"),
+        ((0, torch.tensor(1)), "sample_ids must have shape"),
     ],
 )
 def test_bad_keys(arguments, message):

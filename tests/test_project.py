@@ -86,8 +86,15 @@ def test_gradient_fidelity(tmp_path, capsys):
     assert 0.4 < half < 0.65
     if importlib.util.find_spec("torchsde") is not None:
         assert rows["torchsde adjoint (DiffPure)", 20]["relative_error"] > 0.05
+        assert rows["torchsde, ended at t = 1e-3", 20]["relative_error"] > 0.01
     assert (tmp_path / "fidelity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "relative error of full, 20 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--device", "cuda:9"], ["--t-star", "0"], ["--steps", "0"]])
+def test_gradient_fidelity_refuses_bad_input(arguments, tmp_path, capsys):
+    assert load_script("gradient_fidelity").main([*arguments, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_the_peers_reference_is_its_own_forward_process():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import SmoothNet, TinyClassifier, smooth_model
+from torch import nn
 from torch.nn.functional import one_hot
 
 from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure
@@ -140,6 +141,7 @@ GOOD = torch.rand(2, 1, 4, 4)
         (GOOD.clone().fill_(float("nan")), "NaN"),
         (GOOD.repeat(1, 3, 1, 1), r"shape \(1, 4, 4\)"),
         (torch.rand(2, 1, 8, 8), r"shape \(1, 4, 4\)"),
+        (GOOD.double(), "torch.float64 but the score network is torch.float32"),
         (GOOD[0], r"\(N, C, H, W\)"),
         (GOOD.numpy(), "torch tensor"),
     ],
@@ -162,7 +164,11 @@ def test_bad_images(x, message, purifications):
         (lambda: diffpure(smooth_model(), reverse="heun"), "Unknown reverse rule 'heun'; known: ddim, ddpm, ode"),
         (lambda: diffpure(smooth_model(), variant="mine"), "Unknown DiffPure variant"),
         (lambda: diffpure(smooth_model(), reverse="one-shot"), "steps=1"),
-        (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "larger than t_end"),
+        (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "t_end = 0.2 must be smaller than a step"),
+        (lambda: Purifier(smooth_model(), 0.2, steps=10, t_end=0.05), "smaller than a step, t_star / steps = 0.02"),
+        (lambda: Purifier(smooth_model(), "constant"), "noise level 'constant' lacks t_star"),
+        (lambda: Purifier(SmoothNet()), "wrap this SmoothNet"),
+        (lambda: Purifier.from_config({"stride": 3}, smooth_model()), "Unknown purifier setting stride"),
         (lambda: Purifier(smooth_model(), 0.1, t_end=1.0), "t_end must lie"),
         (lambda: Purifier(smooth_model(), None), "is not a noise level"),
         (lambda: DefendedClassifier(TinyClassifier().train(), diffpure(smooth_model())), "train mode"),
@@ -182,3 +188,26 @@ def test_bad_keys_and_a_classifier_put_back_into_train_mode():
     model.train()
     with pytest.raises(ValueError, match="train mode"):
         model(GOOD)
+
+
+def test_a_part_of_the_classifier_in_train_mode_is_noticed():
+    classifier = nn.Sequential(TinyClassifier(), nn.Dropout()).eval()
+    classifier[1].train()
+    with pytest.raises(ValueError, match="train mode"):
+        DefendedClassifier(classifier, diffpure(smooth_model()))
+
+
+def test_the_score_model_stays_in_eval_mode():
+    purifier = diffpure(smooth_model())
+    assert purifier.train().training
+    assert not purifier.score_model.network.training
+
+
+def test_bpda_passes_through_the_clamp(many):
+    """The identity, also where the purified image is clamped."""
+    purifier = Purifier(smooth_model(), 0.5, "sde", 5, gradient=BPDA())
+    x = many.clone().requires_grad_()
+    x_hat = purifier(x, sample_ids=IDS)
+    assert (x_hat == 0).any()
+    weight = torch.randn(many.shape)
+    torch.testing.assert_close(torch.autograd.grad((x_hat * weight).sum(), x)[0], weight)

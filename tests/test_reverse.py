@@ -255,6 +255,5 @@ def test_bad_parameters(make, message):
 
 
 def test_learned_variance_needs_a_network_that_learns_it():
-    t = torch.tensor([0.5], dtype=torch.float64)
     with pytest.raises(ValueError, match="learned_variance"):
-        Ancestral("learned")(smooth_model(), torch.zeros(1, 1, 4, 4), t, t / 2, torch.zeros(1, 1, 4, 4))
+        Purifier(smooth_model(), 0.1, {"kind": "ddpm", "variance": "learned"})

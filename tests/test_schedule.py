@@ -13,6 +13,7 @@ SCHEDULES = {
     "continuous": ContinuousVP(),
     "linear": DiscreteVP.linear(1000),
     "cosine": DiscreteVP.cosine(4000),
+    "table": DiscreteVP([0.01, 0.02, 0.3]),
 }
 
 
@@ -72,6 +73,13 @@ def test_time_of_sigma_inverts_the_continuous_schedule():
         assert (schedule.sigma(t) / schedule.alpha(t)).item() == pytest.approx(sigma, rel=1e-10)
 
 
+def test_nothing_is_noised_at_time_zero():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for steps in (3, 50, 57, 1000):
+        for schedule in (DiscreteVP.linear(steps), DiscreteVP.cosine(steps), ContinuousVP()):
+            assert schedule.sigma(zero).item() == 0
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_config_round_trip(name):
     schedule = SCHEDULES[name]
@@ -85,7 +93,7 @@ def test_errors():
         ContinuousVP(2.0, 1.0)
     with pytest.raises(ValueError, match="betas in"):
         DiscreteVP(np.array([0.1, 1.0]), {})
-    with pytest.raises(ValueError, match="known: continuous, cosine, linear"):
+    with pytest.raises(ValueError, match="known: continuous, cosine, linear, table"):
         schedule_from_config({"kind": "nope"})
     with pytest.raises(ValueError, match="positive number"):
         ContinuousVP().time_of_sigma(-1.0)

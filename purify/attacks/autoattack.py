@@ -152,14 +152,12 @@ class AutoAttackRand(Attack):
         norm, eps: threat model and radius.
         steps: APGD iterations (the original: 100).
         eot: draws per gradient (the original: 20).
-        batch_size: images at once.
 
     An image that no attack broke, on AutoAttack's own single draw, is returned as it came.
     """
 
     steps: int = 100
     eot: int = 20
-    batch_size: int = 250
 
     name: ClassVar[str] = "autoattack-rand"
     group_size: ClassVar[int | None] = 32
@@ -187,6 +185,6 @@ class AutoAttackRand(Attack):
             seed32 = seed % 2**31
             attack = AutoAttack(model, self.norm, self.eps, seed32, verbose=False, version="rand", device=x.device)
             attack.apgd.n_iter, attack.apgd.eot_iter = self.steps, self.eot
-            found = attack.run_standard_evaluation(x, y, bs=self.batch_size)
+            found = attack.run_standard_evaluation(x, y, bs=len(x))
         assert isinstance(found, Tensor)
         return found.detach()

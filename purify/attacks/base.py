@@ -99,7 +99,13 @@ def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int) -> int
     """Classes that the model tells apart, asked on one image; None without images."""
     if len(images) == 0:
         return None
-    return keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1])).shape[1]
+    try:
+        logits = keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1]))
+    except RuntimeError as error:  # torch's word for shapes that do not fit
+        raise ValueError(f"The model cannot take images of shape {tuple(images.shape[1:])}: {error}") from error
+    if logits.ndim != 2:
+        raise ValueError(f"The model must return logits (N, K), it returned shape {tuple(logits.shape)} for one image.")
+    return logits.shape[1]
 
 
 def check_budget(steps: int, eot: int, restarts: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, Keyed, check_budget, keyed
 from purify.attacks.norms import BALLS
-from purify.checks import choose
+from purify.checks import check_count, choose
 from purify.noise import Noise
 
 
@@ -151,19 +151,32 @@ class BPDA(PGD):
 
     name: ClassVar[str] = "bpda-eot"
     needs_purifier: ClassVar[bool] = True
-    engine: ClassVar[str] = "bpda"
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        with_gradient = getattr(model, "with_gradient", None)
-        return model if with_gradient is None else with_gradient(self.engine)
+        return with_gradient(model, "bpda")
 
 
 @dataclass(frozen=True)
-class SurrogatePGD(BPDA):
-    """PGD+EOT on the gradient of a purifier with fewer steps (Lee & Kim 2023)."""
+class SurrogatePGD(PGD):
+    """PGD+EOT on the gradient of a purifier with ``surrogate_steps`` steps (Lee & Kim 2023)."""
+
+    surrogate_steps: int = 5
 
     name: ClassVar[str] = "surrogate-eot"
-    engine: ClassVar[str] = "surrogate"
+    needs_purifier: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.surrogate_steps, "surrogate steps")
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, {"kind": "surrogate", "steps": self.surrogate_steps})
+
+
+def with_gradient(model: nn.Module, engine: Any) -> nn.Module:
+    """``model`` under another gradient engine; a model without a purifier is left as it is."""
+    switch = getattr(model, "with_gradient", None)
+    return model if switch is None else switch(engine)
 
 
 def _finite(values: Tensor, ids: Tensor) -> Tensor:

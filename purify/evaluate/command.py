@@ -19,7 +19,7 @@ from torch import nn
 
 import purify
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, SurrogatePGD
 from purify.attacks.base import NORMS
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
@@ -29,8 +29,9 @@ from purify.evaluate.budgets import PRESETS, Budget, budget
 from purify.evaluate.models import fingerprint, load_classifier, load_score
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results
-from purify.gradients import ENGINES, Surrogate
+from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
 from purify.presets import DIFFPURE_VARIANTS, PURIFIERS
+from purify.purifier import DEFAULT_ENGINE
 from purify.reverse import REVERSE_RULES
 
 EXAMPLES = """examples:
@@ -53,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("what is attacked")
     g.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
     g.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    g.add_argument("--model", help="zoo name, RobustBench name, or file.py:function (default: DATASET-standard)")
+    g.add_argument(
+        "--model",
+        help="zoo name, RobustBench name, or file.py:function (default: DATASET-standard, or RobustBench's Standard)",
+    )
     g.add_argument("--n-examples", type=int, help="test images to attack")
     g = p.add_argument_group("defence")
     g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
@@ -68,9 +72,13 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--threat-model", default="Linf", help=f"one of {', '.join(NORMS)} (default: Linf)")
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument("--attacks", default="pgd-eot", help=f"comma-separated: {', '.join(ATTACKS)} (default: pgd-eot)")
-    g.add_argument("--gradient", default="full", help=f"one of {', '.join(ENGINES)} (default: full, exact)")
-    g.add_argument("--memory-budget", type=int, help="bytes of step graphs to keep under full or checkpoint")
-    g.add_argument("--surrogate-steps", type=int, default=5, help="steps of the surrogate gradient (default: 5)")
+    g.add_argument(
+        "--gradient", default="checkpoint", help=f"one of {', '.join(ENGINES)} (default: checkpoint, which is exact)"
+    )
+    g.add_argument(
+        "--memory-budget", type=int, help="bytes of step graphs that full or checkpoint may keep (checkpoint: 1 GiB)"
+    )
+    g.add_argument("--surrogate-steps", type=int, default=5, help="steps of surrogate gradients (default: 5)")
     g = p.add_argument_group("budget (a preset, or its parts)")
     g.add_argument("--preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
     g.add_argument("--attack-steps", type=int, help="gradient steps of every attack")
@@ -91,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -101,18 +109,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Check everything, then attack, judge and report."""
-    if args.threads:
+    if args.threads is not None:
+        check_count(args.threads, "threads")
         torch.set_num_threads(args.threads)
     device = check_device(args.device)
     dataset = choose(args.dataset, DATASETS, "data set")
     allowed = resolve_budget(args)
-    eps = args.eps if args.eps is not None else choose(args.threat_model, dataset.eps, "threat model")
+    choose(args.threat_model, dict.fromkeys(NORMS), "threat model")
+    if args.eps is None and args.threat_model not in dataset.eps:
+        raise ValueError(f"There is no usual {args.threat_model} radius for {args.dataset}; pass --eps.")
+    eps = dataset.eps[args.threat_model] if args.eps is None else args.eps
     attacks = build_attacks(args, allowed, eps)
     check_count(args.batch_size, "batch size")
-    defences, bare, purifier = build_defences(args, allowed, attacks, device)
     samples = load_samples(args, allowed.n_examples, device)
+    defences, bare, purifier = build_defences(args, allowed, attacks, device)
     config = {
         "dataset": args.dataset,
+        "data": fingerprint_of_samples(samples),
         "n_examples": len(samples),
         "seed": args.seed,
         "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
@@ -138,14 +151,19 @@ def show(
     """Print the table, write result.json and the picture."""
     found = results(folder, defences, samples)
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
-    report.write_result(folder.path / "result.json", found, defences, {"command": command, "budget": stated})
+    context = {"budget": stated, **environment(samples.images.device, command)}
+    report.write_result(folder.path / "result.json", found, defences, context)
     report.figure(folder.path / "samples.png", folder, defences[1], bare, purifier, samples)
     print(f"\nAccuracy in %, mean over {allowed.judge_draws} fresh purifications per image, [95 % interval]")
     print(report.table(found).to_string())
     defended = {defences[1].name: found[defences[1].name]}
     for criterion, text in (("any_of_r", "right in every one of them"), ("majority", "right by majority")):
         print(f"\n{text}:\n{report.table(defended, criterion).to_string()}")
-    print(f"\nBudget: {', '.join(describe(a) for a in defences[1].attacks)} ({args.preset}).")
+    engine = choose(args.gradient, ENGINES, "gradient engine")
+    gradient = f"{args.gradient} gradient, {'exact' if engine.exact else 'APPROXIMATE: a stronger attack exists'}"
+    print(f"\nBudget: {', '.join(describe(a) for a in defences[1].attacks)} ({args.preset}); {gradient}.")
+    if len(defences[1].attacks) > 1:
+        print("The worst case is chosen on the draws it is reported on, so it errs to the low side.")
     if args.preset == "quick":
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "
@@ -157,7 +175,8 @@ def show(
 def describe(attack: Attack) -> str:
     """An attack's name with its budget."""
     parts = attack.budget()
-    return f"{attack.name} {parts['steps']} steps x EOT {parts['eot']}"
+    restarts = f", {parts['restarts']} restarts" if parts.get("restarts", 1) > 1 else ""
+    return f"{attack.name} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
 
 
 def resolve_budget(args: argparse.Namespace) -> Budget:
@@ -184,8 +203,9 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
     for name in args.attacks.split(","):
         kind = choose(name.strip(), ATTACKS, "attack")
         if issubclass(kind, PGD):
+            extra = {"surrogate_steps": args.surrogate_steps} if issubclass(kind, SurrogatePGD) else {}
             attacks.append(
-                kind(args.threat_model, eps, steps=allowed.steps, eot=allowed.eot, restarts=args.restarts)
+                kind(args.threat_model, eps, steps=allowed.steps, eot=allowed.eot, restarts=args.restarts, **extra)
             )
         else:
             assert issubclass(kind, AutoAttackRand)
@@ -199,18 +219,15 @@ def build_defences(
     args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
 ) -> tuple[list[Defence], nn.Module, nn.Module]:
     """Undefended, purified, and the adversarially trained baseline where there is one; the bare model, the purifier."""
-    bare = load_classifier(args.model or f"{args.dataset}-standard", args.dataset, args.threat_model).to(device)
+    standard = f"{args.dataset}-standard"
+    default = standard if standard in zoo.names("classifier") else "Standard"
+    bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
     score_model = load_score(args.score_model or args.dataset).to(device)
     preset = choose(args.purifier, PURIFIERS, "purifier")
-    engine = choose(args.gradient, ENGINES, "gradient engine")
-    options: dict[str, Any] = {"memory_budget": args.memory_budget} if args.memory_budget is not None else {}
-    if engine is Surrogate:
-        options = {"steps": args.surrogate_steps}
-    purifier = preset(
-        score_model, args.t_star, args.steps, args.reverse, {"kind": args.gradient, **options}, args.variant
-    )
+    purifier = preset(score_model, args.t_star, args.steps, args.reverse, gradient_config(args), args.variant)
     model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
-    once = [a.on_deterministic() for a in attacks if not a.needs_purifier] or [PGD(attacks[0].norm, attacks[0].eps)]
+    once = [a.on_deterministic() for a in attacks if not a.needs_purifier]
+    once = once or [PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1)]
     defended = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
     defences = [
         Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}),
@@ -221,6 +238,28 @@ def build_defences(
         trained = zoo.classifier(baseline).to(device)
         defences.append(Defence("adversarial training", trained, once, 1, {"classifier": fingerprint(trained)}))
     return defences, bare, purifier
+
+
+def gradient_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The gradient engine named on the command line, with its parameters."""
+    engine = choose(args.gradient, ENGINES, "gradient engine")
+    config: dict[str, Any] = {"kind": args.gradient}
+    if args.memory_budget is not None and engine not in (Full, Checkpoint):
+        raise ValueError(f"--memory-budget is for --gradient full or checkpoint, not {args.gradient}.")
+    if engine is Surrogate:
+        config["steps"] = args.surrogate_steps
+    elif args.memory_budget is not None:
+        config["memory_budget"] = args.memory_budget
+    elif engine is Checkpoint:
+        config["memory_budget"] = DEFAULT_ENGINE.memory_budget
+    return config
+
+
+def fingerprint_of_samples(samples: Samples) -> str:
+    """sha256 over images and labels."""
+    digest = hashlib.sha256(samples.images.cpu().numpy().tobytes())
+    digest.update(samples.labels.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samples:
@@ -237,6 +276,8 @@ def check_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"There is no GPU {name!r} here ({torch.cuda.device_count()} found); use --device cpu.")
     return device
@@ -250,7 +291,8 @@ def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
     """Versions, revision, device and command, for the manifest."""
-    names = ("torch", "torchvision", "numpy", "torchdiffeq", "diffusers", "robustbench", "pyautoattack", "autoattack")
+    names = ["torch", "torchvision", "numpy", "scipy", "scikit-learn", "torchdiffeq", "diffusers", "torchattacks"]
+    names += ["robustbench", "pyautoattack", "autoattack"]
     versions = {}
     for name in names:
         try:

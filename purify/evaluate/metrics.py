@@ -1,10 +1,11 @@
 """Accuracies over repeated purifications, with 95 % intervals.
 
-Input is ``correct`` (N, R): whether sample i was classified right in purification r.
+Input is ``predictions`` (N, R): the class of sample i in purification r.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,40 +32,58 @@ def wilson(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, interval.low, interval.high)
 
 
-def mean_accuracy(correct: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean over samples and draws. Bootstrap over samples (percentile), Wilson where all draws of a sample agree."""
-    per_sample = correct.mean(1)
-    if np.isin(per_sample, (0.0, 1.0)).all():
-        return wilson(int(per_sample.sum()), len(per_sample))
+def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of per-sample values in [0, 1], (N,), with its interval over samples.
+
+    Bootstrap (percentile); where fewer than ten samples differ from the commonest value it would collapse, and
+    Wilson's interval at the nearest count, which is wider, takes over. Yes-or-no values always get Wilson's.
+    """
+    varied = len(values) - np.unique(values, return_counts=True)[1].max()
+    if varied < 10 or np.isin(values, (0.0, 1.0)).all():
+        interval = wilson(round(float(values.sum())), len(values))
+        mean = float(values.mean())
+        return Estimate(mean, min(interval.low, mean), max(interval.high, mean))
     result = stats.bootstrap(
-        (per_sample,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=seed
+        (values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=seed
     )
-    return Estimate(float(per_sample.mean()), *map(float, result.confidence_interval))
+    return Estimate(float(values.mean()), *map(float, result.confidence_interval))
 
 
-def any_of_accuracy(correct: np.ndarray) -> Estimate:
-    """Share of samples that are right in all R draws: what is left if an attacker may submit R times."""
-    return wilson(int(correct.all(1).sum()), len(correct))
+def mean_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Share of a sample's purifications that are right."""
+    return (predictions == labels[:, None]).mean(1)
 
 
-def majority_accuracy(predictions: np.ndarray, labels: np.ndarray) -> Estimate:
-    """Share of samples whose most frequent prediction (smallest class on ties) is the label."""
+def all_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether all R are right: what is left if an attacker may submit R times."""
+    return (predictions == labels[:, None]).all(1).astype(float)
+
+
+def majority_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether the most frequent prediction (the smallest class on ties) is the label."""
     votes = np.array([np.bincount(row).argmax() for row in predictions])
-    return wilson(int((votes == labels).sum()), len(labels))
+    return (votes == labels).astype(float)
+
+
+# Each maps predictions (N, R) and labels (N,) to a value in [0, 1] per sample.
+CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "mean": mean_correct,
+    "any_of_r": all_correct,
+    "majority": majority_correct,
+}
 
 
 def summarize(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Estimate]:
     """The three accuracies of ``predictions`` (N, R)."""
-    correct = predictions == labels[:, None]
+    return worst_case([predictions], labels)
+
+
+def worst_case(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Estimate]:
+    """The three accuracies if each sample meets the attack that is worst for it under the criterion.
+
+    The worst is chosen on the draws that are reported, which can only make the number lower.
+    """
     return {
-        "mean": mean_accuracy(correct),
-        "any_of_r": any_of_accuracy(correct),
-        "majority": majority_accuracy(predictions, labels),
+        name: estimate(np.min([criterion(p, labels) for p in predictions], axis=0))
+        for name, criterion in CRITERIA.items()
     }
-
-
-def worst_case(predictions: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """For each sample the predictions (N, R) of the attack under which it is right least often."""
-    stacked = np.stack(predictions)
-    accuracy = (stacked == labels[None, :, None]).mean(2)
-    return stacked[accuracy.argmin(0), np.arange(len(labels))]

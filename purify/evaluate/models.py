@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -45,10 +47,14 @@ def _from_file(name: str) -> nn.Module:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ValueError(f"{path} has no function {function!r}.")
-    model = getattr(module, function)()
+    sys.modules.setdefault(module.__name__, module)  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ValueError(f"it has no function {function!r}")
+        model = getattr(module, function)()
+    except Exception as error:
+        raise ValueError(f"{path} could not give a model: {error}.") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned {type(model).__name__}; it must return a torch.nn.Module.")
     return model
@@ -58,9 +64,9 @@ def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
     if dataset not in ("cifar10", "cifar100", "imagenet"):
         raise ValueError(f"Unknown model {name!r} for {dataset}; known: {', '.join(zoo.names('classifier'))}.")
     package = import_robustbench()
-    package_models = importlib.import_module("robustbench.model_zoo").model_dicts
-    enums = importlib.import_module("robustbench.model_zoo.enums")
-    known = package_models[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
+    models = importlib.import_module("robustbench.model_zoo").model_dicts
+    known = {threat.value: m for threat, m in models[package.model_zoo.enums.BenchmarkDataset(dataset)].items()}
+    known = known.get(threat_model, {})
     if name not in known:
         raise ValueError(f"RobustBench has no {dataset} {threat_model} model {name!r}; known: {', '.join(known)}.")
     try:

@@ -6,16 +6,17 @@ resumes. A folder holds one configuration.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-KEY = ("defence", "attack", "sample")
-REQUIRED = {*KEY, "label", "predictions"}
+LOCK = ".lock"
+FULL = "The records cannot be written ({}); make room and run the same command."
 
 
 class RunFolder:
@@ -34,38 +35,46 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
         self.path = Path(path)
         config = json.loads(json.dumps(config))  # as it will be read back
-        self._claim()
+        self._lock = self._claim()
         manifest = self.path / "manifest.json"
+        sessions: list[dict[str, Any]] = []
         if manifest.exists():
-            self._check(manifest, config)
-        elif any(p for p in self.path.iterdir() if p.name != ".writable"):
+            sessions = self._check(manifest, config)
+        elif any(p for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".partial"):
             raise ValueError(f"{self.path} holds other files and no run; choose another --out.")
-        else:
-            write_json(manifest, {"config": config, "environment": environment})
-        self.config = config
-        self._records = {key(r): r for r in self._read()}
+        if environment not in sessions:
+            write_json(manifest, {"config": config, "sessions": [*sessions, environment]})
+        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._read()
 
-    def _claim(self) -> None:
-        probe = self.path / ".writable"
+    def _claim(self) -> IO[str]:
+        """Make the folder and hold its lock for as long as this object lives."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
+            lock = open(self.path / LOCK, "w")  # noqa: SIM115 - stays open
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written ({error.strerror}); choose another --out.") from error
-
-    def _check(self, manifest: Path, config: dict[str, Any]) -> None:
         try:
-            stored = json.loads(manifest.read_text())["config"]
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"Another process writes to {self.path}; wait for it or choose another --out.") from error
+        return lock
+
+    def _check(self, manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """The sessions so far, if the stored configuration is ``config``."""
+        try:
+            stored = json.loads(manifest.read_text())
+            before, sessions = stored["config"], stored["sessions"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest} is damaged; restore it or choose another --out.") from error
-        different = list(differences(stored, config))
+        different = list(differences(before, config))
         if different:
             raise ValueError(
                 f"{self.path} holds another run, which differs in {', '.join(different[:8])}; choose another --out."
             )
+        return sessions
 
-    def _read(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> None:
         path = self.path / "records.jsonl"
         if not path.exists():
             return
@@ -74,14 +83,12 @@ class RunFolder:
         if whole < len(content):  # a killed process was in the middle of this line
             os.truncate(path, whole)
         for number, line in enumerate(content[:whole].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                missing = REQUIRED - set(record)
-            except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}, is damaged; remove that line to have it redone.") from error
-            if missing:
-                raise ValueError(f"{path}, line {number}, lacks {', '.join(sorted(missing))}; remove that line.")
-            yield record
+            record = parse(line)
+            if record is None:
+                raise ValueError(f"{path}, line {number}, is damaged; remove that line to have it redone.")
+            if key(record) in self._records:
+                raise ValueError(f"{path}, line {number}, repeats an earlier record; remove one of them.")
+            self._records[key(record)] = record
 
     def __contains__(self, record_key: tuple[str, str, int]) -> bool:
         return record_key in self._records
@@ -114,9 +121,26 @@ class RunFolder:
         path = self._image_path(*key(record))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        with open(partial, "wb") as f:
-            np.save(f, image)
+        try:
+            with open(partial, "wb") as f:
+                np.save(f, image)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            raise ValueError(FULL.format(error)) from error
         os.replace(partial, path)
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The record on a line, or None if it is not one."""
+    try:
+        record = json.loads(line)
+        names = [record["defence"], record["attack"]]
+        numbers = [record["sample"], record["label"], *record["predictions"]]
+    except (ValueError, TypeError, KeyError):
+        return None
+    whole = all(type(n) is int for n in numbers) and len(numbers) > 2
+    return record if whole and all(type(n) is str for n in names) else None
 
 
 def key(record: dict[str, Any]) -> tuple[str, str, int]:
@@ -132,7 +156,7 @@ def write_all(descriptor: int, data: bytes) -> None:
             raise OSError("the disk is full")
     except OSError as error:
         os.ftruncate(descriptor, start)
-        raise ValueError(f"The records cannot be written ({error}); make room and run the same command.") from error
+        raise ValueError(FULL.format(error)) from error
 
 
 def write_json(path: Path, content: Any) -> None:

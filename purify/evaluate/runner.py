@@ -177,17 +177,28 @@ def batches(ids: Tensor, done: Tensor, batch_size: int, group_size: int | None) 
         yield (groups == group).nonzero()[:, 0]
 
 
+def predictions(folder: RunFolder, defence: Defence, stage: str, samples: Samples) -> np.ndarray:
+    """Predictions (N, R) of a finished stage.
+
+    Raises:
+        ValueError: a record does not belong to these samples and draws.
+    """
+    rows = []
+    for i, label in zip(samples.ids.tolist(), samples.labels.tolist(), strict=True):
+        record = folder.get(defence.name, stage, i)
+        if record["label"] != label or len(record["predictions"]) != defence.draws:
+            what = f"sample {i} ({defence.name}, {stage})"
+            raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
+        rows.append(record["predictions"])
+    return np.array(rows)
+
+
 def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> dict[str, dict[str, Any]]:
     """Accuracies per defence and stage, and the worst case per sample over all stages (a clean error counts)."""
     labels = samples.labels.cpu().numpy()
     table: dict[str, dict[str, Any]] = {}
     for defence in defences:
-        found = {
-            stage_name(a): np.array(
-                [folder.get(defence.name, stage_name(a), int(i))["predictions"] for i in samples.ids]
-            )
-            for a in defence.stages()
-        }
+        found = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
         table[defence.name] = {stage: summarize(p, labels) for stage, p in found.items()}
-        table[defence.name]["worst case"] = summarize(worst_case(list(found.values()), labels), labels)
+        table[defence.name]["worst case"] = worst_case(list(found.values()), labels)
     return table
