@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,8 @@ def load_fashion_mnist(split: str, data_dir: Path | None) -> Loaded:
     labels = read_idx(_find(folders, f"{prefix}-labels-idx1-ubyte"), ndim=1)
     if len(images) != len(labels):
         raise ValueError(f"Fashion-MNIST has {len(images)} images but {len(labels)} labels; fetch the files again.")
+    if images.shape[1:] != (28, 28) or (len(labels) and labels.max() > 9):
+        raise ValueError(f"The files in {folders[0]} are not Fashion-MNIST (28x28 images, labels 0 to 9).")
     return torch.from_numpy(images).float().div(255)[:, None], torch.from_numpy(labels).long()
 
 
@@ -88,7 +91,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     try:
         with opener(path, "rb") as f:  # type: ignore[call-arg]
             content = f.read()
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch the file again.") from error
     if len(content) < 4 + 4 * ndim or content[:4] != bytes([0, 0, 8, ndim]):
         raise ValueError(f"{path} is not an idx file of {ndim}-dimensional unsigned bytes; fetch the file again.")
@@ -128,8 +131,12 @@ def load_imagenet(split: str, data_dir: Path | None) -> Loaded:
         raise ValueError(f"ImageNet's validation images are not in {root / 'val'}: put the class folders there.")
     from purify.compat import import_robustbench
 
-    load = import_robustbench().data.load_imagenet
-    return load(5000, str(root), "Res256Crop224")
+    data = import_robustbench().data
+    try:
+        images, labels = data.load_imagenet(5000, str(root), data.PREPROCESSINGS["Res256Crop224"])
+    except (KeyError, FileNotFoundError) as error:
+        raise ValueError(f"{root / 'val'} lacks some of ImageNet's 1000 class folders ({error}).") from error
+    return images, labels
 
 
 DATASETS: dict[str, Dataset] = {

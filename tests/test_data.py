@@ -78,8 +78,19 @@ def test_damaged_idx_files(tmp_path, folder):
     zipped.write_bytes(gzip.compress(whole)[:-30])
     with pytest.raises(ValueError, match="cannot be read"):
         read_idx(zipped, 3)
+    content = bytearray(gzip.compress(whole))
+    content[20:40] = b"\xff" * 20
+    zipped.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_idx(zipped, 3)
     (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(2, np.uint8)))
     with pytest.raises(ValueError, match="3 images but 2 labels"):
+        load_dataset("fashion_mnist", "test", folder)
+
+
+def test_other_idx_files_are_not_fashion_mnist(folder):
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([4, 77, 9], dtype=np.uint8)))
+    with pytest.raises(ValueError, match="are not Fashion-MNIST"):
         load_dataset("fashion_mnist", "test", folder)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
 
-from purify import DefendedClassifier, diffpure
-from purify.attacks import AutoAttack, AutoAttackRand
+from purify import DefendedClassifier, diffpure, zoo
+from purify.attacks import PGD, AutoAttack, AutoAttackRand
 from purify.attacks import autoattack as adapter
+from purify.data import load_dataset
 
 
 @pytest.fixture
@@ -140,3 +141,20 @@ def test_autoattack_rand_in_fixed_groups_does_not_depend_on_the_order(model):
     torch.testing.assert_close(second_group, whole[32:], rtol=0, atol=2e-5)
     assert (whole - images).abs().max() <= 0.2 + 1e-5
     assert (whole != images).any()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 2.0)])
+def test_pgd_is_about_as_strong_as_apgd(norm, eps):
+    """At equal steps on a deterministic model, where APGD is the standard to meet."""
+    model = zoo.classifier("digits-standard")
+    x, y = (t[:100] for t in load_dataset("digits", "test"))
+    apgd = AutoAttack(model, norm, eps, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce"])
+    apgd.apgd.n_iter, apgd.apgd.n_restarts = 40, 1
+    left = {}
+    for name, images in (
+        ("apgd", apgd.run_standard_evaluation(x, y)),
+        ("pgd", PGD(norm, eps, steps=40, eot=1)(model, x, y).images),
+    ):
+        left[name] = (model(images).argmax(1) == y).float().mean().item()
+    assert left["apgd"] < 0.9
+    assert left["pgd"] <= left["apgd"] + 0.03

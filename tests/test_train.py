@@ -53,12 +53,19 @@ def test_resumed_equals_undisturbed(tmp_path):
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     train(network(), EpsLoss(), *data(), HYPER, tmp_path / "c", save_every=5)
     other = Hyper(**{**vars(HYPER), "lr": 0.1})
-    with pytest.raises(ValueError, match="other hyper-parameters"):
+    with pytest.raises(ValueError, match=r"another training \(hyper\)"):
         train(network(), EpsLoss(), *data(), other, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"another training \(loss\)"):
+        train(network(), EpsLoss(), *data(), HYPER, tmp_path / "c", {"loss": "other"})
     content = (tmp_path / "c").read_bytes()
     (tmp_path / "c").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="not a readable training checkpoint"):
         train(network(), EpsLoss(), *data(), HYPER, tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    with pytest.raises(ValueError, match="The loss is nan at step 0"):
+        train(network(), lambda *a: EpsLoss()(*a) * float("nan"), *data(), HYPER)
 
 
 def test_a_checkpoint_never_executes_code(tmp_path):
@@ -66,7 +73,7 @@ def test_a_checkpoint_never_executes_code(tmp_path):
         def __reduce__(self):
             return (print, ("executed",))
 
-    torch.save({"hyper": Evil()}, tmp_path / "c")
+    torch.save({"identity": Evil()}, tmp_path / "c")
     with pytest.raises(ValueError, match="not a readable training checkpoint"):
         train(network(), EpsLoss(), *data(), HYPER, tmp_path / "c")
 

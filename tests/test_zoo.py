@@ -24,6 +24,7 @@ def test_every_recipe_is_shipped_and_every_entry_has_a_recipe_and_a_card():
         entry = zoo.describe(name)
         assert entry["architecture"] == RECIPES[name].architecture
         assert entry["hyper"] == vars(RECIPES[name].hyper)
+        assert entry["loss"] == {"kind": type(RECIPES[name].loss).__name__, **vars(RECIPES[name].loss)}
         card = (zoo.WEIGHTS / f"{name}.md").read_text()
         assert f"python -m purify.train {name}" in card
         assert all(f"{v:.4f}" in card for v in entry["measured"].values())
@@ -60,9 +61,9 @@ def test_classifiers_measure_what_their_cards_say(dataset, kind):
 def test_undefended_classifiers_fall():
     for dataset in LIMITS:
         measured = zoo.describe(f"{dataset}-standard")["measured"]
-        attacked = next(v for k, v in measured.items() if k.startswith("pgd"))
-        assert attacked <= 0.06
-        assert next(v for k, v in zoo.describe(f"{dataset}-at")["measured"].items() if k.startswith("pgd")) > 0.4
+        eps = DATASETS[dataset].eps["Linf"]
+        assert measured[f"robust_accuracy_eps{eps:g}"] <= 0.06
+        assert zoo.describe(f"{dataset}-at")["measured"][f"robust_accuracy_eps{eps:g}"] > 0.3
 
 
 def test_models_load_by_path_and_errors_are_clear(tmp_path):
@@ -86,8 +87,14 @@ def test_models_load_by_path_and_errors_are_clear(tmp_path):
     path.with_suffix(".json").write_text(json.dumps(entry))
     with pytest.raises(ValueError, match=r"has shape \(64, 32, 3, 3\) instead of \(32, 32, 3, 3\)"):
         zoo.classifier(path)
-    path.with_suffix(".json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as a purify model description"):
-        zoo.classifier(path)
+    for text, message in {
+        "{": "cannot be read as a purify model description",
+        "[1]": "cannot be read as a purify model description",
+        '{"kind": "classifier"}': "lacks architecture",
+        '{"kind": "classifier", "architecture": {"kind": "small-cnn", "depth": 3}}': "no network of purify's",
+    }.items():
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            zoo.classifier(path)
     with pytest.raises(ValueError, match="Unknown zoo model 'nothing'; known: digits"):
         zoo.classifier("nothing")

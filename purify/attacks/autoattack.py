@@ -33,7 +33,10 @@ def backend() -> ModuleType:
 
 def is_original_installed() -> bool:
     """Whether ``autoattack`` comes from its own package and not from our stand-in (``purify.compat``)."""
-    spec = util.find_spec("autoattack")
+    try:
+        spec = util.find_spec("autoattack")
+    except ValueError:  # a module without a spec: somebody else put it there
+        return True
     return spec is not None and spec.origin != "purify"
 
 
@@ -80,7 +83,7 @@ class AutoAttack:
             extra = {"verbose": verbose, "attacks_to_run": attacks_to_run or [], "log_path": log_path}
             self._backend = package.AutoAttack(model, **common, **extra)
         else:
-            self._backend = package.AutoAttack(model, attacks=attacks_to_run, **common)
+            self._backend = package.AutoAttack(model, attacks=attacks_to_run or None, **common)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_backend":
@@ -95,6 +98,10 @@ class AutoAttack:
     @attacks_to_run.setter
     def attacks_to_run(self, names: list[str]) -> None:
         self._backend.attacks_to_run = names
+
+    def set_version(self, version: str = "standard") -> None:
+        """Choose the attacks and parameters of another version."""
+        (self._backend.set_version if self._original else self._backend._set_version)(version)
 
     def run_standard_evaluation(
         self,
@@ -153,7 +160,9 @@ class AutoAttackRand(Attack):
         steps: APGD iterations (the original: 100).
         eot: draws per gradient (the original: 20).
 
-    An image that no attack broke, on AutoAttack's own single draw, is returned as it came.
+    AutoAttack decides on a single draw: an image that is wrong on its first draw is not attacked, and one that no
+    attack broke is returned as it came. Judged on fresh draws such images score like clean ones, so never quote this
+    attack alone for a randomized defence.
     """
 
     steps: int = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
-        if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < float("inf")):
+        if isinstance(self.eps, bool) or not (isinstance(self.eps, Real) and 0 <= self.eps < float("inf")):
             raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
 
     def __call__(
@@ -67,6 +68,8 @@ class Attack(ABC):
         """
         check_images(images)
         ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        if ids.shape != (len(images),):
+            raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
         ids, seed = ids.to(images.device), derive_seed(seed, self.name)
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
         return self.run(model, images.detach(), labels.long(), ids, seed)

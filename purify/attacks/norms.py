@@ -31,7 +31,7 @@ class Ball(ABC):
 
     @abstractmethod
     def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
-        """A random start within the ball, from numbers ``uniform`` in (0, 1) of the shape of ``x``."""
+        """A random start in the ball (L2, L1: on its surface), from ``uniform`` in (0, 1) of the shape of ``x``."""
 
 
 class LinfBall(Ball):

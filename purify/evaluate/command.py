@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
     g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     g.add_argument("--batch-size", type=int, default=64, help="samples attacked at once (default: 64)")
+    g.add_argument("--max-rows", type=int, default=2048, help="images times draws in the model at once (default: 2048)")
     g.add_argument("--threads", type=int, help="CPU threads for torch")
     g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
     return p
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     eps = dataset.eps[args.threat_model] if args.eps is None else args.eps
     attacks = build_attacks(args, allowed, eps)
     check_count(args.batch_size, "batch size")
+    check_count(args.max_rows, "max-rows")
     samples = load_samples(args, allowed.n_examples, device)
     defences, bare, purifier = build_defences(args, allowed, attacks, device)
     config = {
@@ -133,7 +135,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     }
     folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command))
     print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
-    evaluate(folder, defences, samples, args.seed, args.batch_size)
+    evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows)
     show(folder, defences, samples, bare, purifier, args, allowed, command)
     return 0
 
@@ -203,10 +205,10 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
     for name in args.attacks.split(","):
         kind = choose(name.strip(), ATTACKS, "attack")
         if issubclass(kind, PGD):
-            extra = {"surrogate_steps": args.surrogate_steps} if issubclass(kind, SurrogatePGD) else {}
-            attacks.append(
-                kind(args.threat_model, eps, steps=allowed.steps, eot=allowed.eot, restarts=args.restarts, **extra)
-            )
+            options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
+            if issubclass(kind, SurrogatePGD):
+                options["surrogate_steps"] = args.surrogate_steps
+            attacks.append(kind(args.threat_model, eps, **options))
         else:
             assert issubclass(kind, AutoAttackRand)
             attacks.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.checks import choose
+from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.schedule import ContinuousVP
 from purify.score import ScoreModel
@@ -52,17 +51,17 @@ def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> d
     out.mkdir(parents=True, exist_ok=True)
     images, labels = load_dataset(recipe.dataset, "train", data_dir)
     test_images, test_labels = load_dataset(recipe.dataset, "test", data_dir)
-    start = time.time()
-    module = train(build(recipe), recipe.loss, images, labels, recipe.hyper, out / f"{name}.checkpoint")
-    seconds = time.time() - start
-    entry = {
+    identity = {
         "kind": recipe.kind,
         "dataset": recipe.dataset,
         "architecture": recipe.architecture,
         "loss": {"kind": type(recipe.loss).__name__, **dataclasses.asdict(recipe.loss)},
+    }
+    module = train(build(recipe), recipe.loss, images, labels, recipe.hyper, out / f"{name}.checkpoint", identity)
+    entry = {
+        **identity,
         "hyper": dataclasses.asdict(recipe.hyper),
         "parameters": sum(p.numel() for p in module.parameters()),
-        "training_seconds_of_last_run": round(seconds),
         "torch": torch.__version__,
     }
     if isinstance(module, ScoreModel):
@@ -87,7 +86,7 @@ def card(name: str, entry: dict[str, Any]) -> str:
 A {entry["kind"]} network for {entry["dataset"]}, {entry["parameters"]:,} parameters.
 
 - Architecture: `{entry["architecture"]}`
-- Made by: `python -m purify.train {name}` (torch {entry["torch"]}, CPU, {entry["training_seconds_of_last_run"]} s)
+- Made by: `python -m purify.train {name}` (torch {entry["torch"]}, CPU)
 - Loss: {loss}
 - Hyper-parameters: {hyper}
 - Data: the training split of `purify.data.load_dataset("{entry["dataset"]}", "train")`
@@ -109,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = choose(args.name, RECIPES, "recipe")
         changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
         recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
-        if args.threads:
+        if args.threads is not None:
+            check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)
         entry = run(args.name, recipe, args.out, args.data_dir)
     except (ValueError, OSError) as error:

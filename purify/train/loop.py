@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ def train(
     labels: Tensor,
     hyper: Hyper,
     checkpoint: Path | None = None,
-    save_every: int = 500,
+    identity: dict[str, Any] | None = None,
+    save_every: int = 200,
 ) -> nn.Module:
     """Minimise ``loss`` and return the averaged module, in eval mode.
 
@@ -78,15 +80,17 @@ def train(
         module: the network; trained in place.
         images, labels: training data, (N, C, H, W) in [0, 1] and (N,).
         checkpoint: where to save the state every ``save_every`` steps; if the file exists, training resumes from it.
+        identity: plain data that tells this training from others, beside ``hyper``: network, loss, data.
 
     Raises:
-        ValueError: the checkpoint belongs to other hyper-parameters or another network, or is truncated.
+        ValueError: the checkpoint belongs to another training, or is truncated; the loss is not finite.
     """
+    identity = {"hyper": vars(hyper), **(identity or {})}
     optimizer = torch.optim.AdamW(module.parameters(), lr=hyper.lr, weight_decay=hyper.weight_decay)
     average = copy.deepcopy(module).eval().requires_grad_(False)
     start = 0
     if checkpoint is not None and checkpoint.exists():
-        start = _restore(checkpoint, hyper, module, average, optimizer)
+        start = _restore(checkpoint, identity, module, average, optimizer)
     bar = tqdm(range(start, hyper.steps), initial=start, total=hyper.steps, desc="training", mininterval=1.0)
     running = None
     for step in bar:
@@ -94,6 +98,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, hyper)
         value = loss(module.train(), *batch(images, labels, hyper.batch_size, generator), generator)
+        if not bool(value.isfinite()):
+            raise ValueError(f"The loss is {value.item()} at step {step}; lower the learning rate.")
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -102,15 +108,20 @@ def train(
         running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if checkpoint is not None and (step + 1) % save_every == 0:
-            _save(checkpoint, hyper, step + 1, module, average, optimizer)
+            _save(checkpoint, identity, step + 1, module, average, optimizer)
     return average
 
 
 def _save(
-    path: Path, hyper: Hyper, step: int, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    identity: dict[str, Any],
+    step: int,
+    module: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     state = {
-        "hyper": vars(hyper),
+        "identity": identity,
         "step": step,
         "module": module.state_dict(),
         "average": average.state_dict(),
@@ -122,14 +133,16 @@ def _save(
 
 
 def _restore(
-    path: Path, hyper: Hyper, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, identity: dict[str, Any], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
     try:
         state = torch.load(path, weights_only=True)
+        stored = state["identity"]
     except Exception as error:
         raise ValueError(f"{path} is not a readable training checkpoint; remove it to start over.") from error
-    if state.get("hyper") != vars(hyper):
-        raise ValueError(f"{path} belongs to a run with other hyper-parameters; choose another --out or remove it.")
+    if stored != identity:
+        different = ", ".join(k for k in identity if stored.get(k) != identity[k])
+        raise ValueError(f"{path} belongs to another training ({different}); choose another --out or remove it.")
     module.load_state_dict(state["module"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])

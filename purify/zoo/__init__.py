@@ -53,9 +53,14 @@ def describe(name: str | Path) -> dict[str, Any]:
     """The JSON of an entry: architecture, recipe, what was measured."""
     path = _json_path(name)
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        entry = json.loads(path.read_text())
+        wanted = {"kind", "architecture"} | ({"score_model"} if entry["kind"] == "score" else set())
+        missing = wanted - set(entry)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as a purify model description ({error}).") from error
+    if missing:
+        raise ValueError(f"{path} is not a purify model description: it lacks {', '.join(sorted(missing))}.")
+    return entry
 
 
 def save(path: Path, network: nn.Module, entry: dict[str, Any]) -> None:
@@ -75,7 +80,10 @@ def _load(name: str | Path, kind: str) -> tuple[dict[str, Any], nn.Module]:
     entry = describe(name)
     if entry.get("kind") != kind:
         raise ValueError(f"{name} is a {entry.get('kind')} model, not a {kind}; known: {', '.join(names(kind))}.")
-    network = build_network(entry["architecture"])
+    try:
+        network = build_network(entry["architecture"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_json_path(name)} describes no network of purify's: {error}.") from error
     load_weights(network, _json_path(name).with_suffix(".safetensors"))
     return entry, network.eval().requires_grad_(False)
 
@@ -98,6 +106,8 @@ def load_weights(network: nn.Module, path: Path) -> None:
         for k in wanted
         if k in weights and weights[k].shape != wanted[k].shape
     ]
+    problems += [f"{k} is {w.dtype}" for k, w in weights.items() if k in wanted and w.dtype != wanted[k].dtype]
+    problems += [f"{k} holds NaN or infinity" for k, w in weights.items() if not bool(w.isfinite().all())]
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise ValueError(f"{path} does not fit this network: {listed}.")
