@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("defence")
     g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
     g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
-    g.add_argument("--t-star", type=float, default=0.15, help="noise level in (0, 1] (default: %(default)s)")
+    g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
     g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
     g.add_argument("--variant", default="consistent", help=f"time convention: {', '.join(DIFFPURE_VARIANTS)}")
@@ -226,7 +226,8 @@ def build_defences(
     bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
     score_model = load_score(args.score_model or args.dataset).to(device)
     preset = choose(args.purifier, PURIFIERS, "purifier")
-    purifier = preset(score_model, args.t_star, args.steps, args.reverse, gradient_config(args), args.variant)
+    t_star = DATASETS[args.dataset].t_star if args.t_star is None else args.t_star
+    purifier = preset(score_model, t_star, args.steps, args.reverse, gradient_config(args), args.variant)
     model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
     once = [a.on_deterministic() for a in attacks if not a.needs_purifier]
     once = once or [PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1)]
