@@ -167,7 +167,8 @@ class Peer:
         )
         self.dt = setting.t_star / setting.steps
         noise = Noise.keyed(1, torch.arange(len(x), device=x.device))
-        self.diffuse = setting.purifier(Full(), EulerMaruyama()).process(x, noise).rounds[0].diffuse
+        t_star = torch.full((len(x),), setting.t_star, dtype=torch.float64, device=x.device)
+        self.diffuse = setting.purifier(Full(), EulerMaruyama()).process(t_star, noise).rounds[0].diffuse
 
     def gradient(self) -> Tensor:
         s = self.setting
@@ -274,7 +275,8 @@ def half_budget(setting: Setting) -> int:
     purifier = setting.purifier(Full(), EulerMaruyama())
     u = (2 * setting.x - 1).requires_grad_()
     noise = Noise.keyed(1, torch.arange(len(u), device=u.device))
-    _, one = saved_bytes(purifier.process(u, noise).rounds[0].reverse[0], u)
+    t_star = torch.full((len(u),), setting.t_star, dtype=torch.float64, device=u.device)
+    _, one = saved_bytes(purifier.process(t_star, noise).rounds[0].reverse[0], u)
     return one * setting.steps // 2
 
 

@@ -2,11 +2,14 @@
 
 from purify import compat
 from purify.defended import DefendedClassifier
+from purify.levels import Constant, SSNILinear, SSNISigmoid
 from purify.noise import Noise, derive_seed
+from purify.plans import FixedDt, FixedSteps
 from purify.presets import PURIFIERS, diffpure
 from purify.purifier import Purifier
 from purify.schedule import ContinuousVP, DiscreteVP
 from purify.score import ScoreModel
+from purify.scorenorm import Calibration, ScoreNorm, calibrate
 
 __version__ = "0.1.0"
 
@@ -14,12 +17,20 @@ compat.install()
 
 __all__ = [
     "PURIFIERS",
+    "Calibration",
+    "Constant",
     "ContinuousVP",
     "DefendedClassifier",
     "DiscreteVP",
+    "FixedDt",
+    "FixedSteps",
     "Noise",
     "Purifier",
+    "SSNILinear",
+    "SSNISigmoid",
     "ScoreModel",
+    "ScoreNorm",
+    "calibrate",
     "derive_seed",
     "diffpure",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,23 @@ def vote_shares(logits: Tensor) -> Tensor:
 
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
+
+
+@dataclass(frozen=True)
+class Details:
+    """An answer and how it came about, over M purifications.
+
+    Attributes:
+        logits: (N, K), or vote shares.
+        t_star: noise levels, float64 (N, M).
+        statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purifier.Purified`.
+        network_calls: score-network calls (NFE) of all purifications together, int64 (N,), or None.
+    """
+
+    logits: Tensor
+    t_star: Tensor
+    statistic: Tensor
+    network_calls: Tensor | None
 
 
 class DefendedClassifier(nn.Module):
@@ -76,24 +94,47 @@ class DefendedClassifier(nn.Module):
 
         The ``m``-th of M purifications of draw d uses the purifier's draw ``d * M + m``.
         """
+        return self.details(x, sample_ids=sample_ids, draw=draw, seed=seed).logits
+
+    def details(
+        self,
+        x: Tensor,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        draw: int | Tensor = 0,
+        seed: int = 0,
+    ) -> Details:
+        """As :meth:`forward`, with noise levels and network calls."""
         _check_eval(self.classifier)
-        m = self.purifications
-        if m == 1:
-            x_hat = self.purifier(x, sample_ids=sample_ids, draw=draw, seed=seed)
-            return self._aggregate(self.classifier(x_hat)[:, None])
         check_images(x)
-        if sample_ids is not None:
+        m = self.purifications
+        if sample_ids is not None and m > 1:
             sample_ids = torch.as_tensor(sample_ids, device=x.device).repeat_interleave(m)
             draws = torch.as_tensor(draw, device=x.device).expand(len(x))
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
-        x_hat = self.purifier(x.repeat_interleave(m, 0), sample_ids=sample_ids, draw=draw, seed=seed)
-        logits = self.classifier(x_hat)
-        return self._aggregate(logits.unflatten(0, (len(x), m)))
+        rows = x.repeat_interleave(m, 0) if m > 1 else x
+        purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed)
+        shape = (len(x), m)
+        logits = self._aggregate(self.classifier(purified.images).unflatten(0, shape))
+        calls = purified.network_calls
+        return Details(
+            logits,
+            purified.t_star.unflatten(0, shape),
+            purified.statistic.unflatten(0, shape),
+            None if calls is None else calls.unflatten(0, shape).sum(1),
+        )
 
-    def with_gradient(self, gradient: str | GradientEngine | Mapping[str, Any]) -> DefendedClassifier:
-        """The same model (sharing all weights) under another gradient engine of its purifier."""
+    @property
+    def level_varies(self) -> bool:
+        """Whether the purifier chooses a noise level for each image."""
+        return self.purifier.level.varies
+
+    def with_gradient(
+        self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None
+    ) -> DefendedClassifier:
+        """The same model (sharing all weights) under another gradient of its purifier; see there."""
         twin = copy.copy(self)
-        twin._modules = {**self._modules, "purifier": self.purifier.with_gradient(gradient)}
+        twin._modules = {**self._modules, "purifier": self.purifier.with_gradient(gradient, through_level)}
         return twin
 
     def config(self) -> dict[str, Any]:

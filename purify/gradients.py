@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,22 +22,32 @@ from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint_adjoint
 
 from purify.checks import check_count
-from purify.process import Process, ReverseStep, Round
+from purify.plans import FixedSteps, Plan
+from purify.process import Evaluate, Process, ReverseStep, Round, Step
 from purify.reverse import OneShot, ProbabilityFlow
+from purify.scorenorm import plain_total
 
-Step = Callable[[Tensor], Tensor]
+Build = Callable[[int | None], Process]
 
 
 class GradientEngine(ABC):
     """Runs a process on u (N, C, H, W) in [-1, 1] space and decides what its gradient is.
 
-    ``build(steps)`` gives the process, with at most ``steps`` reverse steps per round if that is not None.
+    ``build(steps)`` gives the process, with at most ``steps`` reverse steps per sample if that is not None.
     """
 
     exact: ClassVar[bool] = True
+    through_level: ClassVar[bool] = True  # whether gradients flow through the noise levels
 
     @abstractmethod
-    def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor: ...
+    def __call__(self, build: Build, u: Tensor) -> Tensor: ...
+
+    def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
+        """Sum of independent network evaluations of u, which noise levels are computed from."""
+        return plain_total(terms, u)
+
+    def check(self, plan: Plan) -> None:  # noqa: B027 - most engines take any plan
+        """Raise ValueError if the engine cannot differentiate ``plan``."""
 
 
 def run(steps: Sequence[Step], u: Tensor) -> Tensor:
@@ -44,6 +55,17 @@ def run(steps: Sequence[Step], u: Tensor) -> Tensor:
     for step in steps:
         u = step(u)
     return u
+
+
+def keep(step: Step, u: Tensor) -> Tensor:
+    """One step, its graph kept."""
+    return step(u)
+
+
+def recompute(step: Step, u: Tensor) -> Tensor:
+    """One step, of which only the input is kept; its graph is built again in the backward pass."""
+    # Steps draw keyed noise, so no generator state needs to be kept or restored.
+    return checkpoint(step, u, use_reentrant=False, preserve_rng_state=False)
 
 
 def saved_bytes(step: Step, u: Tensor) -> tuple[Tensor, int]:
@@ -61,70 +83,80 @@ def saved_bytes(step: Step, u: Tensor) -> tuple[Tensor, int]:
     return output, sum(storages.values())
 
 
-def run_checkpointed(steps: Sequence[Step], u: Tensor) -> Tensor:
-    """Apply the steps, keeping one image per step and recomputing its graph in the backward pass."""
-    for step in steps:
-        # Steps draw keyed noise, so no generator state needs to be kept or restored.
-        u = checkpoint(step, u, use_reentrant=False, preserve_rng_state=False)
-    return u
+class WithinBudget:
+    """Evaluates steps in order, keeping the graphs of as many as fit in ``budget`` bytes and recomputing the others.
 
-
-def run_within_budget(steps: Sequence[Step], u: Tensor, budget: int) -> Tensor:
-    """Keep the graphs of as many whole steps as fit in ``budget`` bytes, recompute the others.
-
-    The first reverse step is measured, and kept if one fits; the others kept are the last ones, whose graphs are
-    freed first in the backward pass, before any is rebuilt.
+    The first step is measured, and kept if it fits; the others kept are the last ones, whose graphs are freed first
+    in the backward pass, before any is rebuilt. ``sizes``: samples in each step, in order.
     """
-    u = steps[0](u)  # the diffusion, which has next to no graph
-    rest = list(steps[1:])
-    probe, size = saved_bytes(rest[0], u)
-    keep = min(len(rest), budget // max(size, 1))
-    if keep:
-        u, rest, keep = probe, rest[1:], keep - 1
-    del probe  # if it does not fit, its graph goes before others are built
-    split = len(rest) - keep
-    return run(rest[split:], run_checkpointed(rest[:split], u))
+
+    def __init__(self, sizes: Sequence[int], budget: int) -> None:
+        self.sizes, self.budget = sizes, budget
+        self.kept: set[int] = set()
+        self.index = 0
+
+    def __call__(self, step: Step, u: Tensor) -> Tensor:
+        index, self.index = self.index, self.index + 1
+        if index > 0:
+            return (keep if index in self.kept else recompute)(step, u)
+        output, size = saved_bytes(step, u)
+        self.kept = self._fitting(size / max(self.sizes[0], 1))
+        if 0 in self.kept:
+            return output
+        del output  # its graph goes before others are built
+        return recompute(step, u)
+
+    def _fitting(self, bytes_per_sample: float) -> set[int]:
+        left, kept = float(self.budget), set()
+        for index in [0, *range(len(self.sizes) - 1, 0, -1)]:
+            left -= bytes_per_sample * self.sizes[index]
+            if left < 0:
+                break
+            kept.add(index)
+        return kept
 
 
 @dataclass(frozen=True)
 class _Exact(GradientEngine):
-    """Shared by the two exact engines: ``memory_budget`` is the bytes that kept step graphs may take."""
+    """Shared by the two exact engines: ``memory_budget`` is the bytes that kept step graphs may take.
+
+    Graphs of a noise level that is computed by the network may take as much again.
+    """
 
     memory_budget: int | None = None
+
+    unbounded: ClassVar[Evaluate]
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
             check_count(self.memory_budget, "memory_budget (bytes)", 0)
 
-    @abstractmethod
-    def _unbounded(self, steps: Sequence[Step], u: Tensor) -> Tensor: ...
-
-    def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
+    def __call__(self, build: Build, u: Tensor) -> Tensor:
         process = build(None)
-        steps = list(process.steps())
+        return process.run(u, self._evaluate(process.batch_sizes()))
+
+    def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
+        evaluate = self._evaluate([len(u)] * len(terms))
+        return plain_total([partial(evaluate, term) for term in terms], u)
+
+    def _evaluate(self, sizes: Sequence[int]) -> Evaluate:
         if not torch.is_grad_enabled():
-            u = run(steps, u)
-        elif self.memory_budget is None:
-            u = self._unbounded(steps, u)
-        else:
-            u = run_within_budget(steps, u, self.memory_budget)
-        return process.finish(u)
+            return keep
+        return type(self).unbounded if self.memory_budget is None else WithinBudget(sizes, self.memory_budget)
 
 
 @dataclass(frozen=True)
 class Full(_Exact):
     """Plain backpropagation: every step's graph is kept, or as many as ``memory_budget`` (bytes) allows."""
 
-    def _unbounded(self, steps: Sequence[Step], u: Tensor) -> Tensor:
-        return run(steps, u)
+    unbounded: ClassVar[Evaluate] = staticmethod(keep)
 
 
 @dataclass(frozen=True)
 class Checkpoint(_Exact):
     """One image per step is kept and graphs are recomputed, but for what ``memory_budget`` (bytes) can keep."""
 
-    def _unbounded(self, steps: Sequence[Step], u: Tensor) -> Tensor:
-        return run_checkpointed(steps, u)
+    unbounded: ClassVar[Evaluate] = staticmethod(recompute)
 
 
 class _StochasticAdjoint(torch.autograd.Function):
@@ -177,10 +209,16 @@ class Adjoint(GradientEngine):
     """
 
     exact: ClassVar[bool] = False
+    through_level: ClassVar[bool] = False
 
-    def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
+    def check(self, plan: Plan) -> None:
+        if not isinstance(plan, FixedSteps):
+            raise ValueError("The adjoint engine needs the plan fixed_steps; give a number of steps.")
+
+    def __call__(self, build: Build, u: Tensor) -> Tensor:
         process = build(None)
         for one_round in process.rounds:
+            assert isinstance(one_round, Round)
             u = self._chain(one_round, one_round.diffuse(u))
         return process.finish(u)
 
@@ -202,8 +240,9 @@ class BPDA(GradientEngine):
     """Backward pass differentiable approximation (Athalye et al. 2018): exact forward, identity backward."""
 
     exact: ClassVar[bool] = False
+    through_level: ClassVar[bool] = False
 
-    def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
+    def __call__(self, build: Build, u: Tensor) -> Tensor:
         return _with_gradient_of(_forward(build, u), u)
 
 
@@ -217,19 +256,15 @@ class Surrogate(GradientEngine):
     def __post_init__(self) -> None:
         check_count(self.steps, "surrogate steps")
 
-    def __call__(self, build: Callable[[int | None], Process], u: Tensor) -> Tensor:
+    def __call__(self, build: Build, u: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _forward(build, u)
-        return _with_gradient_of(_forward(build, u), _run_all(build(self.steps), u))
+        return _with_gradient_of(_forward(build, u), build(self.steps).run(u, keep))
 
 
-def _forward(build: Callable[[int | None], Process], u: Tensor) -> Tensor:
+def _forward(build: Build, u: Tensor) -> Tensor:
     with torch.no_grad():
-        return _run_all(build(None), u)
-
-
-def _run_all(process: Process, u: Tensor) -> Tensor:
-    return process.finish(run(list(process.steps()), u))
+        return build(None).run(u, keep)
 
 
 def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:

@@ -2,21 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from purify.checks import choose
 from purify.noise import Noise
 from purify.score import ScoreModel
+from purify.scorenorm import Calibration, Total
 
 
 class NoiseLevel(ABC):
-    """``rule(model, u, noise) -> t_star``: float64 (N,) in (0, 1] for images u (N, C, H, W) in [-1, 1] space."""
+    """A statistic of each image and a map from it to the noise level t*.
+
+    Attributes:
+        varies: whether t* differs between images.
+        calls: network calls per image that the statistic takes.
+        centre, scale: the statistic's mean and spread on clean images, so that attacks can speak of it in units of
+            its own.
+    """
+
+    varies: ClassVar[bool] = True
+
+    @property
+    def calls(self) -> int:
+        return 0
+
+    @property
+    def centre(self) -> float:
+        return 0.0
+
+    @property
+    def scale(self) -> float:
+        return 1.0
 
     @abstractmethod
-    def __call__(self, model: ScoreModel, u: Tensor, noise: Noise) -> Tensor: ...
+    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
+        """Float64 (N,), differentiable, of images u (N, C, H, W) in [-1, 1] space.
+
+        Network evaluations of u go through ``total(terms, u)``, their sum, so that the gradient engine can keep or
+        recompute their graphs.
+        """
+
+    @abstractmethod
+    def level(self, statistic: Tensor) -> Tensor:
+        """Noise levels in (0, 1], float64 (N,), differentiable almost everywhere."""
+
+    def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
+        """Raise ValueError if the rule cannot be used with ``model``."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +63,135 @@ class Constant(NoiseLevel):
 
     t_star: float
 
+    varies: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        if not 0 < self.t_star <= 1:
-            raise ValueError(f"t_star must lie in (0, 1], got {self.t_star}.")
+        _check_level(self.t_star, "t_star")
 
-    def __call__(self, model: ScoreModel, u: Tensor, noise: Noise) -> Tensor:
-        return torch.full((len(u),), self.t_star, dtype=torch.float64, device=u.device)
+    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
+        return torch.zeros(len(u), dtype=torch.float64, device=u.device)
+
+    def level(self, statistic: Tensor) -> Tensor:
+        return torch.full_like(statistic, self.t_star)
 
 
-LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant}
+@dataclass(frozen=True)
+class _SSNI(NoiseLevel):
+    """What the two SSNI rules share.
+
+    Args:
+        t_star: the base level in (0, 1].
+        calibration: from :func:`purify.calibrate`, or its config.
+        bias: b, added to the level.
+        t_min: least level (inferred; one discrete step).
+        t_max: greatest level; default ``t_star + bias``, that of the largest reference norm (inferred).
+
+    Raises:
+        ValueError: no calibration, levels outside (0, 1].
+    """
+
+    t_star: float
+    calibration: Calibration | None = None
+    bias: float = 0.0
+    t_min: float = 1e-3
+    t_max: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_level(self.t_star, "t_star")
+        if isinstance(self.calibration, Mapping):
+            object.__setattr__(self, "calibration", Calibration.from_config(self.calibration))
+        if not isinstance(self.calibration, Calibration):
+            raise ValueError(
+                "SSNI needs a calibration on clean training images: pass "
+                "calibration=purify.calibrate(score_model, images)."
+            )
+        if not 0 <= self.bias < 1:
+            raise ValueError(f"The SSNI bias must lie in [0, 1), got {self.bias}.")
+        _check_level(self.t_min, "t_min")
+        _check_level(self.highest, "t_max (default: t_star + bias)")
+        if self.t_min > self.highest:
+            raise ValueError(f"t_min = {self.t_min} must not exceed t_max = {self.highest}.")
+
+    @property
+    def reference(self) -> Calibration:
+        """The calibration, which is there."""
+        assert isinstance(self.calibration, Calibration)
+        return self.calibration
+
+    @property
+    def highest(self) -> float:
+        """The greatest level."""
+        return self.t_star + self.bias if self.t_max is None else self.t_max
+
+    @property
+    def calls(self) -> int:
+        return self.reference.norm.draws
+
+    @property
+    def centre(self) -> float:
+        return self.reference.mean
+
+    @property
+    def scale(self) -> float:
+        return self.reference.std
+
+    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
+        return self.reference.norm(model, u, noise, total)
+
+    def check(self, model: ScoreModel) -> None:
+        self.reference.check(model)
+
+    def level(self, statistic: Tensor) -> Tensor:
+        return self._unclipped(statistic).clamp(self.t_min, self.highest)
+
+    @abstractmethod
+    def _unclipped(self, norm: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SSNILinear(_SSNI):
+    """SSNI-L (Sun et al. 2025): t*(x) = clip((n - xi_min) / (xi_max - xi_min) t* + b, t_min, t_max).
+
+    n is the score norm, xi_min and xi_max its range on clean images. Arguments as in :class:`_SSNI`'s docstring:
+    ``t_star``, ``calibration``, ``bias`` (b), ``t_min``, ``t_max``.
+    """
+
+    def _unclipped(self, norm: Tensor) -> Tensor:
+        low, high = self.reference.xi_min, self.reference.xi_max
+        return (norm - low) / (high - low) * self.t_star + self.bias
+
+
+TAU_UNITS = ("std", "norm")
+
+
+@dataclass(frozen=True)
+class SSNISigmoid(_SSNI):
+    """SSNI-N (Sun et al. 2025): t*(x) = clip((t* + b) / (1 + exp(-(n - mu) / tau)), t_min, t_max).
+
+    Arguments as for :class:`SSNILinear`, and
+
+        tau: temperature.
+        tau_unit: ``std``: tau is in standard deviations of the reference norms, which carries over between models;
+            ``norm``: in units of the norm, as in the paper (20 on CIFAR-10, inferred).
+    """
+
+    tau: float = 1.0
+    tau_unit: str = "std"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose(self.tau_unit, dict.fromkeys(TAU_UNITS), "unit of tau")
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise ValueError(f"tau must be a positive number, got {self.tau}.")
+
+    def _unclipped(self, norm: Tensor) -> Tensor:
+        tau = self.tau * (self.reference.std if self.tau_unit == "std" else 1.0)
+        return (self.t_star + self.bias) * torch.sigmoid((norm - self.reference.mean) / tau)
+
+
+def _check_level(value: Any, what: str) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{what} must lie in (0, 1], got {value}.")
+
+
+LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}

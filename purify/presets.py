@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from purify.checks import choose
+from purify.levels import NoiseLevel
+from purify.plans import Plan
 from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
 from purify.score import ScoreModel
@@ -20,8 +22,8 @@ DIFFPURE_VARIANTS: dict[str, dict[str, Any]] = {
 
 def diffpure(
     score_model: ScoreModel,
-    t_star: float = 0.1,
-    steps: int = 100,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.1,
+    steps: int | Plan | Mapping[str, Any] = 100,
     reverse: Any = "sde",
     gradient: Any = DEFAULT_ENGINE,
     variant: str = "consistent",
@@ -30,8 +32,9 @@ def diffpure(
 
     Args:
         score_model: the diffusion model.
-        t_star: noise level in (0, 1] (CIFAR-10 L_inf 8/255: 0.1; ImageNet 4/255: 0.15).
-        steps: reverse steps; with ``t_star / steps`` = 1e-3 these are DiffPure's.
+        t_star: noise level in (0, 1] (CIFAR-10 L_inf 8/255: 0.1; ImageNet 4/255: 0.15), or a rule such as
+            :class:`~purify.levels.SSNISigmoid` that gives each sample its own.
+        steps: reverse steps, or an execution plan; with ``t_star / steps`` = 1e-3 these are DiffPure's.
         reverse: reverse rule: ``sde`` (DiffPure), ``ddpm``, ``ddim``, ``ode``, ``one-shot``, or a rule object.
         gradient: gradient engine: ``full``, ``checkpoint``, ``adjoint``, ``bpda``, ``surrogate``, or an engine object.
         variant: ``consistent`` (default), or ``published``: the released program's exact time convention, noise by

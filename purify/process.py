@@ -1,17 +1,20 @@
-"""A purification as data: rounds of one diffusion and a chain of reverse steps, each a pure function of u."""
+"""A purification as data: rounds of one diffusion and its reverse steps, each step a pure function of u."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from purify.noise import Noise
 from purify.reverse import ReverseRule
 from purify.schedule import Schedule
 from purify.score import ScoreModel, per_sample
+
+Step = Callable[[Tensor], Tensor]
+Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
 
 
 @dataclass(frozen=True)
@@ -30,74 +33,94 @@ class DiffuseStep:
 
 @dataclass(frozen=True)
 class ReverseStep:
-    """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` and so the same in a recomputation."""
+    """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation."""
 
     rule: ReverseRule
     model: ScoreModel
     t: Tensor
     s: Tensor
     noise: Noise
-    index: int
+    index: int | Tensor
 
     def __call__(self, u: Tensor) -> Tensor:
         z = self.noise.normal(self.index, u.shape[1:], u.dtype) if self.rule.stochastic else None
         return self.rule(self.model, u, self.t, self.s, z)
 
+    def __len__(self) -> int:
+        return len(self.t)
+
 
 @dataclass(frozen=True)
 class Round:
-    """One diffusion and the reverse steps that undo it."""
+    """One diffusion and the reverse steps that undo it, all samples in step."""
 
     diffuse: DiffuseStep
     reverse: tuple[ReverseStep, ...]
 
+    def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
+        """Purified u; every reverse step goes through ``evaluate``."""
+        u = self.diffuse(u)
+        for step in self.reverse:
+            u = evaluate(step, u)
+        return u
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One network batch of a packed round: positions in it that are ``finished`` after it and that go on, and the rows
+    of the diffused batch that are ``admitted`` to the freed places."""
+
+    step: ReverseStep
+    finished: Tensor
+    going: Tensor
+    admitted: Tensor
+
+
+@dataclass(frozen=True)
+class PackedRound:
+    """One diffusion and reverse steps of which every sample has a number of its own.
+
+    Only samples that still have steps to go are in a network batch: those that finished leave, and others, from
+    ``first`` on, take their places. ``order`` puts the finished ones back in the order they came.
+    """
+
+    diffuse: DiffuseStep
+    first: Tensor
+    ticks: tuple[Tick, ...]
+    order: Tensor
+
+    @property
+    def reverse(self) -> tuple[ReverseStep, ...]:
+        return tuple(tick.step for tick in self.ticks)
+
+    def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
+        """Purified u; every network batch goes through ``evaluate``."""
+        u = self.diffuse(u)
+        active, done = u[self.first], []
+        for tick in self.ticks:
+            moved = evaluate(tick.step, active)
+            done.append(moved[tick.finished])
+            active = torch.cat([moved[tick.going], u[tick.admitted]])
+        return torch.cat(done)[self.order] if done else u
+
 
 @dataclass(frozen=True)
 class Process:
-    """All rounds of a purification. ``process.steps()`` is the flat sequence that exact engines differentiate.
+    """All rounds of a purification. ``clip``: clamp the result to [-1, 1], the range of images in diffusion space."""
 
-    ``clip``: clamp the result to [-1, 1], the range of images in diffusion space.
-    """
-
-    rounds: tuple[Round, ...]
+    rounds: tuple[Round | PackedRound, ...]
     clip: bool = False
 
-    def steps(self) -> Iterator[DiffuseStep | ReverseStep]:
-        for r in self.rounds:
-            yield r.diffuse
-            yield from r.reverse
+    def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
+        """Purified u; every reverse step goes through ``evaluate``, in the order of :meth:`batch_sizes`."""
+        for one_round in self.rounds:
+            u = one_round.run(u, evaluate)
+        return self.finish(u)
 
     def finish(self, u: Tensor) -> Tensor:
         """What is done to the last state."""
         return u.clamp(-1, 1) if self.clip else u
 
-
-def reverse_times(t_star: Tensor, steps: int, t_end: float) -> list[Tensor]:
-    """Times t_star (1 - j/steps), j = 0..steps, each (N,) float64; the last is ``t_end`` instead of 0.
-
-    ``t_end`` is never later than the time before it: the process would turn round.
-
-    For t_star = k/N and steps = k these are exactly k/N, ..., 1/N, t_end up to float64 rounding.
-    """
-    times = [t_star * ((steps - j) / steps) for j in range(steps)]
-    return [*times, times[-1].clamp_max(t_end)]
-
-
-def build_round(
-    model: ScoreModel,
-    rule: ReverseRule,
-    t_star: Tensor,
-    steps: int,
-    noise: Noise,
-    t_end: float = 0.0,
-    forward_schedule: Schedule | None = None,
-    first_index: int = 0,
-) -> Round:
-    """Diffuse to ``t_star`` (N,) and step back to ``t_end``; noise indices count up from ``first_index``."""
-    times = reverse_times(t_star, steps, t_end)
-    diffuse = DiffuseStep(forward_schedule or model.schedule, t_star, noise, first_index)
-    reverse = tuple(
-        ReverseStep(rule, model, t, s, noise, first_index + 1 + j)
-        for j, (t, s) in enumerate(pairwise(times))
-    )
-    return Round(diffuse, reverse)
+    def batch_sizes(self) -> list[int]:
+        """Samples in each reverse step."""
+        return [len(step) for one_round in self.rounds for step in one_round.reverse]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,32 @@ from purify.checks import check_count, check_images
 from purify.gradients import ENGINES, Checkpoint, GradientEngine
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
-from purify.process import Process, build_round
+from purify.plans import PLANS, FixedSteps, Parts, Plan
+from purify.process import Process
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=2**30)
+
+
+@dataclass(frozen=True)
+class Purified:
+    """What a purification was.
+
+    Attributes:
+        images: purified images (N, C, H, W) in [0, 1].
+        t_star: noise levels, float64 (N,).
+        statistic: what the noise-level rule saw, float64 (N,), in standard deviations from its mean on clean images
+            (0 where the level is constant); differentiable.
+        network_calls: score-network calls of each image (NFE), int64 (N,); None where an adaptive solver decides.
+    """
+
+    images: Tensor
+    t_star: Tensor
+    statistic: Tensor
+    network_calls: Tensor | None
 
 
 class Purifier(nn.Module):
@@ -30,15 +50,19 @@ class Purifier(nn.Module):
         score_model: the diffusion model. Its weights are frozen (``requires_grad`` off) and it is put in eval mode.
         level: noise level t* in (0, 1], or a :class:`~purify.levels.NoiseLevel` rule.
         reverse: name of a reverse rule (``purify.reverse.REVERSE_RULES``), a rule, or its config.
-        steps: number of reverse steps from t* to ``t_end``.
+        steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.plans.PLANS``):
+            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run.
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
         forward_schedule: schedule that diffuses the image, where it differs from the score model's.
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
+        through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
+            attacker who takes t* for constant.
 
     Raises:
-        ValueError: t* outside (0, 1], steps < 1, unknown names, and at the call: images that are not float
+        ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model;
+            and at the call: images that are not float
             in [0, 1], contain NaN, or do not have the score model's shape.
     """
 
@@ -47,32 +71,33 @@ class Purifier(nn.Module):
         score_model: ScoreModel,
         level: float | NoiseLevel | Mapping[str, Any] = 0.1,
         reverse: str | ReverseRule | Mapping[str, Any] = "sde",
-        steps: int = 100,
+        steps: int | Plan | Mapping[str, Any] = 100,
         t_end: float = 0.0,
         gradient: str | GradientEngine | Mapping[str, Any] = DEFAULT_ENGINE,
         forward_schedule: Schedule | None = None,
         clip: bool = True,
+        through_level: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(score_model, ScoreModel):
             kind = type(score_model).__name__
             raise ValueError(f"A purifier wraps a purify.ScoreModel; wrap this {kind} in one first.")
-        check_count(steps, "steps")
         if not 0 <= t_end < 1:
             raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
         self.score_model = score_model.eval().requires_grad_(False)
         level = Constant(float(level)) if isinstance(level, (int, float)) else level
         self.level = _part(level, LEVELS, NoiseLevel, "noise level")
-        if isinstance(self.level, Constant) and self.level.t_star / steps <= t_end:
-            raise ValueError(
-                f"t_end = {t_end} must be smaller than a step, t_star / steps = {self.level.t_star / steps:.3g}."
-            )
+        self.level.check(score_model)
+        self.plan = _plan(steps)
+        if isinstance(self.level, Constant):
+            _check_end(t_end, self.plan, self.level.t_star)
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
-        if isinstance(self.rule, OneShot) and steps != 1:
+        if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
-        self.steps, self.t_end, self.clip = steps, float(t_end), clip
+        self.engine.check(self.plan)
+        self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
 
     def forward(
@@ -92,10 +117,30 @@ class Purifier(nn.Module):
             draw: which purification of the sample this is; one number, or one per row.
             seed: seed of the keyed noise.
         """
+        return self.purify(x, sample_ids=sample_ids, draw=draw, seed=seed).images
+
+    def purify(
+        self,
+        x: Tensor,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        draw: int | Tensor = 0,
+        seed: int = 0,
+    ) -> Purified:
+        """As :meth:`forward`, with the noise levels and what they cost."""
         check_images(x, self.score_model.image_shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
         u = 2 * x - 1
-        return (self.engine(lambda steps: self.process(u, noise, steps), u) + 1) / 2
+        statistic = self.statistic(u, noise)
+        t_star = self.level.level(statistic)
+        held = t_star if self.through_level and self.engine.through_level else t_star.detach()
+        images = (self.engine(lambda steps: self.process(held, noise, steps), u) + 1) / 2
+        calls = None if self.rule.calls is None else self.level.calls + self.plan.counts(t_star) * self.rule.calls
+        return Purified(images, t_star, (statistic - self.level.centre) / self.level.scale, calls)
+
+    def statistic(self, u: Tensor, noise: Noise) -> Tensor:
+        """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
+        return self.level.statistic(self.score_model, u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
         """Sets the flag as usual, but keeps the score model in eval mode: dropout would break keyed noise."""
@@ -115,24 +160,23 @@ class Purifier(nn.Module):
             raise ValueError(f"There are {n} images but {len(noise)} sample_ids; give one per image.")
         return noise
 
-    def process(self, u: Tensor, noise: Noise, steps: int | None = None) -> Process:
-        """The steps that purify ``u`` (in [-1, 1] space), in at most ``steps`` reverse steps if given."""
-        t_star = self.level(self.score_model, u, noise)
-        count = self.steps if steps is None else min(steps, self.steps)
-        one_round = build_round(
-            self.score_model, self.rule, t_star, count, noise, self.t_end, self.forward_schedule
-        )
-        return Process((one_round,), self.clip)
+    def process(self, t_star: Tensor, noise: Noise, steps: int | None = None) -> Process:
+        """The steps that purify from levels ``t_star`` (N,), at most ``steps`` for each sample if given."""
+        plan = self.plan if steps is None else self.plan.at_most(steps)
+        forward = self.forward_schedule or self.score_model.schedule
+        parts = Parts(self.score_model, self.rule, noise, forward, self.t_end)
+        return Process((plan.round(parts, t_star),), self.clip)
 
-    @property
-    def network_calls(self) -> int | None:
-        """Score-network calls per image (NFE), or None where an adaptive solver decides."""
-        return None if self.rule.calls is None else self.steps * self.rule.calls
-
-    def with_gradient(self, gradient: str | GradientEngine | Mapping[str, Any]) -> Purifier:
-        """The same purifier (sharing its weights) under another gradient engine."""
+    def with_gradient(
+        self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None
+    ) -> Purifier:
+        """The same purifier (sharing its weights) under another gradient engine, or with t* held constant in it."""
         twin = copy.copy(self)
-        twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
+        if gradient is not None:
+            twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
+            twin.engine.check(self.plan)
+        if through_level is not None:
+            twin.through_level = through_level
         return twin
 
     def config(self) -> dict[str, Any]:
@@ -141,11 +185,12 @@ class Purifier(nn.Module):
         return {
             "level": registry.describe(self.level, LEVELS),
             "reverse": registry.describe(self.rule, REVERSE_RULES),
-            "steps": self.steps,
+            "steps": registry.describe(self.plan, PLANS),
             "t_end": self.t_end,
             "gradient": registry.describe(self.engine, ENGINES),
             "forward_schedule": None if forward is None else forward.config(),
             "clip": self.clip,
+            "through_level": self.through_level,
         }
 
     @classmethod
@@ -153,7 +198,8 @@ class Purifier(nn.Module):
         """Build the purifier that :meth:`config` described."""
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
-        unknown = sorted(set(arguments) - {"level", "reverse", "steps", "t_end", "gradient", "clip"})
+        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level"}
+        unknown = sorted(set(arguments) - known)
         if unknown:
             raise ValueError(f"Unknown purifier setting {', '.join(unknown)}; is this a purifier's config?")
         schedule = None if forward is None else schedule_from_config(forward)
@@ -167,3 +213,17 @@ def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
     if isinstance(value, (str, Mapping)):
         return registry.build(value, known, what)
     raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")
+
+
+def _plan(steps: Any) -> Plan:
+    """A plan given as itself, by its config, or as a number of steps."""
+    if isinstance(steps, (Plan, Mapping)):
+        return _part(steps, PLANS, Plan, "execution plan")
+    check_count(steps, "steps")
+    return FixedSteps(steps)
+
+
+def _check_end(t_end: float, plan: Plan, t_star: float) -> None:
+    step = plan.step_length(t_star)
+    if step <= t_end:
+        raise ValueError(f"t_end = {t_end} must be smaller than a step, {step:.3g}.")

@@ -135,10 +135,7 @@ def test_eot_is_the_mean_over_draws(images, labels):
     attack = PGD("Linf", 0.1, steps=3, eot=4)
     ids = torch.arange(7)
 
-    def call(x, i, d):
-        return model(x, sample_ids=i, draw=d, seed=5)
-
-    loss, gradient = attack._eot(call, images, labels, ids, 8, with_gradient=True)
+    loss, gradient = attack._eot(attack.evaluator(model, 5), images, labels, ids, 8, with_gradient=True)
     losses, gradients = [], []
     for draw in range(8, 12):
         x = images.clone().requires_grad_()
@@ -207,7 +204,8 @@ def test_eps_zero_returns_the_image(images, labels):
 
 def test_start_at_the_clean_image(images, labels):
     attack = PGD("Linf", 0.1, steps=1, eot=1, random_start=False)
-    first, _ = next(attack._iterates(lambda x, i, d: TinyClassifier()(x), images, labels, torch.arange(7), 0, 0))
+    evaluate = attack.evaluator(TinyClassifier(), 0)
+    first, _ = next(attack._iterates(evaluate, images, labels, torch.arange(7), 0, 0))
     assert torch.equal(first, images)
 
 

@@ -172,7 +172,8 @@ def graph_bytes(purifier, x):
     """Bytes kept for the backward pass of a whole purification."""
     noise = Noise.keyed(0, range(len(x)))
     u = (2 * x - 1).requires_grad_()
-    return saved_bytes(lambda v: purifier.engine(lambda n: purifier.process(v, noise, n), v), u)[1]
+    t = torch.full((len(x),), 0.2, dtype=torch.float64)
+    return saved_bytes(lambda v: purifier.engine(lambda n: purifier.process(t, noise, n), v), u)[1]
 
 
 def test_checkpoint_keeps_about_one_image_per_step(images):
@@ -197,7 +198,8 @@ def test_budget_keeps_as_many_steps_as_fit(images):
 
     purifier = make("ddpm", Full(), steps=8)
     u = (2 * images - 1).requires_grad_()
-    step = purifier.process(u, Noise.keyed(0, range(7))).rounds[0].reverse[0]
+    t = torch.full((7,), 0.2, dtype=torch.float64)
+    step = purifier.process(t, Noise.keyed(0, range(7))).rounds[0].reverse[0]
     _, one_step = saved_bytes(step, u)
     assert counted(Full()) == 8
     assert counted(Checkpoint()) == 16

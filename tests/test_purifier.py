@@ -81,9 +81,10 @@ def test_network_calls_are_as_announced(many):
         purifier = diffpure(smooth_model(), 0.2, steps, reverse)
         calls = []
         purifier.score_model.network.register_forward_pre_hook(lambda m, a, calls=calls: calls.append(len(a[0])))
-        purifier(many, sample_ids=IDS)
-        assert sum(calls) == purifier.network_calls * 64
-    assert diffpure(smooth_model(), 0.2, 1, {"kind": "ode", "solver": "dopri5"}).network_calls is None
+        announced = purifier.purify(many, sample_ids=IDS).network_calls
+        assert sum(calls) == announced.sum() == 64 * announced[0]
+    adaptive = diffpure(smooth_model(), 0.2, 1, {"kind": "ode", "solver": "dopri5"})
+    assert adaptive.purify(many).network_calls is None
 
 
 def draws_by_hand(model, x, m, draw):
@@ -165,7 +166,7 @@ def test_bad_images(x, message, purifications):
         (lambda: diffpure(smooth_model(), variant="mine"), "Unknown DiffPure variant"),
         (lambda: diffpure(smooth_model(), reverse="one-shot"), "steps=1"),
         (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "t_end = 0.2 must be smaller than a step"),
-        (lambda: Purifier(smooth_model(), 0.2, steps=10, t_end=0.05), "smaller than a step, t_star / steps = 0.02"),
+        (lambda: Purifier(smooth_model(), 0.2, steps=10, t_end=0.05), "smaller than a step, 0.02"),
         (lambda: Purifier(smooth_model(), "constant"), "noise level 'constant' lacks t_star"),
         (lambda: Purifier(SmoothNet()), "wrap this SmoothNet"),
         (lambda: Purifier.from_config({"stride": 3}, smooth_model()), "Unknown purifier setting stride"),

@@ -10,8 +10,8 @@ from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
 from purify.noise import Noise
+from purify.plans import FixedSteps, Parts
 from purify.presets import diffpure
-from purify.process import build_round
 from purify.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
 
 
@@ -63,7 +63,8 @@ def test_fixed_large_step_of_diffusers(tables, t):
 def test_published_variant_diffuses_as_diffpure_does(tables, t):
     f = tensors(tables, "vpsde_")
     purifier = diffpure(smooth_model(), t / 1000, steps=t, variant="published")
-    diffuse = purifier.process(f["x0"], Noise.keyed(0, torch.arange(1))).rounds[0].diffuse
+    t_star = torch.tensor([t / 1000], dtype=torch.float64)
+    diffuse = purifier.process(t_star, Noise.keyed(0, torch.arange(1))).rounds[0].diffuse
     alpha, sigma = (c(diffuse.t).item() for c in (diffuse.schedule.alpha, diffuse.schedule.sigma))
     torch.testing.assert_close(
         alpha * f["x0"] + sigma * f["eps"], f[f"diffpure_forward_t{t}"], rtol=1e-5, atol=1e-6
@@ -72,7 +73,7 @@ def test_published_variant_diffuses_as_diffpure_does(tables, t):
 
 def test_published_variant_reverses_at_diffpures_times():
     purifier = diffpure(smooth_model(), 0.1, steps=100, variant="published")
-    steps = purifier.process(torch.zeros(1, 1, 4, 4), Noise.keyed(0, [0])).rounds[0].reverse
+    steps = purifier.process(torch.tensor([0.1], dtype=torch.float64), Noise.keyed(0, [0])).rounds[0].reverse
     times = [s.t.item() for s in steps] + [steps[-1].s.item()]
     assert times == pytest.approx([k / 1000 for k in range(100, 0, -1)] + [1e-5], rel=1e-12)
 
@@ -116,11 +117,9 @@ def purified(network, u, t_star, rule, steps):
     model = ScoreModel(network, ContinuousVP())
     t = torch.full((SAMPLES,), t_star, dtype=torch.float64)
     v = u.reshape(1, 1, 2, 2).expand(SAMPLES, -1, -1, -1)
-    one_round = build_round(model, rule, t, steps, Noise.keyed(0, torch.arange(SAMPLES)))
+    parts = Parts(model, rule, Noise.keyed(0, torch.arange(SAMPLES)), model.schedule)
     with torch.no_grad():
-        for step in (one_round.diffuse, *one_round.reverse):
-            v = step(v)
-    return v.flatten(1)
+        return FixedSteps(steps).round(parts, t).run(v, lambda step, u: step(u)).flatten(1)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,8 @@ def chain_moments(rule, steps, t_star):
     t = torch.full((1,), t_star, dtype=torch.float64)
     mean, variance = torch.ones(1, 1, 1, 1, dtype=torch.float64), 0.0
     zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-    for step in build_round(model, rule, t, steps, Noise.keyed(0, [0])).reverse:
+    parts = Parts(model, rule, Noise.keyed(0, [0]), model.schedule)
+    for step in FixedSteps(steps).round(parts, t).reverse:
         offset, noise = rule.moments(model, model.predict(zero, step.t), zero, step.t, step.s)
         slope = rule.moments(model, model.predict(one, step.t), one, step.t, step.s)[0] - offset
         mean, variance = slope * mean + offset, slope.item() ** 2 * variance + noise.item() ** 2
@@ -237,7 +237,7 @@ def test_one_shot_denoises():
     purifier = Purifier(model, 0.3, "one-shot", steps=1, clip=False)
     noise = purifier.noise(2, x.device, [0, 1], 0, 0)
     t = torch.full((2,), 0.3, dtype=torch.float64)
-    diffused = purifier.process(2 * x - 1, noise).rounds[0].diffuse(2 * x - 1)
+    diffused = purifier.process(t, noise).rounds[0].diffuse(2 * x - 1)
     torch.testing.assert_close(purifier(x, sample_ids=[0, 1]), (model.denoise(diffused, t) + 1) / 2)
 
 

@@ -1,9 +1,24 @@
 """Attacks on purified classifiers. Each sees a model as a function from images to logits, nothing inside."""
 
-from purify.attacks.autoattack import AutoAttack, AutoAttackRand
+from purify.attacks.autoattack import AutoAttack, AutoAttackRand, ConstantLevelAutoAttackRand
 from purify.attacks.base import Attack, AttackResult
-from purify.attacks.pgd import BPDA, PGD, SurrogatePGD
+from purify.attacks.pgd import BPDA, PGD, ConstantLevelPGD, NormPGD, SurrogatePGD
 
-ATTACKS: dict[str, type[Attack]] = {a.name: a for a in (PGD, BPDA, SurrogatePGD, AutoAttackRand)}
+ATTACKS: dict[str, type[Attack]] = {
+    a.name: a
+    for a in (PGD, ConstantLevelPGD, NormPGD, BPDA, SurrogatePGD, AutoAttackRand, ConstantLevelAutoAttackRand)
+}
 
-__all__ = ["ATTACKS", "BPDA", "PGD", "Attack", "AttackResult", "AutoAttack", "AutoAttackRand", "SurrogatePGD"]
+__all__ = [
+    "ATTACKS",
+    "BPDA",
+    "PGD",
+    "Attack",
+    "AttackResult",
+    "AutoAttack",
+    "AutoAttackRand",
+    "ConstantLevelAutoAttackRand",
+    "ConstantLevelPGD",
+    "NormPGD",
+    "SurrogatePGD",
+]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, AttackResult, check_budget
+from purify.attacks.base import Attack, AttackResult, check_budget, with_gradient
 from purify.noise import derive_seed
 
 
@@ -182,7 +182,7 @@ class AutoAttackRand(Attack):
         for group in groups.unique().tolist():
             rows = (groups == group).nonzero()[:, 0]
             rows = rows[ids[rows].argsort()]
-            images[rows] = self._run_group(model, x[rows], y[rows], derive_seed(seed, group))
+            images[rows] = self._run_group(self.attacked(model), x[rows], y[rows], derive_seed(seed, group))
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
 
     def on_deterministic(self) -> Attack:
@@ -197,3 +197,14 @@ class AutoAttackRand(Attack):
             found = attack.run_standard_evaluation(x, y, bs=len(x))
         assert isinstance(found, Tensor)
         return found.detach()
+
+
+@dataclass(frozen=True)
+class ConstantLevelAutoAttackRand(AutoAttackRand):
+    """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
+
+    name: ClassVar[str] = "autoattack-rand-constant-t"
+    needs_level: ClassVar[bool] = True
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, through_level=False)

@@ -41,7 +41,9 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
-    needs_purifier: ClassVar[bool] = False  # the attack is about a purifier's gradient and says nothing without one
+    # What the attack is about, and says nothing without: a purifier's gradient; a noise level chosen for each image.
+    needs_purifier: ClassVar[bool] = False
+    needs_level: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -72,11 +74,28 @@ class Attack(ABC):
             raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
         ids, seed = ids.to(images.device), derive_seed(seed, self.name)
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
+        if not self.applies_to(model):
+            what = "chooses a noise level for each image" if self.needs_level else "has a purifier"
+            raise ValueError(f"{self.name} is for a model that {what}; this one does not, use pgd-eot on it.")
         return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         """The attack itself, on checked input and under a seed of its own."""
+
+    @property
+    def label(self) -> str:
+        """How records and tables call the attack: its name, with what tells it from its siblings in one run."""
+        return self.name
+
+    def applies_to(self, model: nn.Module) -> bool:
+        """Whether the attack says something about ``model`` that others do not."""
+        purifier = hasattr(model, "with_gradient") or not (self.needs_purifier or self.needs_level)
+        return purifier and (getattr(model, "level_varies", False) or not self.needs_level)
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        """The model that is differentiated; its forward values are those of ``model``."""
+        return model
 
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
@@ -84,10 +103,15 @@ class Attack(ABC):
 
     def budget(self) -> dict[str, Any]:
         """Plain data that states the attack and its budget in records and tables."""
-        return {"attack": self.name, **asdict(self)}
+        return {"attack": self.label, **asdict(self)}
 
 
 NORMS = ("Linf", "L2", "L1")
+
+
+def with_gradient(model: Any, **changes: Any) -> nn.Module:
+    """``model`` under another gradient of its purifier; ``Attack.applies_to`` has made sure that there is one."""
+    return model.with_gradient(**changes)
 
 
 def keyed(model: nn.Module, seed: int) -> Keyed:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from purify.attacks.base import Attack, AttackResult, Keyed, check_budget, keyed
+from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
 from purify.attacks.norms import BALLS
 from purify.checks import check_count, choose
 from purify.noise import Noise
@@ -35,6 +35,9 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     top = logits.topk(3, dim=1).values
     return margin_loss(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
 
+
+# images, labels, sample ids, draws (R rows each) -> loss that chooses the best iterate, objective that is climbed
+Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
 
@@ -90,19 +93,25 @@ class PGD(Attack):
         choose(self.schedule, STEP_SCHEDULES, "step-size schedule")
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        call = keyed(self.attacked(model), seed)
+        evaluate = self.evaluator(self.attacked(model), seed)
         best = x.clone()
         best_loss = torch.full((len(x),), -math.inf, device=x.device)
         for restart in range(self.restarts):
-            for z, loss in self._iterates(call, x, y, ids, seed, restart):
+            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
         return AttackResult(best, best_loss)
 
-    def attacked(self, model: nn.Module) -> nn.Module:
-        """The model that is differentiated; its forward values are those of ``model``."""
-        return model
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        """What is asked at each iterate."""
+        call = keyed(model, seed)
+
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            loss = LOSSES[self.loss](call(images, ids, draws), y)
+            return loss, loss
+
+        return evaluate
 
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1)
@@ -113,7 +122,7 @@ class PGD(Attack):
         return parts
 
     def _iterates(
-        self, call: Keyed, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
+        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
         ball = BALLS[self.norm]
@@ -122,7 +131,7 @@ class PGD(Attack):
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
-            loss, gradient = self._eot(call, z, y, ids, first_draw, with_gradient=not last)
+            loss, gradient = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
             yield z, loss
             if gradient is not None:
                 size = length * STEP_SCHEDULES[self.schedule](step / self.steps)
@@ -135,9 +144,9 @@ class PGD(Attack):
         return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _eot(
-        self, call: Keyed, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
+        self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Mean loss (N,) over the draws and its gradient, ``max_rows`` rows at a time."""
+        """Mean loss (N,) over the draws and the objective's gradient, ``max_rows`` rows at a time."""
         n = len(z)
         draws = torch.arange(first_draw, first_draw + self.eot, device=z.device).repeat(n)
         rows = torch.arange(n, device=z.device).repeat_interleave(self.eot)
@@ -146,10 +155,10 @@ class PGD(Attack):
             r = rows[part]
             with torch.set_grad_enabled(with_gradient):
                 images = z[r].requires_grad_(with_gradient)
-                loss = LOSSES[self.loss](call(images, ids[r], draws[part]), y[r])
+                loss, objective = evaluate(images, y[r], ids[r], draws[part])
             losses.append(loss.detach())
             if with_gradient:
-                gradients.append(torch.autograd.grad(loss.sum(), images)[0])
+                gradients.append(torch.autograd.grad(objective.sum(), images)[0])
         mean_loss = torch.cat(losses).reshape(n, self.eot).mean(1)
         if not with_gradient:
             return _finite(mean_loss, ids), None
@@ -165,7 +174,7 @@ class BPDA(PGD):
     needs_purifier: ClassVar[bool] = True
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, "bpda")
+        return with_gradient(model, gradient="bpda")
 
 
 @dataclass(frozen=True)
@@ -182,19 +191,54 @@ class SurrogatePGD(PGD):
         check_count(self.surrogate_steps, "surrogate steps")
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, {"kind": "surrogate", "steps": self.surrogate_steps})
+        return with_gradient(model, gradient={"kind": "surrogate", "steps": self.surrogate_steps})
 
 
-def with_gradient(model: nn.Module, engine: Any) -> nn.Module:
-    """``model`` under another gradient engine.
+@dataclass(frozen=True)
+class ConstantLevelPGD(PGD):
+    """PGD+EOT that takes each image's noise level t* for a constant in its gradient.
 
-    Raises:
-        ValueError: the model has no purifier to take another gradient of.
+    Plain ``pgd-eot`` goes through t*(x). What this attack leaves standing beyond that is what published evaluations
+    of sample-specific noise levels overlooked.
     """
-    switch = getattr(model, "with_gradient", None)
-    if switch is None:
-        raise ValueError("This attack replaces the gradient of a purifier; the model has none, use pgd-eot on it.")
-    return switch(engine)
+
+    name: ClassVar[str] = "pgd-eot-constant-t"
+    needs_level: ClassVar[bool] = True
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, through_level=False)
+
+
+@dataclass(frozen=True)
+class NormPGD(PGD):
+    """PGD+EOT through t*(x), with a term that drives the statistic behind t* down (or up).
+
+    The objective is loss - ``norm_weight`` * statistic, the latter in standard deviations over clean images (SSNI:
+    the score norm); so the attack has a gradient towards smaller noise even where t* is clipped. A negative weight
+    raises it. The best iterate is chosen by the loss alone.
+    """
+
+    norm_weight: float = 0.1
+
+    name: ClassVar[str] = "pgd-eot-norm"
+    needs_level: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.norm_weight):
+            raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.norm_weight:g})"
+
+    def evaluator(self, model: Any, seed: int) -> Evaluator:
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
+            loss = LOSSES[self.loss](details.logits, y)
+            return loss, loss - self.norm_weight * details.statistic.mean(1).to(loss.dtype)
+
+        return evaluate
 
 
 def _finite(values: Tensor, ids: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class Samples:
 
 
 def stage_name(attack: Attack | None) -> str:
-    """``clean``, or the attack's name."""
-    return CLEAN if attack is None else attack.name
+    """``clean``, or the attack's label."""
+    return CLEAN if attack is None else attack.label
 
 
 def evaluate(

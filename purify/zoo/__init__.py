@@ -16,9 +16,11 @@ from torch import nn
 from purify.checks import choose
 from purify.schedule import schedule_from_config
 from purify.score import ScoreModel
+from purify.scorenorm import Calibration
 from purify.zoo.architectures import build_network
 
 WEIGHTS = Path(__file__).parent / "weights"
+CALIBRATIONS = Path(__file__).parent / "calibrations"
 
 
 def names(kind: str | None = None) -> list[str]:
@@ -47,6 +49,12 @@ def classifier(name: str | Path) -> nn.Module:
     Returns a module from images in [0, 1] to logits, in eval mode with frozen weights. Raises as :func:`score_model`.
     """
     return _load(name, "classifier")[1]
+
+
+def calibration(name: str) -> Calibration:
+    """The score-norm calibration of an embedded score model, for SSNI, made by `purify calibrate --dataset NAME`."""
+    known = {path.stem: path for path in sorted(CALIBRATIONS.glob("*.json"))}
+    return Calibration.load(choose(name, known, "embedded calibration"))
 
 
 def describe(name: str | Path) -> dict[str, Any]:

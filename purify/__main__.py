@@ -1,0 +1,65 @@
+"""The command ``purify`` (or ``python -m purify``): steps that come before an evaluation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from purify.checks import check_count, choose
+from purify.data import DATASETS, load_dataset
+from purify.evaluate.models import load_score
+from purify.scorenorm import FORMS, ScoreNorm, calibrate
+
+
+def parser() -> argparse.ArgumentParser:
+    """``purify calibrate`` and its options."""
+    p = argparse.ArgumentParser(prog="purify", description=__doc__)
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("calibrate", help="measure the score norm on clean training images, for SSNI")
+    default = ScoreNorm()
+    c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
+    c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    c.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
+    c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
+    c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
+    c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
+    c.add_argument("--t-min", type=float, default=default.t_min, help="least time (default: %(default)s)")
+    c.add_argument("--t-max", type=float, default=default.t_max, help="greatest time (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="keys the noise (default: 0)")
+    c.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    c.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return p
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Measure, write and print a calibration."""
+    choose(args.dataset, DATASETS, "data set")
+    check_count(args.images, "images", 2)
+    if not args.out.parent.is_dir():
+        raise ValueError(f"There is no folder {args.out.parent} to write to.")
+    norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
+    model = load_score(args.score_model or args.dataset).to(torch.device(args.device))
+    images = load_dataset(args.dataset, "train", args.data_dir)[0][: args.images].to(args.device)
+    if len(images) < args.images:
+        raise ValueError(f"{args.dataset} has {len(images)} training images; --images {args.images} is too many.")
+    found = calibrate(model, images, norm, args.seed, progress=True)
+    found.save(args.out)
+    print(f"norm {found.mean:.4g} +- {found.std:.3g}, from {found.xi_min:.4g} to {found.xi_max:.4g}; wrote {args.out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input is one line on stderr and status 2."""
+    args = parser().parse_args(argv)
+    try:
+        run_calibrate(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
