@@ -135,7 +135,7 @@ def test_eot_is_the_mean_over_draws(images, labels):
     attack = PGD("Linf", 0.1, steps=3, eot=4)
     ids = torch.arange(7)
 
-    loss, gradient = attack._eot(attack.evaluator(model, 5), images, labels, ids, 8, with_gradient=True)
+    loss, (gradient,) = attack._eot(attack.evaluator(model, 5), images, labels, ids, 8, with_gradient=True)
     losses, gradients = [], []
     for draw in range(8, 12):
         x = images.clone().requires_grad_()
@@ -259,7 +259,7 @@ def test_bad_input(images, labels):
         attack(TinyClassifier(), images, labels.float())
     with pytest.raises(ValueError, match="7 images but 3 sample_ids"):
         attack(TinyClassifier(), images, labels, sample_ids=torch.arange(3))
-    with pytest.raises(ValueError, match="the model has none, use pgd-eot"):
+    with pytest.raises(ValueError, match="for a model that has a purifier; this one does not, use pgd-eot"):
         BPDA("Linf", 0.1, steps=1)(TinyClassifier(), images, labels)
     with pytest.raises(ValueError, match="at least three classes"):
         PGD("Linf", 0.1, steps=1, loss="dlr")(Linear(), images, torch.ones(7, dtype=torch.int64))

@@ -1,8 +1,9 @@
 """Attacks on purified classifiers. Each sees a model as a function from images to logits, nothing inside."""
 
-from purify.attacks.autoattack import AutoAttack, AutoAttackRand, ConstantLevelAutoAttackRand
+from purify.attacks.autoattack import AutoAttack, AutoAttackRand
 from purify.attacks.base import Attack, AttackResult
-from purify.attacks.pgd import BPDA, PGD, ConstantLevelPGD, NormPGD, SurrogatePGD
+from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, NormPGD
+from purify.attacks.pgd import BPDA, PGD, SurrogatePGD
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a

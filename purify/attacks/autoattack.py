@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, AttackResult, check_budget, with_gradient
+from purify.attacks.base import Attack, AttackResult, check_budget
 from purify.noise import derive_seed
 
 
@@ -197,14 +197,3 @@ class AutoAttackRand(Attack):
             found = attack.run_standard_evaluation(x, y, bs=len(x))
         assert isinstance(found, Tensor)
         return found.detach()
-
-
-@dataclass(frozen=True)
-class ConstantLevelAutoAttackRand(AutoAttackRand):
-    """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
-
-    name: ClassVar[str] = "autoattack-rand-constant-t"
-    needs_level: ClassVar[bool] = True
-
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, through_level=False)

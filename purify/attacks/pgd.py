@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -36,8 +36,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     return margin_loss(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
 
 
-# images, labels, sample ids, draws (R rows each) -> loss that chooses the best iterate, objective that is climbed
-Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# images, labels, sample ids, draws (R rows each) -> terms (R,); the first is the loss that chooses the best iterate.
+Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
 
@@ -104,14 +104,17 @@ class PGD(Attack):
         return AttackResult(best, best_loss)
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
-        """What is asked at each iterate."""
+        """What is asked at each iterate, and differentiated."""
         call = keyed(model, seed)
+        return lambda images, y, ids, draws: (LOSSES[self.loss](call(images, ids, draws), y),)
 
-        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            loss = LOSSES[self.loss](call(images, ids, draws), y)
-            return loss, loss
+    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+        """Where to go from z, given the gradient of each of the evaluator's terms."""
+        return BALLS[self.norm].direction(gradients[0], z)
 
-        return evaluate
+    def mean_step(self, x: Tensor) -> float:
+        """Mean length of a step along :meth:`direction`."""
+        return self.eps if self.step_size is None else self.step_size
 
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1)
@@ -125,17 +128,15 @@ class PGD(Attack):
         self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
-        ball = BALLS[self.norm]
         z = self._start(x, ids, seed, restart)
-        length = self.eps if self.step_size is None else self.step_size
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
-            loss, gradient = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
             yield z, loss
-            if gradient is not None:
-                size = length * STEP_SCHEDULES[self.schedule](step / self.steps)
-                z = ball.project(z + size * ball.direction(gradient, z), x, self.eps)
+            if not last:
+                size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
+                z = BALLS[self.norm].project(z + size * self.direction(gradients, z), x, self.eps)
 
     def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
         if restart == 0 and not self.random_start:
@@ -145,8 +146,8 @@ class PGD(Attack):
 
     def _eot(
         self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean loss (N,) over the draws and the objective's gradient, ``max_rows`` rows at a time."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean loss (N,) over the draws and the gradient of each term, ``max_rows`` rows at a time."""
         n = len(z)
         draws = torch.arange(first_draw, first_draw + self.eot, device=z.device).repeat(n)
         rows = torch.arange(n, device=z.device).repeat_interleave(self.eot)
@@ -155,15 +156,21 @@ class PGD(Attack):
             r = rows[part]
             with torch.set_grad_enabled(with_gradient):
                 images = z[r].requires_grad_(with_gradient)
-                loss, objective = evaluate(images, y[r], ids[r], draws[part])
-            losses.append(loss.detach())
+                terms = evaluate(images, y[r], ids[r], draws[part])
+            losses.append(terms[0].detach())
             if with_gradient:
-                gradients.append(torch.autograd.grad(objective.sum(), images)[0])
-        mean_loss = torch.cat(losses).reshape(n, self.eot).mean(1)
+                gradients.append(torch.stack(_gradients(terms, images)))
+        loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
         if not with_gradient:
-            return _finite(mean_loss, ids), None
-        gradient = torch.cat(gradients).unflatten(0, (n, self.eot)).mean(1)
-        return _finite(mean_loss, ids), _finite(gradient, ids)
+            return loss, []
+        means = torch.cat(gradients, 1).unflatten(1, (n, self.eot)).mean(2)
+        return loss, [_finite(gradient, ids) for gradient in means]
+
+
+def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+    """Gradient of each term's sum; the graph goes with the last."""
+    last = len(terms) - 1
+    return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
 
 
 @dataclass(frozen=True)
@@ -192,53 +199,6 @@ class SurrogatePGD(PGD):
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, gradient={"kind": "surrogate", "steps": self.surrogate_steps})
-
-
-@dataclass(frozen=True)
-class ConstantLevelPGD(PGD):
-    """PGD+EOT that takes each image's noise level t* for a constant in its gradient.
-
-    Plain ``pgd-eot`` goes through t*(x). What this attack leaves standing beyond that is what published evaluations
-    of sample-specific noise levels overlooked.
-    """
-
-    name: ClassVar[str] = "pgd-eot-constant-t"
-    needs_level: ClassVar[bool] = True
-
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, through_level=False)
-
-
-@dataclass(frozen=True)
-class NormPGD(PGD):
-    """PGD+EOT through t*(x), with a term that drives the statistic behind t* down (or up).
-
-    The objective is loss - ``norm_weight`` * statistic, the latter in standard deviations over clean images (SSNI:
-    the score norm); so the attack has a gradient towards smaller noise even where t* is clipped. A negative weight
-    raises it. The best iterate is chosen by the loss alone.
-    """
-
-    norm_weight: float = 0.1
-
-    name: ClassVar[str] = "pgd-eot-norm"
-    needs_level: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.norm_weight):
-            raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}({self.norm_weight:g})"
-
-    def evaluator(self, model: Any, seed: int) -> Evaluator:
-        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
-            loss = LOSSES[self.loss](details.logits, y)
-            return loss, loss - self.norm_weight * details.statistic.mean(1).to(loss.dtype)
-
-        return evaluate
 
 
 def _finite(values: Tensor, ids: Tensor) -> Tensor:

@@ -164,8 +164,6 @@ def show(
     engine = choose(args.gradient, ENGINES, "gradient engine")
     gradient = f"{args.gradient} gradient, {'exact' if engine.exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(describe(a) for a in defences[1].attacks)} ({args.preset}); {gradient}.")
-    if len(defences[1].attacks) > 1:
-        print("The worst case is chosen on the draws it is reported on, so it errs to the low side.")
     if args.preset == "quick":
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ class _Stage:
                 self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed
             )
             adversarial, loss = result.images, result.loss
-        predictions = self.judge(adversarial, batch.ids)
+        judged = self.judge(adversarial, batch.ids)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
         for i in wanted.nonzero()[:, 0].tolist():
@@ -146,8 +147,9 @@ class _Stage:
                 "attack": self.name,
                 "sample": int(batch.ids[i]),
                 "label": int(batch.labels[i]),
-                "predictions": predictions[i].tolist(),
+                "predictions": judged.predictions[i].tolist(),
                 **{n: values[i] for n, values in distances.items()},
+                **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
                 "seconds": round(seconds, 4),
             }
@@ -156,14 +158,42 @@ class _Stage:
             yield record
 
     @torch.no_grad()
-    def judge(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Predictions (N, R) on draws that no attack has seen: their seed is the judges' own."""
-        call = keyed(self.defence.model, derive_seed(self.seed, "judge"))
+    def judge(self, images: Tensor, ids: Tensor) -> Judgement:
+        """The model's answers on draws that no attack has seen: their seed is the judges' own."""
+        seed = derive_seed(self.seed, "judge")
         n, draws = len(images), self.defence.draws
         rows = torch.arange(n, device=images.device).repeat_interleave(draws)
         draw = torch.arange(draws, device=images.device).repeat(n)
         parts = zip(rows.split(self.max_rows), draw.split(self.max_rows), strict=True)
-        return torch.cat([call(images[r], ids.to(r.device)[r], d).argmax(1) for r, d in parts]).reshape(n, draws)
+        found = [details(self.defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
+        predictions = torch.cat([f.logits.argmax(1) for f in found]).reshape(n, draws)
+        if found[0].t_star is None:
+            return Judgement(predictions, None, None)
+        t_star = torch.cat([f.t_star.mean(1) for f in found]).reshape(n, draws).mean(1)
+        adaptive = found[0].network_calls is None
+        calls = None if adaptive else torch.cat([f.network_calls for f in found]).reshape(n, draws).double().mean(1)
+        return Judgement(predictions, t_star, calls)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Predictions (N, R); of purifiers also the mean noise level and network calls per answer, (N,)."""
+
+    predictions: Tensor
+    t_star: Tensor | None
+    network_calls: Tensor | None
+
+    def extras(self, i: int) -> dict[str, float]:
+        """What a record says about sample i beyond its predictions."""
+        values = {"t_star": self.t_star, "network_calls": self.network_calls}
+        return {name: round(float(v[i]), 6) for name, v in values.items() if v is not None}
+
+
+def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> Any:
+    """Logits of any model, with noise levels and network calls of those that have them."""
+    if hasattr(model, "details"):
+        return model.details(images, sample_ids=ids, draw=draws, seed=seed)
+    return SimpleNamespace(logits=keyed(model, seed)(images, ids, draws), t_star=None)
 
 
 def batches(ids: Tensor, done: Tensor, batch_size: int, group_size: int | None) -> Iterator[Tensor]:

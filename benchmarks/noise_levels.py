@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""What is a noise level of each sample's own worth? Constant t* against SSNI, each under attacks that know it.
+
+Every (noise level, seed) is a run of its own below --out; the same command resumes. Runs go through worker processes
+with one thread each, which is the fastest way on a CPU. At the end: a table, result.json and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from purify import Constant, DefendedClassifier, SSNILinear, SSNISigmoid, diffpure, zoo
+from purify.attacks import PGD, Attack, ConstantLevelPGD, NormPGD
+from purify.checks import check_count, choose
+from purify.data import DATASETS, load_dataset
+from purify.evaluate import Defence, RunFolder, Samples, evaluate
+from purify.evaluate.budgets import PRESETS, budget
+from purify.evaluate.command import environment
+from purify.evaluate.metrics import Estimate, cross_fitted, estimate
+from purify.evaluate.models import fingerprint
+from purify.evaluate.records import write_json
+from purify.evaluate.runner import CLEAN, predictions, stage_name
+from purify.levels import NoiseLevel
+
+CONSTANTS = {
+    "digits": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "fashion_mnist": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+}
+# Base level, bias and temperature of the SSNI rules.
+SSNI: dict[str, dict[str, dict[str, float]]] = {
+    "digits": {"ssni-l": {"t_star": 0.2}, "ssni-n": {"t_star": 0.25, "tau": 1.0}},
+    "fashion_mnist": {"ssni-l": {"t_star": 0.3}, "ssni-n": {"t_star": 0.3, "tau": 1.0}},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One noise level under one seed."""
+
+    dataset: str
+    level: str
+    parameters: tuple[tuple[str, float], ...]
+    seed: int
+    preset: str
+    steps: int
+    norm_weights: tuple[float, ...]
+    out: Path
+    command: str
+
+    @property
+    def name(self) -> str:
+        """The level with its parameters."""
+        return f"{self.level}({', '.join(f'{k}={v:g}' for k, v in self.parameters)})"
+
+    @property
+    def varies(self) -> bool:
+        return self.level != "constant"
+
+    def rule(self) -> NoiseLevel:
+        options = dict(self.parameters)
+        if not self.varies:
+            return Constant(**options)
+        kind = {"ssni-l": SSNILinear, "ssni-n": SSNISigmoid}[self.level]
+        return kind(calibration=zoo.calibration(self.dataset), **options)
+
+    def attacks(self) -> list[Attack]:
+        allowed, eps = budget(self.preset, self.dataset), DATASETS[self.dataset].eps["Linf"]
+        options: dict[str, Any] = {"norm": "Linf", "eps": eps, "steps": allowed.steps, "eot": allowed.eot}
+        options["max_rows"] = 640  # 2.5 GB at most per worker
+        aware = [ConstantLevelPGD(**options), *(NormPGD(**options, norm_weight=w) for w in self.norm_weights)]
+        return [PGD(**options), *(aware if self.varies else [])]
+
+    def samples(self) -> Samples:
+        images, labels = load_dataset(self.dataset, "test")
+        n = budget(self.preset, self.dataset).n_examples
+        return Samples(images[:n], labels[:n], torch.arange(n))
+
+    def defence(self) -> Defence:
+        classifier, model = zoo.classifier(f"{self.dataset}-standard"), zoo.score_model(self.dataset)
+        defended = DefendedClassifier(classifier, diffpure(model, self.rule(), self.steps, "ddpm"))
+        config = {**defended.config(), "classifier": fingerprint(classifier), "score_model": model.fingerprint()}
+        return Defence(self.name, defended, self.attacks(), budget(self.preset, self.dataset).judge_draws, config)
+
+    def folder(self) -> RunFolder:
+        defence = self.defence()
+        attacks = [a.budget() for a in defence.attacks]
+        config = {"defence": defence.config, "draws": defence.draws, "attacks": attacks, "seed": self.seed}
+        path = self.out / self.dataset / f"{self.preset}-{self.name}-seed{self.seed}".replace(" ", "")
+        return RunFolder(path, config, environment(torch.device("cpu"), self.command))
+
+    def __call__(self) -> None:
+        torch.set_num_threads(1)
+        evaluate(self.folder(), [self.defence()], self.samples(), self.seed, batch_size=64, progress=False)
+
+
+def run_job(job: Job) -> Job:
+    """A job in a worker process."""
+    job()
+    return job
+
+
+@dataclass
+class Point:
+    """A noise level's accuracies over its seeds."""
+
+    name: str
+    varies: bool
+    clean: Estimate
+    attacks: dict[str, Estimate]
+    worst: Estimate
+    t_clean: float
+    t_attacked: float
+    seeds: int
+
+
+def summarize(jobs: Sequence[Job]) -> Point:
+    """All seeds of one noise level: each sample's mean over the seeds, with intervals over samples."""
+    values: dict[str, list[np.ndarray]] = {}
+    levels: dict[str, list[float]] = {}
+    for job in jobs:
+        folder, defence, samples = job.folder(), job.defence(), job.samples()
+        labels, stages = samples.labels.numpy()[:, None], [stage_name(a) for a in defence.stages()]
+        right = {stage: predictions(folder, defence, stage, samples) == labels for stage in stages}
+        for stage, r in right.items():
+            values.setdefault(stage, []).append(r.mean(1))
+            records = [folder.get(defence.name, stage, i) for i in range(len(samples))]
+            levels.setdefault(stage, []).append(float(np.mean([record["t_star"] for record in records])))
+        values.setdefault("worst", []).append(cross_fitted(list(right.values())))
+    found = {stage: estimate(np.mean(v, axis=0)) for stage, v in values.items()}
+    clean, worst = found.pop(CLEAN), found.pop("worst")
+    t_attacked = float(np.mean(levels["pgd-eot"]))
+    return Point(
+        jobs[0].name, jobs[0].varies, clean, found, worst, float(np.mean(levels[CLEAN])), t_attacked, len(jobs)
+    )
+
+
+def curve_at(points: Sequence[Point], clean: float) -> float:
+    """Worst-case accuracy of the constant-t* curve at a clean accuracy, linear between measured points."""
+    constants = sorted((p for p in points if not p.varies), key=lambda p: p.clean.value)
+    return float(np.interp(clean, [p.clean.value for p in constants], [p.worst.value for p in constants]))
+
+
+def table(points: Sequence[Point]) -> pd.DataFrame:
+    """Percentages; ``curve``: what a constant t* of the same clean accuracy keeps in the worst case."""
+    rows = [
+        {
+            "noise level": p.name,
+            "t* clean": f"{p.t_clean:.3f}",
+            "t* attacked": f"{p.t_attacked:.3f}",
+            "clean": str(p.clean),
+            **{name: str(e) for name, e in p.attacks.items()},
+            "worst case": str(p.worst),
+            "curve": f"{100 * curve_at(points, p.clean.value):.1f}" if p.varies else "",
+        }
+        for p in points
+    ]
+    return pd.DataFrame(rows).fillna("-").set_index("noise level")
+
+
+def plot(path: Path, points: Sequence[Point], title: str) -> None:
+    """Worst-case against clean accuracy: the curve of constant t*, the SSNI points by each attack."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(7.5, 5.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    constants = [p for p in points if not p.varies]
+    for p in constants:
+        ax.annotate(f"{p.t_clean:g}", (100 * p.clean.value, 100 * p.worst.value), (5, 5), textcoords="offset points")
+    errorbar(ax, constants, [p.worst for p in constants], label="constant t*", color="#57606a", marker="o", ls="-")
+    colours = iter(["#0969da", "#bc4c00", "#1a7f37", "#8250df"])
+    for p in (p for p in points if p.varies):
+        colour = next(colours)
+        errorbar(ax, [p], [p.worst], label=f"{p.name}, worst case", color=colour, marker="s", ls="")
+        held = p.attacks["pgd-eot-constant-t"]
+        errorbar(ax, [p], [held], label=f"{p.name}, t* held constant", color=colour, marker="s", ls="", mfc="white")
+    ax.set_xlabel("clean accuracy, %")
+    ax.set_ylabel("robust accuracy, %")
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    fig.savefig(path)
+
+
+def errorbar(ax: Any, points: Sequence[Point], robust: Sequence[Estimate], **style: Any) -> None:
+    """Points with 95 % intervals both ways."""
+
+    def sides(estimates: Sequence[Estimate]) -> list[list[float]]:
+        return [[100 * (e.value - e.low) for e in estimates], [100 * (e.high - e.value) for e in estimates]]
+
+    clean = [p.clean for p in points]
+    x, y = [100 * e.value for e in clean], [100 * e.value for e in robust]
+    ax.errorbar(x, y, xerr=sides(clean), yerr=sides(robust), capsize=2, lw=1, **style)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="digits", help=f"one of {', '.join(SSNI)} (default: digits)")
+    p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(PRESETS)} (default: standard)")
+    p.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
+    p.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
+    p.add_argument("--norm-weights", default="0.3", help="comma-separated weights of the norm attack (default: 0.3)")
+    p.add_argument("--workers", type=int, default=4, help="processes, one thread each (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("runs/noise-levels"), help="folder (default: %(default)s)")
+    return p
+
+
+def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
+    """Jobs by noise level, one per seed."""
+    choose(args.dataset, SSNI, "data set of this benchmark")
+    choose(args.preset, PRESETS, "preset")
+    seeds = [int(s) for s in args.seeds.split(",")]
+    weights = tuple(float(w) for w in args.norm_weights.split(","))
+    levels: list[tuple[str, dict[str, float]]] = [("constant", {"t_star": t}) for t in CONSTANTS[args.dataset]]
+    levels += list(SSNI[args.dataset].items())
+    shared = {"preset": args.preset, "steps": args.steps, "norm_weights": weights, "out": args.out}
+    shared["command"] = " ".join(sys.argv)
+    return [
+        [Job(args.dataset, level, tuple(sorted(parameters.items())), seed, **shared) for seed in seeds]
+        for level, parameters in levels
+    ]
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        check_count(args.workers, "workers")
+        groups = build_jobs(args)
+        # SSNI runs are the longest; they go first.
+        jobs = sorted((job for group in groups for job in group), key=lambda j: (j.seed, not j.varies))
+        with get_context("spawn").Pool(args.workers) as pool:
+            for job in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), unit="run"):
+                tqdm.write(f"finished {job.name}, seed {job.seed}")
+        points = [summarize(group) for group in groups]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    folder = args.out / args.dataset
+    print(table(points).to_string())
+    write_json(folder / "result.json", {"command": " ".join(sys.argv), "points": [asdict(p) for p in points]})
+    stated = budget(args.preset, args.dataset)
+    title = f"{args.dataset}, L_inf {DATASETS[args.dataset].eps['Linf']:g}, PGD {stated.steps} x EOT {stated.eot}"
+    plot(folder / "curve.png", points, f"{title}, {stated.n_examples} images, seeds {args.seeds}")
+    print(f"Wrote {folder / 'result.json'} and {folder / 'curve.png'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

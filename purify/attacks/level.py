@@ -1,0 +1,89 @@
+"""Attacks that know that a purifier chooses its noise level t* by the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from purify.attacks.autoattack import AutoAttackRand
+from purify.attacks.base import with_gradient
+from purify.attacks.norms import BALLS
+from purify.attacks.pgd import LOSSES, PGD, Evaluator
+
+
+@dataclass(frozen=True)
+class ConstantLevelPGD(PGD):
+    """PGD+EOT that takes each image's noise level t* for a constant in its gradient.
+
+    Plain ``pgd-eot`` goes through t*(x). What this attack leaves standing beyond that is what evaluations of
+    sample-specific noise levels overlook if they ignore that gradient.
+    """
+
+    name: ClassVar[str] = "pgd-eot-constant-t"
+    needs_level: ClassVar[bool] = True
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, through_level=False)
+
+
+@dataclass(frozen=True)
+class ConstantLevelAutoAttackRand(AutoAttackRand):
+    """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
+
+    name: ClassVar[str] = "autoattack-rand-constant-t"
+    needs_level: ClassVar[bool] = True
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, through_level=False)
+
+
+@dataclass(frozen=True)
+class NormPGD(PGD):
+    """PGD+EOT through t*(x) that also lowers (or raises) the statistic behind t*; for SSNI the score norm.
+
+    It climbs along loss gradient - ``norm_weight`` * statistic gradient, each of unit L2 norm, in steps of L2 length:
+    signs of a gradient would themselves be the noise that the score norm detects. So there is a way to smaller noise
+    even where t* is clipped, and the weight carries over between models. It starts at the clean image, whose t* is
+    small. The best iterate is chosen by the loss alone.
+
+    Args:
+        norm_weight: positive lowers the statistic, negative raises it.
+        step_size: mean L2 length of a step; default: a sixth of the L2 radius of the threat model's ball.
+    """
+
+    random_start: bool = False
+    norm_weight: float = 0.3
+
+    name: ClassVar[str] = "pgd-eot-norm"
+    needs_level: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.norm_weight):
+            raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.norm_weight:g})"
+
+    def evaluator(self, model: Any, seed: int) -> Evaluator:
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
+            return LOSSES[self.loss](details.logits, y), details.statistic.mean(1)
+
+        return evaluate
+
+    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+        unit = BALLS["L2"].direction
+        loss, statistic = (unit(gradient, z) for gradient in gradients)
+        return unit(loss - self.norm_weight * statistic, z)
+
+    def mean_step(self, x: Tensor) -> float:
+        if self.step_size is not None:
+            return self.step_size
+        radius = self.eps * (math.sqrt(x[0].numel()) if self.norm == "Linf" else 1.0)
+        return radius / 6
