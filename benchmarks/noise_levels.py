@@ -27,7 +27,7 @@ from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.budgets import PRESETS, budget
 from purify.evaluate.command import environment
-from purify.evaluate.metrics import Estimate, cross_fitted, estimate
+from purify.evaluate.metrics import Estimate, estimate, worst_mean
 from purify.evaluate.models import fingerprint
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions, stage_name
@@ -136,7 +136,7 @@ def summarize(jobs: Sequence[Job]) -> Point:
             values.setdefault(stage, []).append(r.mean(1))
             records = [folder.get(defence.name, stage, i) for i in range(len(samples))]
             levels.setdefault(stage, []).append(float(np.mean([record["t_star"] for record in records])))
-        values.setdefault("worst", []).append(cross_fitted(list(right.values())))
+        values.setdefault("worst", []).append(worst_mean(list(right.values())))
     found = {stage: estimate(np.mean(v, axis=0)) for stage, v in values.items()}
     clean, worst = found.pop(CLEAN), found.pop("worst")
     t_attacked = float(np.mean(levels["pgd-eot"]))

@@ -19,25 +19,29 @@ from torch import nn
 
 import purify
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, SurrogatePGD
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, SurrogatePGD
 from purify.attacks.base import NORMS
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.defended import AGGREGATES, DefendedClassifier
 from purify.evaluate import report
 from purify.evaluate.budgets import PRESETS, Budget, budget
-from purify.evaluate.models import fingerprint, load_classifier, load_score
+from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_score
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
+from purify.levels import LEVELS, TAU_UNITS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
+from purify.plans import FixedDt
 from purify.presets import DIFFPURE_VARIANTS, PURIFIERS
 from purify.purifier import DEFAULT_ENGINE
 from purify.reverse import REVERSE_RULES
+from purify.score import ScoreModel
 
 EXAMPLES = """examples:
   %(prog)s                                     the demo: digits, reduced budget
   %(prog)s --preset standard                   the same with an attack worth quoting
   %(prog)s --dataset fashion_mnist --t-star 0.15 --preset standard
+  %(prog)s --noise-level ssni-l,ssni-n --t-star 0.25 --ssni-tau 2
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
   %(prog)s --dataset cifar10 --model Standard --score-model my.safetensors --preset paper --device cuda
 """
@@ -63,7 +67,16 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
     g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
     g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
+    g.add_argument(
+        "--noise-level",
+        help=f"comma-separated: {', '.join(LEVELS)} (default: constant, on embedded data also ssni-l)",
+    )
+    g.add_argument("--calibration", type=Path, help="JSON of `purify calibrate` for SSNI (default: the embedded one)")
+    g.add_argument("--ssni-bias", type=float, default=0.0, help="b, added to the level (default: 0)")
+    g.add_argument("--ssni-tau", type=float, default=1.0, help="temperature of ssni-n (default: 1)")
+    g.add_argument("--tau-unit", default="std", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: std)")
     g.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
+    g.add_argument("--dt", type=float, help="step length: t* then decides how many steps run, instead of --steps")
     g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
     g.add_argument("--variant", default="consistent", help=f"time convention: {', '.join(DIFFPURE_VARIANTS)}")
     g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
@@ -71,7 +84,14 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("threat and attack")
     g.add_argument("--threat-model", default="Linf", help=f"one of {', '.join(NORMS)} (default: Linf)")
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
-    g.add_argument("--attacks", default="pgd-eot", help=f"comma-separated: {', '.join(ATTACKS)} (default: pgd-eot)")
+    g.add_argument(
+        "--attacks",
+        default="pgd-eot,pgd-eot-constant-t,pgd-eot-norm",
+        help=f"comma-separated: {', '.join(ATTACKS)} (default: %(default)s; each where it applies)",
+    )
+    g.add_argument(
+        "--norm-weights", default="0.3", help="comma-separated weights of pgd-eot-norm (default: %(default)s)"
+    )
     g.add_argument(
         "--gradient", default="checkpoint", help=f"one of {', '.join(ENGINES)} (default: checkpoint, which is exact)"
     )
@@ -124,7 +144,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     check_count(args.batch_size, "batch size")
     check_count(args.max_rows, "max-rows")
     samples = load_samples(args, allowed.n_examples, device)
-    defences, bare, purifier = build_defences(args, allowed, attacks, device)
+    defences = build_defences(args, allowed, attacks, device)
     config = {
         "dataset": args.dataset,
         "data": fingerprint_of_samples(samples),
@@ -136,7 +156,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command))
     print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
     evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows)
-    show(folder, defences, samples, bare, purifier, args, allowed, command)
+    show(folder, defences, samples, args, allowed, command)
     return 0
 
 
@@ -144,39 +164,41 @@ def show(
     folder: RunFolder,
     defences: list[Defence],
     samples: Samples,
-    bare: nn.Module,
-    purifier: nn.Module,
     args: argparse.Namespace,
     allowed: Budget,
     command: str,
 ) -> None:
-    """Print the table, write result.json and the picture."""
+    """Print the tables, write result.json and a picture for each purifier."""
     found = results(folder, defences, samples)
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
     context = {"budget": stated, **environment(samples.images.device, command)}
     report.write_result(folder.path / "result.json", found, defences, context)
-    report.figure(folder.path / "samples.png", folder, defences[1], bare, purifier, samples)
     print(f"\nAccuracy in %, mean over {allowed.judge_draws} fresh purifications per image, [95 % interval]")
     print(report.table(found).to_string())
-    defended = {defences[1].name: found[defences[1].name]}
+    purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
+    part = {d.name: found[d.name] for d in purified}
     for criterion, text in (("any_of_r", "right in every one of them"), ("majority", "right by majority")):
-        print(f"\n{text}:\n{report.table(defended, criterion).to_string()}")
+        print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
+    if any(d.model.level_varies for d in purified):
+        print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+    attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
     engine = choose(args.gradient, ENGINES, "gradient engine")
     gradient = f"{args.gradient} gradient, {'exact' if engine.exact else 'APPROXIMATE: a stronger attack exists'}"
-    print(f"\nBudget: {', '.join(describe(a) for a in defences[1].attacks)} ({args.preset}); {gradient}.")
+    print(f"\nBudget: {', '.join(attacks)} ({args.preset}); {gradient}.")
     if args.preset == "quick":
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "
             "paper before quoting any."
         )
-    print(f"Wrote {folder.path / 'result.json'} and {folder.path / 'samples.png'}.")
+    pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
+    print(f"Wrote {', '.join(str(p) for p in (folder.path / 'result.json', *pictures))}.")
 
 
 def describe(attack: Attack) -> str:
     """An attack's name with its budget."""
     parts = attack.budget()
     restarts = f", {parts['restarts']} restarts" if parts.get("restarts", 1) > 1 else ""
-    return f"{attack.name} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
+    return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
 
 
 def resolve_budget(args: argparse.Namespace) -> Budget:
@@ -199,46 +221,89 @@ def resolve_budget(args: argparse.Namespace) -> Budget:
 
 def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
     """The attacks named on the command line."""
-    attacks: list[Attack] = []
-    for name in args.attacks.split(","):
-        kind = choose(name.strip(), ATTACKS, "attack")
-        if issubclass(kind, PGD):
-            options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
-            if issubclass(kind, SurrogatePGD):
-                options["surrogate_steps"] = args.surrogate_steps
-            attacks.append(kind(args.threat_model, eps, **options))
-        else:
-            assert issubclass(kind, AutoAttackRand)
-            attacks.append(
-                kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)
-            )
-    return attacks
+    return [
+        attack
+        for name in args.attacks.split(",")
+        for attack in build_attack(choose(name.strip(), ATTACKS, "attack"), args, allowed, eps)
+    ]
+
+
+def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
+    """One attack, or one for each weight of the norm attack."""
+    if issubclass(kind, AutoAttackRand):
+        return [kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)]
+    assert issubclass(kind, PGD)
+    options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
+    if issubclass(kind, SurrogatePGD):
+        options["surrogate_steps"] = args.surrogate_steps
+    if issubclass(kind, NormPGD):
+        weights = numbers(args.norm_weights, "norm-weights")
+        return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
+    return [kind(args.threat_model, eps, **options)]
+
+
+def numbers(text: str, what: str) -> list[float]:
+    """Comma-separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{what} takes numbers separated by commas, got {text!r}.") from error
+
+
+def build_level(name: str, args: argparse.Namespace) -> NoiseLevel:
+    """The noise level of this name with the parameters of the command line."""
+    kind = choose(name, LEVELS, "noise level")
+    t_star = DATASETS[args.dataset].t_star if args.t_star is None else args.t_star
+    if kind is Constant:
+        return Constant(t_star)
+    calibration = load_calibration(args.calibration, args.score_model or args.dataset)
+    if issubclass(kind, SSNISigmoid):
+        return kind(t_star, calibration, args.ssni_bias, tau=args.ssni_tau, tau_unit=args.tau_unit)
+    assert issubclass(kind, SSNILinear)
+    return kind(t_star, calibration, args.ssni_bias)
+
+
+def build_purified(
+    name: str,
+    bare: nn.Module,
+    score_model: ScoreModel,
+    args: argparse.Namespace,
+    allowed: Budget,
+    attacks: list[Attack],
+) -> Defence:
+    """The classifier behind a purifier with the noise level ``name``."""
+    preset = choose(args.purifier, PURIFIERS, "purifier")
+    level = build_level(name, args)
+    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=args.max_rows)
+    purifier = preset(score_model, level, plan, args.reverse, gradient_config(args), args.variant)
+    model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
+    applicable = [a for a in attacks if a.applies_to(model)]
+    title = f"{args.purifier} {name}" if level.varies else args.purifier
+    if not applicable:
+        raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
+    config = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    return Defence(title, model, applicable, allowed.judge_draws, config)
 
 
 def build_defences(
     args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
-) -> tuple[list[Defence], nn.Module, nn.Module]:
-    """Undefended, purified, and the adversarially trained baseline where there is one; the bare model, the purifier."""
+) -> list[Defence]:
+    """Undefended, purified, and the adversarially trained baseline where there is one."""
     standard = f"{args.dataset}-standard"
     default = standard if standard in zoo.names("classifier") else "Standard"
     bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
     score_model = load_score(args.score_model or args.dataset).to(device)
-    preset = choose(args.purifier, PURIFIERS, "purifier")
-    t_star = DATASETS[args.dataset].t_star if args.t_star is None else args.t_star
-    purifier = preset(score_model, t_star, args.steps, args.reverse, gradient_config(args), args.variant)
-    model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
-    once = [a.on_deterministic() for a in attacks if not a.needs_purifier]
+    embedded = args.dataset in zoo.calibrations() and args.score_model is None
+    names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
+    purified = [build_purified(n.strip(), bare, score_model, args, allowed, attacks) for n in names]
+    once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     once = once or [PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1)]
-    defended = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
-    defences = [
-        Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}),
-        Defence(args.purifier, model, attacks, allowed.judge_draws, defended),
-    ]
+    defences = [Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}), *purified]
     baseline = f"{args.dataset}-at"
     if baseline in zoo.names("classifier") and args.model is None:
         trained = zoo.classifier(baseline).to(device)
         defences.append(Defence("adversarial training", trained, once, 1, {"classifier": fingerprint(trained)}))
-    return defences, bare, purifier
+    return defences
 
 
 def gradient_config(args: argparse.Namespace) -> dict[str, Any]:

@@ -79,26 +79,26 @@ def summarize(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Estimate
 
 
 def worst_case(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[str, Estimate]:
-    """The three accuracies if each sample meets the attack that is worst for it.
+    """The three accuracies if each sample meets the attack that is worst for it; the mean by :func:`worst_mean`.
 
-    The mean is cross-fitted: the worst attack is chosen on the even draws and scored on the odd ones, and the other
-    way round, so that the choice does not bias the score. Whether all draws are right, or the majority, is a
-    property of the attacked image; a sample counts only if it holds under every attack.
+    Whether all draws are right, or the majority, is said of one attacked image; a sample counts only if it holds
+    under every attack.
     """
     worst = {name: np.min([criterion(p, labels) for p in predictions], axis=0) for name, criterion in CRITERIA.items()}
-    worst["mean"] = cross_fitted([p == labels[:, None] for p in predictions])
+    worst["mean"] = worst_mean([p == labels[:, None] for p in predictions])
     return {name: estimate(values) for name, values in worst.items()}
 
 
-def cross_fitted(right: Sequence[np.ndarray]) -> np.ndarray:
-    """Per sample, the share right (N,) under the worst of the attacks, chosen and scored on different draws (N, R).
+def worst_mean(right: Sequence[np.ndarray]) -> np.ndarray:
+    """Share right per sample (N,) under the attack that is worst for it, from which draws were right (N, R) under each.
 
-    Deterministic models have one draw, which does both. Attacks tied on the choosing draws count equally.
+    Cross-fitted: the attack is chosen on the even draws and scored on the odd ones, and the other way round, so that
+    the luck of the draws that chose it does not count. If the choice is so noisy that one attack alone brings the
+    mean lower, that attack is the worst case. With a single draw the minimum is taken.
     """
-    draws = min(r.shape[1] for r in right)
-    if draws < 2:
+    if min(r.shape[1] for r in right) < 2:
         return np.min([r.mean(1) for r in right], axis=0)
     halves = [np.stack([r[:, start::2].mean(1) for r in right]) for start in (0, 1)]
-    chosen = [half == half.min(0) for half in halves]
+    chosen = [half == half.min(0) for half in halves]  # ties count equally
     scores = [(half * pick).sum(0) / pick.sum(0) for half, pick in zip(halves, reversed(chosen), strict=True)]
-    return np.mean(scores, axis=0)
+    return min([np.mean(scores, axis=0), *(r.mean(1) for r in right)], key=np.mean)

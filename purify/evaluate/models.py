@@ -12,6 +12,7 @@ from torch import nn
 from purify import zoo
 from purify.compat import import_robustbench
 from purify.score import ScoreModel, weights_digest
+from purify.scorenorm import Calibration
 
 
 def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
@@ -37,6 +38,18 @@ def load_score(name: str) -> ScoreModel:
             "pass --score-model with the path of a purify .safetensors file."
         )
     return zoo.score_model(name)
+
+
+def load_calibration(path: Path | None, score_model: str) -> Calibration:
+    """A calibration from a file, or the embedded one of a zoo score model."""
+    if path is not None:
+        return Calibration.load(path)
+    if score_model not in zoo.calibrations():
+        raise ValueError(
+            f"SSNI on {score_model} needs a calibration; make one with `purify calibrate --score-model {score_model} "
+            "--dataset ... --out FILE` and pass --calibration FILE."
+        )
+    return zoo.calibration(score_model)
 
 
 def _from_file(name: str) -> nn.Module:

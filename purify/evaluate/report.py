@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from purify.defended import DefendedClassifier
 from purify.evaluate.records import RunFolder, write_json
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 
@@ -40,20 +41,31 @@ def write_result(
     write_json(path, {**context, "budgets": budgets, "results": body})
 
 
+def level_table(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> pd.DataFrame:
+    """Mean noise level per defence and stage, as the judges saw it."""
+    rows = {}
+    for d in defences:
+        stages = [stage_name(a) for a in d.stages()]
+        levels = {s: np.mean([folder.get(d.name, s, int(i))["t_star"] for i in samples.ids]) for s in stages}
+        rows[d.name] = {s: f"{v:.3f}" for s, v in levels.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-")
+
+
 @torch.no_grad()
-def figure(
-    path: Path, folder: RunFolder, defence: Defence, undefended: nn.Module, purifier: nn.Module, samples: Samples
-) -> None:
+def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: Samples) -> Path:
     """PNG of up to eight samples: original, perturbation, adversarial and purified, each with its prediction.
 
     Samples that are broken come first in the order of the data, mixed with held ones, so that both are seen.
+    Returns the path, samples-DEFENCE.png in the run's folder.
     """
+    assert isinstance(defence.model, DefendedClassifier)
+    path = folder.path / f"samples-{defence.name.replace(' ', '-')}.png"
     attack = stage_name(defence.attacks[0])
     chosen = _both_kinds(folder, defence, attack, samples, 8)
     shown = samples[chosen]
     adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])
     adversarial = adversarial.to(shown.images)
-    purified = purifier(adversarial, sample_ids=shown.ids)
+    purified = defence.model.purifier(adversarial, sample_ids=shown.ids)
     records = [folder.get(defence.name, attack, int(i)) for i in shown.ids]
     votes = [np.bincount(r["predictions"]).argmax() for r in records]
     share = [np.mean(np.array(r["predictions"]) == r["label"]) for r in records]
@@ -74,6 +86,7 @@ def figure(
         ),
     ]
     _draw(path, rows, f"{defence.name} under {attack}", shown.labels)
+    return path
 
 
 def _both_kinds(folder: RunFolder, defence: Defence, attack: str, samples: Samples, count: int) -> Tensor:

@@ -51,10 +51,15 @@ def classifier(name: str | Path) -> nn.Module:
     return _load(name, "classifier")[1]
 
 
+def calibrations() -> list[str]:
+    """Names of embedded score models whose score-norm calibration is embedded, too."""
+    return sorted(path.stem for path in CALIBRATIONS.glob("*.json"))
+
+
 def calibration(name: str) -> Calibration:
-    """The score-norm calibration of an embedded score model, for SSNI, made by `purify calibrate --dataset NAME`."""
-    known = {path.stem: path for path in sorted(CALIBRATIONS.glob("*.json"))}
-    return Calibration.load(choose(name, known, "embedded calibration"))
+    """The score-norm calibration of an embedded score model, for SSNI, made by `purify calibrate`."""
+    choose(name, dict.fromkeys(calibrations()), "embedded calibration")
+    return Calibration.load(CALIBRATIONS / f"{name}.json")
 
 
 def describe(name: str | Path) -> dict[str, Any]:
