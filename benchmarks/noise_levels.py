@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -100,14 +100,20 @@ class Job:
         return RunFolder(path, config, environment(torch.device("cpu"), self.command))
 
     def __call__(self) -> None:
-        torch.set_num_threads(1)
         evaluate(self.folder(), [self.defence()], self.samples(), self.seed, batch_size=64, progress=False)
 
 
 def run_job(job: Job) -> Job:
     """A job in a worker process."""
+    torch.set_num_threads(1)
     job()
     return job
+
+
+def map_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
+    """Jobs as they finish in worker processes."""
+    with get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(run_job, jobs)
 
 
 @dataclass
@@ -233,16 +239,15 @@ def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
     ]
 
 
-def main() -> int:
-    args = parser().parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
         check_count(args.workers, "workers")
         groups = build_jobs(args)
         # SSNI runs are the longest; they go first.
         jobs = sorted((job for group in groups for job in group), key=lambda j: (j.seed, not j.varies))
-        with get_context("spawn").Pool(args.workers) as pool:
-            for job in tqdm(pool.imap_unordered(run_job, jobs), total=len(jobs), unit="run"):
-                tqdm.write(f"finished {job.name}, seed {job.seed}")
+        for job in tqdm(map_jobs(jobs, args.workers), total=len(jobs), unit="run"):
+            tqdm.write(f"finished {job.name}, seed {job.seed}")
         points = [summarize(group) for group in groups]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

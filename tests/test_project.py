@@ -5,11 +5,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from purify.evaluate import budgets
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,3 +127,35 @@ def test_the_peers_reference_is_its_own_forward_process():
             u = EulerMaruyama()(setting.model, u, now, then, z)
             t = following
     torch.testing.assert_close(theirs.reshape(u.shape), u, rtol=1e-4, atol=1e-4)
+
+
+def test_throughput(tmp_path):
+    """Network calls of mixed noise levels: the sum of the samples' steps, however they are batched."""
+    script = load_script("throughput")
+    out = tmp_path / "t.json"
+    arguments = ["--samples", "64", "--attacked", "8", "--batch", "24", "--repeats", "1", "--threads", "1"]
+    assert script.main([*arguments, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["calls to sum of steps"] == 1
+    assert found["calls with the score norm, to steps + draws"] == 1
+    assert found["mean to longest"] < found["calls to padding"] < 1  # padding is per chunk of 24
+    assert script.main(["--samples", "0"]) == 2
+
+
+def test_noise_levels(tmp_path, capsys, monkeypatch):
+    """The whole script on a tiny budget: runs, resumes, table and plot."""
+    script = load_script("noise_levels")
+    tiny = replace(budgets.PRESETS["quick"], steps=1, eot=1, n_examples=4, judge_draws=2)
+    monkeypatch.setitem(budgets.PRESETS, "quick", tiny)
+    monkeypatch.setitem(script.CONSTANTS, "digits", (0.1, 0.2))
+    monkeypatch.setattr(script, "map_jobs", lambda jobs, workers: [job() or job for job in jobs])
+    arguments = ["--preset", "quick", "--seeds", "0,1", "--steps", "2", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    first = (tmp_path / "digits" / "result.json").read_text()
+    points = json.loads(first)["points"]
+    assert [p["name"].split("(")[0] for p in points] == ["constant", "constant", "ssni-l", "ssni-n"]
+    assert all(p["worst"]["value"] <= p["attacks"]["pgd-eot"]["value"] for p in points)
+    assert (tmp_path / "digits" / "curve.png").stat().st_size > 10_000
+    assert script.main(arguments) == 0  # everything is on disk
+    assert (tmp_path / "digits" / "result.json").read_text() == first
+    assert "curve" in capsys.readouterr().out

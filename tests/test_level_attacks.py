@@ -1,0 +1,170 @@
+"""Attacks that know SSNI: what they differentiate, what they reach, and where they do not apply."""
+
+import math
+
+import pytest
+import torch
+from conftest import TinyClassifier, smooth_model
+
+from purify import DefendedClassifier, SSNILinear, SSNISigmoid, calibrate, diffpure, zoo
+from purify.attacks import (
+    ATTACKS,
+    PGD,
+    AutoAttackRand,
+    ConstantLevelAutoAttackRand,
+    ConstantLevelPGD,
+    NormPGD,
+)
+from purify.evaluate.command import main
+from purify.noise import derive_seed
+
+BUDGET = {"norm": "Linf", "eps": 0.2, "steps": 4, "eot": 2}
+
+
+def defended(kind=SSNISigmoid, **options):
+    model = smooth_model()
+    found = calibrate(model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return DefendedClassifier(TinyClassifier(), diffpure(model, kind(0.4, found, **options), 4, "ddpm"))
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(7) % 5
+
+
+def renamed(kind, name):
+    """The attack under another name, and so another derived seed."""
+    return type("Renamed", (kind,), {"name": name, "needs_level": False})
+
+
+@pytest.mark.parametrize(
+    ("held", "plain", "budget"),
+    [
+        (ConstantLevelPGD, PGD, BUDGET),
+        (ConstantLevelAutoAttackRand, AutoAttackRand, {"norm": "Linf", "eps": 0.2, "steps": 3, "eot": 2}),
+    ],
+)
+def test_constant_level_attacks_are_the_plain_ones_with_t_star_held(held, plain, budget, images, labels):
+    model = defended()
+    expected = renamed(plain, held.name)(**budget)(model.with_gradient(through_level=False), images, labels)
+    found = held(**budget)(model, images, labels)
+    assert torch.equal(found.images, expected.images)
+    through = renamed(plain, held.name)(**budget)(model, images, labels)
+    assert not torch.equal(found.images, through.images)
+
+
+def test_the_gradient_through_the_level_is_in_the_plain_attack(images, labels):
+    """One evaluation of PGD against the gradient of the mean loss, taken by hand."""
+    model, attack = defended(), PGD(**BUDGET)
+    _, (gradient,) = attack._eot(attack.evaluator(model, 3), images, labels, torch.arange(7), 0, True)
+    v = images.clone().requires_grad_()
+    losses = [
+        torch.nn.functional.cross_entropy(model(v, sample_ids=range(7), draw=d, seed=3), labels, reduction="sum")
+        for d in range(2)
+    ]
+    (expected,) = torch.autograd.grad(sum(losses) / 2, v)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, -0.7])
+def test_direction_of_the_norm_attack(weight):
+    """Unit vectors of both gradients, mixed, of unit length."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 1, 2, 2, generator=g) for _ in range(2))
+    got = NormPGD("Linf", 0.1, norm_weight=weight).direction([a, b], torch.zeros_like(a))
+    for i in range(3):
+        mixed = a[i] / a[i].norm() - weight * b[i] / b[i].norm()
+        torch.testing.assert_close(got[i], mixed / mixed.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_attack_lowers_or_raises_the_statistic(images, labels):
+    model = defended(SSNILinear)
+
+    def statistic(weight):
+        attack = NormPGD(**{**BUDGET, "steps": 12}, norm_weight=weight)
+        last = list(attack._iterates(attack.evaluator(model, 0), images, labels, torch.arange(7), 0, 0))[-1][0]
+        return model.details(last, sample_ids=range(7), draw=50).statistic.mean(1)
+
+    low, neutral, high = (statistic(w) for w in (5.0, 0.0, -5.0))
+    assert (low < neutral - 0.1).all()
+    assert (high > neutral + 0.1).all()
+
+
+def test_the_norm_attack_starts_clean_and_keeps_to_the_ball(images, labels):
+    for norm, eps in (("Linf", 0.1), ("L2", 0.5), ("L1", 1.0)):
+        attack = NormPGD(norm, eps, steps=3, eot=2)
+        assert attack.mean_step(images) == pytest.approx(eps * (4 if norm == "Linf" else 1) / 6)
+        first, *_ = attack._iterates(attack.evaluator(defended(), 0), images, labels, torch.arange(7), 0, 0)
+        assert torch.equal(first[0], images)
+        delta = (attack(defended(), images, labels).images - images).flatten(1)
+        size = {"Linf": delta.abs().amax(1), "L2": delta.norm(dim=1), "L1": delta.abs().sum(1)}[norm]
+        assert (size <= eps + 1e-5).all()
+
+
+@pytest.mark.parametrize("kind", [PGD, ConstantLevelPGD, NormPGD])
+def test_results_do_not_depend_on_batch_or_chunks(kind, images, labels):
+    model, ids = defended(), torch.arange(7)
+    whole = kind(**BUDGET)(model, images, labels, sample_ids=ids).images
+    parts = [
+        kind(**BUDGET, max_rows=3)(model, images[r], labels[r], sample_ids=ids[r]).images
+        for r in (torch.tensor([6, 2]), torch.tensor([0, 1, 3, 4, 5]))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole[[6, 2, 0, 1, 3, 4, 5]], rtol=0, atol=1e-4)
+
+
+def test_level_attacks_apply_to_varying_levels_only(images, labels):
+    constant = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
+    for name in ("pgd-eot-constant-t", "pgd-eot-norm", "autoattack-rand-constant-t"):
+        attack = ATTACKS[name]("Linf", 0.1)
+        assert attack.applies_to(defended())
+        for model in (constant, TinyClassifier()):
+            assert not attack.applies_to(model)
+            with pytest.raises(ValueError, match="for a model that chooses a noise level for each image"):
+                attack(model, images, labels)
+    assert PGD("Linf", 0.1).applies_to(TinyClassifier())
+
+
+def test_weights_have_labels_of_their_own():
+    assert NormPGD("Linf", 0.1, norm_weight=0.5).label == "pgd-eot-norm(0.5)"
+    assert NormPGD("Linf", 0.1, norm_weight=0.5).budget()["norm_weight"] == 0.5
+    assert derive_seed(0, "pgd-eot") != derive_seed(0, "pgd-eot-norm")
+    with pytest.raises(ValueError, match="norm_weight must be a finite number"):
+        NormPGD("Linf", 0.1, norm_weight=math.nan)
+
+
+# --- on the command line ------------------------------------------------------------------------------------------
+
+DIGITS = str(zoo.CALIBRATIONS / "digits.json")
+SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--steps", "3"]
+
+
+def test_the_benchmark_shows_diffpure_and_ssni_side_by_side(tmp_path, capsys):
+    levels = ["--noise-level", "constant,ssni-l,ssni-n", "--norm-weights", "0.3,1"]
+    assert main([*SMALL, *levels, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    rows = ["diffpure ", "diffpure ssni-l", "diffpure ssni-n", "adversarial training", "pgd-eot-norm(1)", "mean t*"]
+    assert all(row in out for row in rows)
+    assert (tmp_path / "run" / "samples-diffpure-ssni-n.png").exists()
+
+
+def test_the_benchmark_steps_by_dt(tmp_path):
+    arguments = ["--noise-level", "ssni-n", "--dt", "0.05", "--attacks", "pgd-eot"]
+    assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--noise-level", "ssni"], "Unknown noise level 'ssni'; known: constant, ssni-l, ssni-n"),
+        (["--noise-level", "ssni-n", "--ssni-tau", "0"], "tau must be a positive number"),
+        (["--noise-level", "ssni-l", "--calibration", "nowhere.json"], "cannot be read as a calibration"),
+        (["--noise-level", "constant", "--attacks", "pgd-eot-norm"], "None of the attacks pgd-eot-norm says anything"),
+        (["--norm-weights", "a"], "--norm-weights takes numbers"),
+        (["--dt", "0"], "dt must lie in"),
+        (["--score-model", "fashion_mnist", "--calibration", DIGITS, "--noise-level", "ssni-l"], "another score model"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, tmp_path):
+    assert main([*SMALL, *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
