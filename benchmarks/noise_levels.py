@@ -29,6 +29,7 @@ from purify.evaluate.budgets import PRESETS, budget
 from purify.evaluate.command import environment
 from purify.evaluate.metrics import Estimate, estimate, worst_mean
 from purify.evaluate.models import fingerprint
+from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions, stage_name
 from purify.levels import NoiseLevel
@@ -97,7 +98,7 @@ class Job:
         attacks = [a.budget() for a in defence.attacks]
         config = {"defence": defence.config, "draws": defence.draws, "attacks": attacks, "seed": self.seed}
         path = self.out / self.dataset / f"{self.preset}-{self.name}-seed{self.seed}".replace(" ", "")
-        return RunFolder(path, config, environment(torch.device("cpu"), self.command))
+        return RunFolder(path, config, environment(torch.device("cpu"), self.command, Ranks()))
 
     def __call__(self) -> None:
         evaluate(self.folder(), [self.defence()], self.samples(), self.seed, batch_size=64, progress=False)

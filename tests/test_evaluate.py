@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
 from purify.evaluate.command import main
 from purify.evaluate.metrics import estimate, summarize, wilson, worst_case, worst_mean
 from purify.evaluate.models import load_classifier
+from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import differences
 from purify.evaluate.runner import batches
 
@@ -290,7 +292,7 @@ def test_a_model_that_cannot_take_the_images_is_refused_before_any_record(tmp_pa
         assert not (tmp_path / message / "records.jsonl").exists()
 
 
-def test_judges_use_other_noise_than_the_attack():
+def test_judges_use_other_noise_than_the_attack(tmp_path):
     """No (seed, sample, draw) that the attack saw is used to judge."""
     _, samples = setup_run()
     seeds = []
@@ -302,12 +304,8 @@ def test_judges_use_other_noise_than_the_attack():
             seeds.append((seed, torch.is_grad_enabled()))
             return super().forward(x)
 
-    class NoFolder(dict):
-        def append(self, record, image):
-            pass
-
     defence = Defence("spy", Spy(), [PGD("Linf", 0.1, steps=2, eot=2)], 3, {})
-    evaluate(NoFolder(), [defence], samples, progress=False)
+    evaluate(RunFolder(tmp_path, {}, {}), [defence], samples, progress=False)
     attacking = {s for s, grad in seeds if grad}
     assert len(attacking) == 1
     assert seeds[-1][0] not in attacking
@@ -317,34 +315,95 @@ def test_group_attacks_get_whole_groups():
     ids = torch.arange(70)
     done = torch.ones(70, dtype=torch.bool)
     done[[3, 65]] = False
-    assert [b.tolist() for b in batches(ids, done, 8, 32)] == [list(range(32)), list(range(64, 70))]
-    assert [b.tolist() for b in batches(ids, done, 1, None)] == [[3], [65]]
+    assert [b.tolist() for b in batches(ids, done, 32, Ranks())] == [list(range(32)), list(range(64, 70))]
+    assert [b.tolist() for b in batches(ids, done, 1, Ranks())] == [[3], [65]]
 
 
-def test_a_killed_run_resumes_to_the_same_records(tmp_path):
-    """SIGKILL in the middle, then the same command."""
-    arguments = [
-        *("--n-examples", "24", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
-        *("--steps", "3", "--threads", "1"),
-    ]
-    assert main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    command = [sys.executable, "benchmarks/run_autoattack.py", *arguments, "--out", str(tmp_path / "killed")]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    path = tmp_path / "killed" / "records.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not path.exists() or path.read_bytes().count(b"\n") < 60):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = path.read_bytes().count(b"\n")
-    assert 60 <= before < 6 * 24
-    assert main([*arguments, "--out", str(tmp_path / "killed")]) == 0
-    for resumed, whole in zip(lines(tmp_path / "killed"), lines(tmp_path / "whole"), strict=True):
-        assert resumed["predictions"] == whole["predictions"]
+def test_groups_are_shared_out_among_processes():
+    ids, none = torch.arange(5, 75), torch.zeros(70, dtype=torch.bool)
+    shares = [[ids[rows].tolist() for rows in batches(ids, none, 8, Ranks(r, 3))] for r in range(3)]
+    assert sorted(i for share in shares for group in share for i in group) == ids.tolist()
+    assert all(len({i // 8 for i in group}) == 1 for share in shares for group in share)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+TINY = [
+    *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
+    *("--steps", "3", "--threads", "1", "--noise-level", "constant"),
+]
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_autoattack.py"
+
+
+def count(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records*.jsonl"))
+
+
+def test_twenty_kills_leave_the_same_records(tmp_path):
+    """SIGKILL at random moments, each time the same command again, and at last in peace."""
+    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
+    context = get_context("forkserver")  # children that need not import everything again
+    context.set_forkserver_preload(["purify.evaluate.command"])
+    g = np.random.default_rng(0)
+    for _ in range(20):
+        process = context.Process(target=main, args=([*TINY, "--out", str(tmp_path / "killed")],))
+        process.start()
+        aim = count(tmp_path / "killed") + int(g.integers(0, 9))
+        while count(tmp_path / "killed") < aim and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(g.random() / 100)
+        assert process.is_alive()  # there is work left
+        process.kill()
+        process.join()
+    assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
+    assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")  # none lost, none twice, none different
     result = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert result["results"] == json.loads((tmp_path / "whole" / "result.json").read_text())["results"]
     assert result["budgets"]["diffpure"]["pgd-eot"]["steps"] == 2
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_torchrun_shares_the_samples_out(processes, tmp_path):
+    """The same records as one process gives, in one file."""
+    assert main([*TINY, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], check=True, capture_output=True)
+    assert lines(tmp_path / "many") == lines(tmp_path / "one")
+    assert [p.name for p in (tmp_path / "many").glob("records*")] == ["records.jsonl"]
+    assert json.loads((tmp_path / "many" / "manifest.json").read_text())["sessions"][0]["processes"] == processes
+
+
+def test_a_rank_that_dies_is_restarted_and_picks_its_samples_up(tmp_path):
+    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    process = subprocess.Popen(
+        [*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while count(tmp_path / "many") < 20 and process.poll() is None:
+        time.sleep(0.001)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(timeout=180) == 0
+    assert lines(tmp_path / "many") == lines(tmp_path / "whole")
+
+
+def test_records_of_ranks_are_merged_and_a_merge_that_was_killed_is_finished(tmp_path):
+    folder = RunFolder(tmp_path, CONFIG, {})
+    for i in range(3):
+        folder.append(record(i))
+    del folder
+    merged = (tmp_path / "records.jsonl").read_bytes()
+    (tmp_path / "records.0.jsonl").write_bytes(merged.splitlines(True)[1])  # was merged, not yet removed
+    (tmp_path / "records.1.jsonl").write_text(json.dumps(record(7)) + "\n" + '{"torn')
+    folder = RunFolder(tmp_path, CONFIG, {})
+    assert ("d", "clean", 7) in folder
+    folder.merge()
+    assert (tmp_path / "records.jsonl").read_bytes() == merged + (json.dumps(record(7)) + "\n").encode()
+    assert len(list(tmp_path.glob("records*"))) == 1
+    del folder
+    (tmp_path / "records.0.jsonl").write_text(json.dumps(record(1, predictions=[0, 0])) + "\n")
+    with pytest.raises(ValueError, match=r"records\.0\.jsonl, line 1, repeats an earlier record"):
+        RunFolder(tmp_path, CONFIG, {})
 
 
 # --- command ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from purify.defended import AGGREGATES, DefendedClassifier
 from purify.evaluate import report
 from purify.evaluate.budgets import PRESETS, Budget, budget
 from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_score
+from purify.evaluate.ranks import Ranks, join, leave, set_threads
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
@@ -130,10 +131,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, command: str) -> int:
     """Check everything, then attack, judge and report."""
-    if args.threads is not None:
-        check_count(args.threads, "threads")
-        torch.set_num_threads(args.threads)
-    device = check_device(args.device)
+    set_threads(args.threads)
+    ranks, device = join(check_device(args.device))
     dataset = choose(args.dataset, DATASETS, "data set")
     allowed = resolve_budget(args)
     choose(args.threat_model, dict.fromkeys(NORMS), "threat model")
@@ -150,13 +149,17 @@ def run(args: argparse.Namespace, command: str) -> int:
         "data": fingerprint_of_samples(samples),
         "n_examples": len(samples),
         "seed": args.seed,
+        "batch_size": args.batch_size,
         "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
         "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
     }
-    folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command))
-    print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
+    folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command, ranks), ranks)
+    if ranks.first:
+        print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
     evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows)
-    show(folder, defences, samples, args, allowed, command)
+    if ranks.first:
+        show(folder, defences, samples, args, allowed)
+    leave()
     return 0
 
 
@@ -166,12 +169,11 @@ def show(
     samples: Samples,
     args: argparse.Namespace,
     allowed: Budget,
-    command: str,
 ) -> None:
     """Print the tables, write result.json and a picture for each purifier."""
     found = results(folder, defences, samples)
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
-    context = {"budget": stated, **environment(samples.images.device, command)}
+    context = {"budget": stated, "sessions": folder.sessions}
     report.write_result(folder.path / "result.json", found, defences, context)
     print(f"\nAccuracy in %, mean over {allowed.judge_draws} fresh purifications per image, [95 % interval]")
     print(report.table(found).to_string())
@@ -355,7 +357,7 @@ def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:
     return Path("runs") / f"{args.dataset}-{args.purifier}-{args.preset}-{digest}"
 
 
-def environment(device: torch.device, command: str) -> dict[str, Any]:
+def environment(device: torch.device, command: str, ranks: Ranks) -> dict[str, Any]:
     """Versions, revision, device and command, for the manifest."""
     names = ["torch", "torchvision", "numpy", "scipy", "scikit-learn", "torchdiffeq", "diffusers", "torchattacks"]
     names += ["robustbench", "pyautoattack", "autoattack"]
@@ -373,6 +375,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.world,
     }
 
 

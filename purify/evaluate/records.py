@@ -1,7 +1,7 @@
 """A run on disk: a manifest, one line of JSON per (defence, attack, sample), and the adversarial images.
 
 Lines are appended whole and synced, so that a killed process loses nothing it had finished; the same command
-resumes. A folder holds one configuration.
+resumes. A folder holds one configuration. Several processes of one run write files of their own, which are merged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from purify.evaluate.ranks import Ranks
+
 LOCK = ".lock"
+MERGED = "records.jsonl"
 FULL = "The records cannot be written ({}); make room and run the same command."
 
 
@@ -26,16 +29,29 @@ class RunFolder:
         path: the folder.
         config: what decides the results, as plain data; must equal that of a run already in the folder.
         environment: versions, device, revision; stored, not compared.
+        ranks: this process among those of the run.
 
     Raises:
         ValueError: the folder cannot be written, holds another run (the differing keys are named), holds other
             files, or its records were damaged by hand.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], environment: dict[str, Any], ranks: Ranks | None = None
+    ) -> None:
         self.path = Path(path)
-        config = json.loads(json.dumps(config))  # as it will be read back
-        self._lock = self._claim()
+        self.ranks = ranks or Ranks()
+        if self.ranks.first:
+            self._lock = self._claim()
+            self._open(json.loads(json.dumps(config)), environment)  # the config as it will be read back
+        self.ranks.barrier()
+        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for file in self._files():
+            self._read(file)
+        self.ranks.barrier()  # nobody appends while others read
+
+    def _open(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Check or write the manifest, and cut off what a killed process left half-written."""
         manifest = self.path / "manifest.json"
         sessions: list[dict[str, Any]] = []
         if manifest.exists():
@@ -44,8 +60,22 @@ class RunFolder:
             raise ValueError(f"{self.path} holds other files and no run; choose another --out.")
         if environment not in sessions:
             write_json(manifest, {"config": config, "sessions": [*sessions, environment]})
-        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self._read()
+        for file in self._files():
+            content = file.read_bytes()
+            os.truncate(file, content.rfind(b"\n") + 1)
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """The environments in which the run was made."""
+        return json.loads((self.path / "manifest.json").read_text())["sessions"]
+
+    def _files(self) -> list[Path]:
+        """The merged records, then those of single ranks."""
+        return sorted(self.path.glob("records*.jsonl"), key=lambda p: (p.name != MERGED, p.name))
+
+    @property
+    def _own(self) -> Path:
+        return self.path / (MERGED if self.ranks.world == 1 else f"records.{self.ranks.rank}.jsonl")
 
     def _claim(self) -> IO[str]:
         """Make the folder and hold its lock for as long as this object lives."""
@@ -74,21 +104,38 @@ class RunFolder:
             )
         return sessions
 
-    def _read(self) -> None:
-        path = self.path / "records.jsonl"
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # a killed process was in the middle of this line
-            os.truncate(path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+    def _read(self, path: Path) -> None:
+        merged = set(self._records)
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             record = parse(line)
             if record is None:
                 raise ValueError(f"{path}, line {number}, is damaged; remove that line to have it redone.")
+            if key(record) in merged and self._records[key(record)] == record:
+                continue  # the process that merged was killed before it removed this file
             if key(record) in self._records:
                 raise ValueError(f"{path}, line {number}, repeats an earlier record; remove one of them.")
             self._records[key(record)] = record
+
+    def merge(self) -> None:
+        """Wait for all ranks; then rank 0 knows all records, which are in one file."""
+        self.ranks.barrier()
+        parts = [file for file in self._files() if file.name != MERGED]
+        if not self.ranks.first or not parts:
+            return
+        self._records.clear()
+        for file in self._files():
+            self._read(file)
+        partial = self.path / "records.partial"
+        try:
+            with open(partial, "w") as f:
+                f.writelines(map(to_line, self._records.values()))
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            raise ValueError(FULL.format(error)) from error
+        os.replace(partial, self.path / MERGED)
+        for file in parts:
+            file.unlink()
 
     def __contains__(self, record_key: tuple[str, str, int]) -> bool:
         return record_key in self._records
@@ -101,10 +148,9 @@ class RunFolder:
         """Store the adversarial ``image`` (C, H, W), if any, and then the record, each atomically."""
         if image is not None:
             self._write_image(record, image)
-        line = json.dumps(record, allow_nan=False) + "\n"
-        descriptor = os.open(self.path / "records.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self._own, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            write_all(descriptor, line.encode())
+            write_all(descriptor, to_line(record).encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -141,6 +187,11 @@ def parse(line: bytes) -> dict[str, Any] | None:
         return None
     whole = all(type(n) is int for n in numbers) and len(numbers) > 2
     return record if whole and all(type(n) is str for n in names) else None
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """A record as it stands in a file."""
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def key(record: dict[str, Any]) -> tuple[str, str, int]:

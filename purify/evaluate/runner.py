@@ -17,6 +17,7 @@ from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.checks import check_count, check_images, check_labels
 from purify.evaluate.metrics import summarize, worst_case
+from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 from purify.noise import derive_seed
 
@@ -85,8 +86,9 @@ def evaluate(
         defences: models with their attacks.
         samples: what to attack.
         seed: keys all randomness together with sample ids; attacks and judges use different seeds derived from it.
-        batch_size: samples attacked at once; does not change results.
-        max_rows: samples times draws judged at once; does not change results.
+        batch_size: samples attacked at once: those whose ids have the same quotient by it. So a sample always has the
+            same batch-mates, and not even rounding depends on what was done before a kill, or by which process.
+        max_rows: samples times draws judged at once.
 
     Raises:
         ValueError: bad images, or labels that some model does not know, before anything runs.
@@ -96,11 +98,13 @@ def evaluate(
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
     total = sum(len(d.stages()) for d in defences) * len(samples)
-    with tqdm(total=total, unit="sample", disable=not progress, mininterval=0.5) as bar:
+    shown = progress and folder.ranks.first
+    with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
         for defence in defences:
             for attack in defence.stages():
                 run = _Stage(folder, defence, attack, seed, max_rows)
                 run(samples, batch_size, bar)
+    folder.merge()
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ class _Stage:
         bar.set_description(f"{self.defence.name}, {self.name}")
         bar.update(int(done.sum()))
         right, judged = 0.0, 0
-        for rows in batches(samples.ids, done, batch_size, None if self.attack is None else self.attack.group_size):
+        size = (self.attack.group_size if self.attack else None) or batch_size
+        for rows in batches(samples.ids, done, size, self.folder.ranks):
             for record in self._batch(samples[rows], ~done[rows]):
                 right += float(np.mean(np.array(record["predictions"]) == record["label"]))
                 judged += 1
@@ -196,15 +201,13 @@ def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -
     return SimpleNamespace(logits=keyed(model, seed)(images, ids, draws), t_star=None)
 
 
-def batches(ids: Tensor, done: Tensor, batch_size: int, group_size: int | None) -> Iterator[Tensor]:
-    """Row indices to run next: unfinished samples in batches, or whole groups of ids for group attacks."""
-    if group_size is None:
-        if not bool(done.all()):
-            yield from (~done).nonzero()[:, 0].split(batch_size)
-        return
-    groups = ids // group_size
-    for group in groups[~done].unique():
-        yield (groups == group).nonzero()[:, 0]
+def batches(ids: Tensor, done: Tensor, size: int, ranks: Ranks) -> Iterator[Tensor]:
+    """Row indices of the groups of ids (id // size) that this process has and that are not done."""
+    groups = ids // size
+    for position, group in enumerate(groups.unique()):
+        rows = (groups == group).nonzero()[:, 0]
+        if position % ranks.world == ranks.rank and not bool(done[rows].all()):
+            yield rows
 
 
 def predictions(folder: RunFolder, defence: Defence, stage: str, samples: Samples) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""The processes of a run: one by itself, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from purify.checks import check_count
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes what there is only one of."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def join(device: torch.device) -> tuple[Ranks, torch.device]:
+    """This process among torchrun's, if it was started by torchrun, and the device it works on.
+
+    gloo on CPUs, nccl on GPUs, where rank i of a node takes GPU i. Waits for slower processes as long as it takes.
+
+    Raises:
+        ValueError: there are more processes on this node than GPUs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks(), device
+    if device.type == "cuda":
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"torchrun started more processes than this node's {torch.cuda.device_count()} GPUs.")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def leave() -> None:
+    """Close what :func:`join` opened."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process; torchrun would set one if nobody says otherwise."""
+    if threads is not None:
+        check_count(threads, "threads")
+        torch.set_num_threads(threads)
