@@ -43,12 +43,14 @@ class Details:
         t_star: noise levels, float64 (N, M).
         statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purifier.Purified`.
         network_calls: score-network calls (NFE) of all purifications together, int64 (N,), or None.
+        deviation: of the reverse processes, (N, M), if asked for; see :class:`~purify.purifier.Purified`.
     """
 
     logits: Tensor
     t_star: Tensor
     statistic: Tensor
     network_calls: Tensor | None
+    deviation: Tensor | None = None
 
 
 class DefendedClassifier(nn.Module):
@@ -103,8 +105,9 @@ class DefendedClassifier(nn.Module):
         sample_ids: Tensor | Sequence[int] | None = None,
         draw: int | Tensor = 0,
         seed: int = 0,
+        deviation: bool = False,
     ) -> Details:
-        """As :meth:`forward`, with noise levels and network calls."""
+        """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
         _check_eval(self.classifier)
         check_images(x)
         m = self.purifications
@@ -113,7 +116,7 @@ class DefendedClassifier(nn.Module):
             draws = torch.as_tensor(draw, device=x.device).expand(len(x))
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
-        purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed)
+        purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
         shape = (len(x), m)
         logits = self._aggregate(self.classifier(purified.images).unflatten(0, shape))
         calls = purified.network_calls
@@ -122,6 +125,7 @@ class DefendedClassifier(nn.Module):
             purified.t_star.unflatten(0, shape),
             purified.statistic.unflatten(0, shape),
             None if calls is None else calls.unflatten(0, shape).sum(1),
+            None if purified.deviation is None else purified.deviation.unflatten(0, shape),
         )
 
     @property

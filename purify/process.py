@@ -15,6 +15,11 @@ from purify.score import ScoreModel, per_sample
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
+Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and the state after it
+
+
+def look_away(step: ReverseStep, u: Tensor) -> None:
+    """Watch nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,12 @@ class Round:
     diffuse: DiffuseStep
     reverse: tuple[ReverseStep, ...]
 
-    def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
+    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = look_away) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``."""
         u = self.diffuse(u)
         for step in self.reverse:
             u = evaluate(step, u)
+            watch(step, u)
         return u
 
 
@@ -93,12 +99,13 @@ class PackedRound:
     def reverse(self) -> tuple[ReverseStep, ...]:
         return tuple(tick.step for tick in self.ticks)
 
-    def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
+    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = look_away) -> Tensor:
         """Purified u; every network batch goes through ``evaluate``."""
         u = self.diffuse(u)
         active, done = u[self.first], []
         for tick in self.ticks:
             moved = evaluate(tick.step, active)
+            watch(tick.step, moved)
             done.append(moved[tick.finished])
             active = torch.cat([moved[tick.going], u[tick.admitted]])
         return torch.cat(done)[self.order] if done else u
@@ -106,15 +113,20 @@ class PackedRound:
 
 @dataclass(frozen=True)
 class Process:
-    """All rounds of a purification. ``clip``: clamp the result to [-1, 1], the range of images in diffusion space."""
+    """All rounds of a purification.
+
+    ``clip``: clamp the result to [-1, 1], the range of images in diffusion space. ``watch`` sees every reverse step
+    with the state after it.
+    """
 
     rounds: tuple[Round | PackedRound, ...]
     clip: bool = False
+    watch: Watch = look_away
 
     def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``, in the order of :meth:`batch_sizes`."""
         for one_round in self.rounds:
-            u = one_round.run(u, evaluate)
+            u = one_round.run(u, evaluate, self.watch)
         return self.finish(u)
 
     def finish(self, u: Tensor) -> Tensor:
@@ -124,3 +136,26 @@ class Process:
     def batch_sizes(self) -> list[int]:
         """Samples in each reverse step."""
         return [len(step) for one_round in self.rounds for step in one_round.reverse]
+
+
+class Deviation:
+    """How far a reverse process has departed from the forward one, as it runs: a :data:`Watch`.
+
+    The mean over reverse steps of ``alpha(s) mean((u_s - alpha(s) u - sigma(s) z)^2)``, for the image u (N, C, H, W) in
+    diffusion space and the noise z of its diffusion; after the deviated-reconstruction loss of DiffAttack (Kang et al.
+    2023), in which the forward process is drawn at the same times. For processes in which all samples are in step.
+    """
+
+    def __init__(self, u: Tensor, z: Tensor) -> None:
+        self.u, self.z = u, z
+        self.total, self.steps = torch.zeros(len(u), dtype=u.dtype, device=u.device), 0
+
+    def __call__(self, step: ReverseStep, u_s: Tensor) -> None:
+        schedule, s = step.model.schedule, step.s
+        alpha, sigma = per_sample(schedule.alpha(s), u_s), per_sample(schedule.sigma(s), u_s)
+        distance = (u_s - alpha * self.u - sigma * self.z).square().flatten(1).mean(1)
+        self.total, self.steps = self.total + alpha.flatten() * distance, self.steps + 1
+
+    def mean(self) -> Tensor:
+        """(N,), differentiable."""
+        return self.total / self.steps

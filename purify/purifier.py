@@ -16,7 +16,7 @@ from purify.gradients import ENGINES, Checkpoint, GradientEngine
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
-from purify.process import Process
+from purify.process import Deviation, Process, Watch, look_away
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
@@ -35,12 +35,15 @@ class Purified:
         statistic: what the noise-level rule saw, float64 (N,), in standard deviations from its mean on clean images
             (0 where the level is constant); differentiable.
         network_calls: score-network calls of each image (NFE), int64 (N,); None where an adaptive solver decides.
+        deviation: how far the reverse process departed from the forward one, (N,), if asked for; differentiable. See
+            :class:`~purify.process.Deviation`.
     """
 
     images: Tensor
     t_star: Tensor
     statistic: Tensor
     network_calls: Tensor | None
+    deviation: Tensor | None = None
 
 
 class Purifier(nn.Module):
@@ -126,17 +129,26 @@ class Purifier(nn.Module):
         sample_ids: Tensor | Sequence[int] | None = None,
         draw: int | Tensor = 0,
         seed: int = 0,
+        deviation: bool = False,
     ) -> Purified:
-        """As :meth:`forward`, with the noise levels and what they cost."""
+        """As :meth:`forward`, with the noise levels and what they cost; with the deviation, if asked for.
+
+        Raises:
+            ValueError: the deviation of a process whose samples are not in step.
+        """
+        if deviation and not isinstance(self.plan, FixedSteps):
+            raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
         check_images(x, self.score_model.image_shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
         u = 2 * x - 1
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
-        images = (self.engine(lambda steps: self.process(held, noise, steps), u) + 1) / 2
+        watch = Deviation(u, noise.normal(0, u.shape[1:], u.dtype)) if deviation else look_away
+        images = (self.engine(lambda steps: self.process(held, noise, steps, watch), u) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.plan.counts(t_star) * self.rule.calls
-        return Purified(images, t_star, (statistic - self.level.centre) / self.level.scale, calls)
+        standard = (statistic - self.level.centre) / self.level.scale
+        return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
@@ -160,12 +172,14 @@ class Purifier(nn.Module):
             raise ValueError(f"There are {n} images but {len(noise)} sample_ids; give one per image.")
         return noise
 
-    def process(self, t_star: Tensor, noise: Noise, steps: int | None = None) -> Process:
+    def process(
+        self, t_star: Tensor, noise: Noise, steps: int | None = None, watch: Watch = look_away
+    ) -> Process:
         """The steps that purify from levels ``t_star`` (N,), at most ``steps`` for each sample if given."""
         plan = self.plan if steps is None else self.plan.at_most(steps)
         forward = self.forward_schedule or self.score_model.schedule
         parts = Parts(self.score_model, self.rule, noise, forward, self.t_end)
-        return Process((plan.round(parts, t_star),), self.clip)
+        return Process((plan.round(parts, t_star),), self.clip, watch)
 
     def with_gradient(
         self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None

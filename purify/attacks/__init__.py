@@ -1,16 +1,34 @@
 """Attacks on purified classifiers. Each sees a model as a function from images to logits, nothing inside."""
 
-from purify.attacks.autoattack import AutoAttack, AutoAttackRand
+from purify.attacks.apgd import APGD
+from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
+from purify.attacks.frequency import LowFrequencyPGD
 from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, NormPGD
 from purify.attacks.pgd import BPDA, PGD, SurrogatePGD
+from purify.attacks.steps import StepsPGD
+from purify.attacks.transfer import Transfer
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
-    for a in (PGD, ConstantLevelPGD, NormPGD, BPDA, SurrogatePGD, AutoAttackRand, ConstantLevelAutoAttackRand)
+    for a in (
+        PGD,
+        APGD,
+        StepsPGD,
+        LowFrequencyPGD,
+        ConstantLevelPGD,
+        NormPGD,
+        BPDA,
+        SurrogatePGD,
+        AutoAttackRand,
+        ConstantLevelAutoAttackRand,
+        Transfer,
+        Square,
+    )
 }
 
 __all__ = [
+    "APGD",
     "ATTACKS",
     "BPDA",
     "PGD",
@@ -20,6 +38,10 @@ __all__ = [
     "AutoAttackRand",
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
+    "LowFrequencyPGD",
     "NormPGD",
+    "Square",
+    "StepsPGD",
     "SurrogatePGD",
+    "Transfer",
 ]

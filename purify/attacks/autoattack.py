@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.base import Attack, AttackResult, check_budget
+from purify.checks import check_count
 from purify.noise import derive_seed
 
 
@@ -152,28 +154,19 @@ class AutoAttack:
 
 
 @dataclass(frozen=True)
-class AutoAttackRand(Attack):
-    """AutoAttack's ``rand`` version: APGD on cross-entropy and on DLR, with EOT (Croce & Hein 2020).
-
-    Args:
-        norm, eps: threat model and radius.
-        steps: APGD iterations (the original: 100).
-        eot: draws per gradient (the original: 20).
+class _Library(Attack):
+    """An attack of the AutoAttack package, run on fixed groups of sample ids under a seed of the group's own.
 
     AutoAttack decides on a single draw: an image that is wrong on its first draw is not attacked, and one that no
-    attack broke is returned as it came. Judged on fresh draws such images score like clean ones, so never quote this
+    attack broke is returned as it came. Judged on fresh draws such images score like clean ones, so never quote such an
     attack alone for a randomized defence.
     """
 
-    steps: int = 100
-    eot: int = 20
-
-    name: ClassVar[str] = "autoattack-rand"
     group_size: ClassVar[int | None] = 32
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_budget(self.steps, self.eot, 1)
+    @abstractmethod
+    def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
+        """The package's attack with this one's budget."""
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         assert self.group_size is not None
@@ -185,15 +178,64 @@ class AutoAttackRand(Attack):
             images[rows] = self._run_group(self.attacked(model), x[rows], y[rows], derive_seed(seed, group))
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
 
-    def on_deterministic(self) -> Attack:
-        return replace(self, eot=1)
-
     def _run_group(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
-            seed32 = seed % 2**31
-            attack = AutoAttack(model, self.norm, self.eps, seed32, verbose=False, version="rand", device=x.device)
-            attack.apgd.n_iter, attack.apgd.eot_iter = self.steps, self.eot
-            found = attack.run_standard_evaluation(x, y, bs=len(x))
+            found = self.prepare(model, seed % 2**31, x.device).run_standard_evaluation(x, y, bs=len(x))
         assert isinstance(found, Tensor)
         return found.detach()
+
+
+@dataclass(frozen=True)
+class AutoAttackRand(_Library):
+    """AutoAttack's ``rand`` version: APGD on cross-entropy and on DLR, with EOT (Croce & Hein 2020).
+
+    Args:
+        norm, eps: threat model and radius.
+        steps: APGD iterations (the original: 100).
+        eot: draws per gradient (the original: 20).
+
+    It decides on a single draw: an image that is wrong on its first draw is not attacked, and one that no attack broke
+    is returned as it came. Judged on fresh draws such images score like clean ones, so never quote this attack alone
+    for a randomized defence.
+    """
+
+    steps: int = 100
+    eot: int = 20
+
+    name: ClassVar[str] = "autoattack-rand"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.steps, self.eot, 1)
+
+    def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
+        attack = AutoAttack(model, self.norm, self.eps, seed, verbose=False, version="rand", device=device)
+        attack.apgd.n_iter, attack.apgd.eot_iter = self.steps, self.eot
+        return attack
+
+    def on_deterministic(self) -> Attack:
+        return replace(self, eot=1)
+
+
+@dataclass(frozen=True)
+class Square(_Library):
+    """Square (Andriushchenko et al. 2020), black box: ``queries`` random squares, kept where they raise the loss.
+
+    It needs no gradient, so it must not beat the attacks that have one; where it does, their gradient is masked.
+    """
+
+    queries: int = 1000
+
+    name: ClassVar[str] = "square"
+    black_box: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.queries, "queries")
+
+    def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
+        settings: dict[str, Any] = {"version": "custom", "attacks_to_run": ["square"], "verbose": False}
+        attack = AutoAttack(model, self.norm, self.eps, seed, device=device, **settings)
+        attack.square.n_queries = self.queries
+        return attack

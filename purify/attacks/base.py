@@ -44,6 +44,7 @@ class Attack(ABC):
     # What the attack is about, and says nothing without: a purifier's gradient; a noise level chosen for each image.
     needs_purifier: ClassVar[bool] = False
     needs_level: ClassVar[bool] = False
+    black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:

@@ -112,6 +112,10 @@ class PGD(Attack):
         """Where to go from z, given the gradient of each of the evaluator's terms."""
         return BALLS[self.norm].direction(gradients[0], z)
 
+    def project(self, z: Tensor, x: Tensor) -> Tensor:
+        """Back into the threat model's ball around x, and into [0, 1]."""
+        return BALLS[self.norm].project(z, x, self.eps)
+
     def mean_step(self, x: Tensor) -> float:
         """Mean length of a step along :meth:`direction`."""
         return self.eps if self.step_size is None else self.step_size
@@ -136,7 +140,7 @@ class PGD(Attack):
             yield z, loss
             if not last:
                 size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
-                z = BALLS[self.norm].project(z + size * self.direction(gradients, z), x, self.eps)
+                z = self.project(z + size * self.direction(gradients, z), x)
 
     def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
         if restart == 0 and not self.random_start:

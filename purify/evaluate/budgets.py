@@ -9,7 +9,8 @@ from purify.checks import choose
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps and EOT draws of the gradient attacks, samples attacked, purifications that judge each image."""
+    """Steps and EOT draws of the gradient attacks and of AutoAttack, queries of black-box attacks, samples attacked,
+    purifications that judge each image."""
 
     steps: int
     eot: int
@@ -17,15 +18,16 @@ class Budget:
     judge_draws: int
     autoattack_steps: int
     autoattack_eot: int
+    queries: int
 
 
 PRESETS: dict[str, Budget] = {
     # The demo: enough to see the picture, too little to publish.
-    "quick": Budget(20, 4, 128, 10, 10, 4),
+    "quick": Budget(20, 4, 128, 10, 10, 4, 100),
     # What a 4-core CPU finishes in about 20 minutes on the embedded data.
-    "standard": Budget(40, 10, 256, 20, 20, 10),
+    "standard": Budget(40, 10, 256, 20, 20, 10, 500),
     # For a GPU: Lee & Kim 2023 and AutoAttack's rand.
-    "paper": Budget(200, 20, 512, 20, 100, 20),
+    "paper": Budget(200, 20, 512, 20, 100, 20, 5000),
 }
 
 # Data sets whose networks are dearer on a CPU.

@@ -19,7 +19,7 @@ from torch import nn
 
 import purify
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, SurrogatePGD
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, Square, SurrogatePGD
 from purify.attacks.base import NORMS
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--attacks",
         default="pgd-eot,pgd-eot-constant-t,pgd-eot-norm",
-        help=f"comma-separated: {', '.join(ATTACKS)} (default: %(default)s; each where it applies)",
+        help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
         "--norm-weights", default="0.3", help="comma-separated weights of pgd-eot-norm (default: %(default)s)"
@@ -200,6 +200,8 @@ def describe(attack: Attack) -> str:
     """An attack's name with its budget."""
     parts = attack.budget()
     restarts = f", {parts['restarts']} restarts" if parts.get("restarts", 1) > 1 else ""
+    if "queries" in parts:
+        return f"{attack.label} {parts['queries']} queries"
     return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
 
 
@@ -222,16 +224,19 @@ def resolve_budget(args: argparse.Namespace) -> Budget:
 
 
 def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
-    """The attacks named on the command line."""
+    """The attacks named on the command line; ``strongest`` stands for all."""
+    names = ",".join(ATTACKS) if args.attacks.strip() == "strongest" else args.attacks
     return [
         attack
-        for name in args.attacks.split(",")
+        for name in names.split(",")
         for attack in build_attack(choose(name.strip(), ATTACKS, "attack"), args, allowed, eps)
     ]
 
 
 def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
     """One attack, or one for each weight of the norm attack."""
+    if issubclass(kind, Square):
+        return [kind(args.threat_model, eps, queries=allowed.queries)]
     if issubclass(kind, AutoAttackRand):
         return [kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)]
     assert issubclass(kind, PGD)

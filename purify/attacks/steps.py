@@ -1,0 +1,45 @@
+"""PGD+EOT that also attacks the intermediate steps of the purification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from purify.attacks.norms import BALLS
+from purify.attacks.pgd import LOSSES, PGD, Evaluator
+
+
+@dataclass(frozen=True)
+class StepsPGD(PGD):
+    """PGD+EOT with the deviated-reconstruction loss of DiffAttack (Kang et al. 2023) beside its own.
+
+    It climbs along loss gradient + ``step_weight`` * gradient of the reverse process's deviation from the forward one
+    (:class:`~purify.process.Deviation`), each of unit L2 norm: intermediate states have a gradient even where the
+    final loss is flat. The best iterate is chosen by the loss alone.
+    """
+
+    step_weight: float = 0.3
+
+    name: ClassVar[str] = "pgd-eot-steps"
+    needs_purifier: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.step_weight):
+            raise ValueError(f"step_weight must be a finite number, got {self.step_weight}.")
+
+    def evaluator(self, model: Any, seed: int) -> Evaluator:
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            details = model.details(images, sample_ids=ids, draw=draws, seed=seed, deviation=True)
+            return LOSSES[self.loss](details.logits, y), details.deviation.mean(1)
+
+        return evaluate
+
+    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+        unit = BALLS["L2"].direction
+        loss, deviation = (unit(gradient, z) for gradient in gradients)
+        return BALLS[self.norm].direction(loss + self.step_weight * deviation, z)
