@@ -5,6 +5,7 @@ from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
 from purify.attacks.frequency import LowFrequencyPGD
 from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, NormPGD
+from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
 from purify.attacks.transfer import Transfer
@@ -12,6 +13,7 @@ from purify.attacks.transfer import Transfer
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
     for a in (
+        RandomNoise,
         PGD,
         APGD,
         StepsPGD,
@@ -40,6 +42,7 @@ __all__ = [
     "ConstantLevelPGD",
     "LowFrequencyPGD",
     "NormPGD",
+    "RandomNoise",
     "Square",
     "StepsPGD",
     "SurrogatePGD",

@@ -19,7 +19,7 @@ from torch import nn
 
 import purify
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, Square, SurrogatePGD
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, RandomNoise, Square, SurrogatePGD
 from purify.attacks.base import NORMS
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
@@ -30,6 +30,7 @@ from purify.evaluate.models import fingerprint, load_calibration, load_classifie
 from purify.evaluate.ranks import Ranks, join, leave, set_threads
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results
+from purify.evaluate.selfchecks import self_checks
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
 from purify.levels import LEVELS, TAU_UNITS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
 from purify.plans import FixedDt
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="pgd-eot,pgd-eot-constant-t,pgd-eot-norm",
+        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
@@ -173,16 +174,24 @@ def show(
     """Print the tables, write result.json and a picture for each purifier."""
     found = results(folder, defences, samples)
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
-    context = {"budget": stated, "sessions": folder.sessions}
+    purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
+    checks = [check for d in purified for check in self_checks(folder, d, samples, args.seed)]
+    stored = [dataclasses.asdict(check) for check in checks]
+    context = {"budget": stated, "self_checks": stored, "sessions": folder.sessions}
     report.write_result(folder.path / "result.json", found, defences, context)
     print(f"\nAccuracy in %, mean over {allowed.judge_draws} fresh purifications per image, [95 % interval]")
     print(report.table(found).to_string())
-    purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
     part = {d.name: found[d.name] for d in purified}
     for criterion, text in (("any_of_r", "right in every one of them"), ("majority", "right by majority")):
         print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
     if any(d.model.level_varies for d in purified):
         print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+    print("\nself-checks:")
+    for check in checks:
+        verdict = "ok    " if check.passed else "FAILED"
+        print(f"{verdict} {check.defence}: {check.name}: {check.value:.3f} (limit {check.limit:g})")
+        if not check.passed:
+            print(f"       {check.meaning}")
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
     engine = choose(args.gradient, ENGINES, "gradient engine")
     gradient = f"{args.gradient} gradient, {'exact' if engine.exact else 'APPROXIMATE: a stronger attack exists'}"
@@ -200,6 +209,8 @@ def describe(attack: Attack) -> str:
     """An attack's name with its budget."""
     parts = attack.budget()
     restarts = f", {parts['restarts']} restarts" if parts.get("restarts", 1) > 1 else ""
+    if "steps" not in parts and "queries" not in parts:
+        return attack.label
     if "queries" in parts:
         return f"{attack.label} {parts['queries']} queries"
     return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
@@ -235,6 +246,8 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
 
 def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
     """One attack, or one for each weight of the norm attack."""
+    if kind is RandomNoise:
+        return [kind(args.threat_model, eps)]
     if issubclass(kind, Square):
         return [kind(args.threat_model, eps, queries=allowed.queries)]
     if issubclass(kind, AutoAttackRand):
@@ -304,7 +317,8 @@ def build_defences(
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
     purified = [build_purified(n.strip(), bare, score_model, args, allowed, attacks) for n in names]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
-    once = once or [PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1)]
+    if not any(isinstance(a, PGD) for a in once):
+        once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
     defences = [Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}), *purified]
     baseline = f"{args.dataset}-at"
     if baseline in zoo.names("classifier") and args.model is None:

@@ -101,4 +101,5 @@ def worst_mean(right: Sequence[np.ndarray]) -> np.ndarray:
     halves = [np.stack([r[:, start::2].mean(1) for r in right]) for start in (0, 1)]
     chosen = [half == half.min(0) for half in halves]  # ties count equally
     scores = [(half * pick).sum(0) / pick.sum(0) for half, pick in zip(halves, reversed(chosen), strict=True)]
-    return min([np.mean(scores, axis=0), *(r.mean(1) for r in right)], key=np.mean)
+    sizes = [right[0][:, start::2].shape[1] for start in (0, 1)]
+    return min([np.average(scores, axis=0, weights=sizes), *(r.mean(1) for r in right)], key=np.mean)

@@ -20,13 +20,17 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def table(results: dict[str, dict[str, Any]], criterion: str = "mean") -> pd.DataFrame:
-    """Percentages with intervals: one row per defence, one column per stage, ``-`` where a stage was not run."""
+    """Percentages with intervals: defences by stages, or the other way round if there are many stages.
+
+    ``-`` where a stage was not run.
+    """
     stages = [s for s in dict.fromkeys(s for row in results.values() for s in row) if s != "worst case"]
     rows = {
         name: {s: str(row[s][criterion]) if s in row else "-" for s in [*stages, "worst case"]}
         for name, row in results.items()
     }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    found = pd.DataFrame.from_dict(rows, orient="index")
+    return found.T if len(stages) > 5 else found
 
 
 def write_result(
@@ -60,7 +64,7 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     """
     assert isinstance(defence.model, DefendedClassifier)
     path = folder.path / f"samples-{defence.name.replace(' ', '-')}.png"
-    attack = stage_name(defence.attacks[0])
+    attack = stage_name(next((a for a in defence.attacks if not a.black_box), defence.attacks[0]))
     chosen = _both_kinds(folder, defence, attack, samples, 8)
     shown = samples[chosen]
     adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])

@@ -125,14 +125,14 @@ class _Stage:
         done = torch.tensor([(self.defence.name, self.name, int(i)) in self.folder for i in samples.ids])
         bar.set_description(f"{self.defence.name}, {self.name}")
         bar.update(int(done.sum()))
-        right, judged = 0.0, 0
+        right, finished = 0.0, 0
         size = (self.attack.group_size if self.attack else None) or batch_size
         for rows in batches(samples.ids, done, size, self.folder.ranks):
             for record in self._batch(samples[rows], ~done[rows]):
                 right += float(np.mean(np.array(record["predictions"]) == record["label"]))
-                judged += 1
+                finished += 1
                 bar.update(1)
-            bar.set_postfix(accuracy=f"{100 * right / max(judged, 1):.1f}%")
+            bar.set_postfix(accuracy=f"{100 * right / max(finished, 1):.1f}%")
 
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
@@ -143,7 +143,7 @@ class _Stage:
                 self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed
             )
             adversarial, loss = result.images, result.loss
-        judged = self.judge(adversarial, batch.ids)
+        judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
         for i in wanted.nonzero()[:, 0].tolist():
@@ -162,23 +162,6 @@ class _Stage:
             self.folder.append(record, image)
             yield record
 
-    @torch.no_grad()
-    def judge(self, images: Tensor, ids: Tensor) -> Judgement:
-        """The model's answers on draws that no attack has seen: their seed is the judges' own."""
-        seed = derive_seed(self.seed, "judge")
-        n, draws = len(images), self.defence.draws
-        rows = torch.arange(n, device=images.device).repeat_interleave(draws)
-        draw = torch.arange(draws, device=images.device).repeat(n)
-        parts = zip(rows.split(self.max_rows), draw.split(self.max_rows), strict=True)
-        found = [details(self.defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
-        predictions = torch.cat([f.logits.argmax(1) for f in found]).reshape(n, draws)
-        if found[0].t_star is None:
-            return Judgement(predictions, None, None)
-        t_star = torch.cat([f.t_star.mean(1) for f in found]).reshape(n, draws).mean(1)
-        adaptive = found[0].network_calls is None
-        calls = None if adaptive else torch.cat([f.network_calls for f in found]).reshape(n, draws).double().mean(1)
-        return Judgement(predictions, t_star, calls)
-
 
 @dataclass(frozen=True)
 class Judgement:
@@ -192,6 +175,24 @@ class Judgement:
         """What a record says about sample i beyond its predictions."""
         values = {"t_star": self.t_star, "network_calls": self.network_calls}
         return {name: round(float(v[i]), 6) for name, v in values.items() if v is not None}
+
+
+@torch.no_grad()
+def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: int = 2048) -> Judgement:
+    """The model's answers on draws that no attack has seen: their seed is the judges' own."""
+    seed = derive_seed(seed, "judge")
+    n, draws = len(images), defence.draws
+    rows = torch.arange(n, device=images.device).repeat_interleave(draws)
+    draw = torch.arange(draws, device=images.device).repeat(n)
+    parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
+    found = [details(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
+    predictions = torch.cat([f.logits.argmax(1) for f in found]).reshape(n, draws)
+    if found[0].t_star is None:
+        return Judgement(predictions, None, None)
+    t_star = torch.cat([f.t_star.mean(1) for f in found]).reshape(n, draws).mean(1)
+    adaptive = found[0].network_calls is None
+    calls = None if adaptive else torch.cat([f.network_calls for f in found]).reshape(n, draws).double().mean(1)
+    return Judgement(predictions, t_star, calls)
 
 
 def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> Any:
