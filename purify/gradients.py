@@ -43,8 +43,9 @@ class GradientEngine(ABC):
     def __call__(self, build: Build, u: Tensor) -> Tensor: ...
 
     def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
-        """Sum of independent network evaluations of u, which noise levels are computed from."""
-        return plain_total(terms, u)
+        """Sum of independent network evaluations of u, which noise levels are computed from; graphs are recomputed."""
+        evaluate = recompute if torch.is_grad_enabled() else keep
+        return plain_total([partial(evaluate, term) for term in terms], u)
 
     def check(self, plan: Plan) -> None:  # noqa: B027 - most engines take any plan
         """Raise ValueError if the engine cannot differentiate ``plan``."""

@@ -34,6 +34,11 @@ class NoiseLevel(ABC):
         return 0
 
     @property
+    def highest(self) -> float:
+        """A bound that t* never exceeds."""
+        return 1.0
+
+    @property
     def centre(self) -> float:
         return 0.0
 
@@ -67,6 +72,10 @@ class Constant(NoiseLevel):
 
     def __post_init__(self) -> None:
         _check_level(self.t_star, "t_star")
+
+    @property
+    def highest(self) -> float:
+        return self.t_star
 
     def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
         return torch.zeros(len(u), dtype=torch.float64, device=u.device)
@@ -190,8 +199,8 @@ class SSNISigmoid(_SSNI):
 
 
 def _check_level(value: Any, what: str) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{what} must lie in (0, 1], got {value}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise ValueError(f"{what} must lie in (0, 1], got {value!r}.")
 
 
 LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}

@@ -52,11 +52,11 @@ class Plan(ABC):
 
     @abstractmethod
     def at_most(self, steps: int) -> Plan:
-        """A plan of at most so many steps per sample, for surrogate gradients."""
+        """A plan of so many steps per sample, or of fewer where this one has fewer for all; for surrogate gradients."""
 
     @abstractmethod
     def step_length(self, t_star: float) -> float:
-        """Length of a step from the level ``t_star``."""
+        """Length of the last step from the level ``t_star``."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class FixedDt(Plan):
         return FixedSteps(steps)
 
     def step_length(self, t_star: float) -> float:
-        return self.dt
+        return min(self.dt, t_star)
 
 
 def packing(counts: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

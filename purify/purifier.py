@@ -92,8 +92,7 @@ class Purifier(nn.Module):
         self.level = _part(level, LEVELS, NoiseLevel, "noise level")
         self.level.check(score_model)
         self.plan = _plan(steps)
-        if isinstance(self.level, Constant):
-            _check_end(t_end, self.plan, self.level.t_star)
+        _check_end(t_end, self.plan, self.level.highest)
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
@@ -237,7 +236,7 @@ def _plan(steps: Any) -> Plan:
     return FixedSteps(steps)
 
 
-def _check_end(t_end: float, plan: Plan, t_star: float) -> None:
-    step = plan.step_length(t_star)
+def _check_end(t_end: float, plan: Plan, highest: float) -> None:
+    step = plan.step_length(highest)
     if step <= t_end:
         raise ValueError(f"t_end = {t_end} must be smaller than a step, {step:.3g}.")

@@ -151,12 +151,15 @@ def calibrate(
 ) -> Calibration:
     """Measure the score norm on clean images (N, C, H, W) in [0, 1], at least two, taken from the training data.
 
-    The paper uses a few thousand. The result depends on the images, ``norm`` and ``seed``, not on ``batch_size``.
+    The paper uses a few thousand. The model is put in eval mode, as a purifier does. The result depends on the images,
+    ``norm`` and ``seed``, not on ``batch_size``.
 
     Raises:
         ValueError: bad images, or all with the same norm.
     """
     norm = norm or ScoreNorm()
+    check_count(batch_size, "batch size")
+    model.eval()
     check_images(images, model.image_shape, model.dtype)
     check_count(len(images), "reference images", 2)
     ids = torch.arange(len(images), device=images.device)

@@ -81,8 +81,7 @@ def test_one_draw_falls_back_to_wilson():
 def test_worst_case_takes_the_worst_attack_of_each_sample():
     labels = np.array([0, 1])
     a, b = np.array([[0, 0, 0, 0], [1, 2, 2, 2]]), np.array([[0, 3, 3, 3], [1, 1, 1, 1]])
-    # Sample 0: even draws choose b (1/2 against 1), which is right in 0/2 odd ones; odd draws choose b, right in 1/2
-    # even ones: 1/4. Sample 1 likewise under a.
+    # Whichever draw is left out, the others choose b for sample 0 and a for sample 1, right in 1 of 4 draws each.
     assert worst_case([a, b], labels)["mean"].value == 0.25
     assert worst_case([a, b], labels)["any_of_r"].value == 0.0
     # Right in 3 of 8 but the majority holds, right in 4 of 8 but the majority (a tie) is broken: broken.
@@ -93,15 +92,24 @@ def test_worst_case_takes_the_worst_attack_of_each_sample():
 
 
 def test_worst_mean_by_hand():
-    a = np.array([[True, False, True, True], [True, True, True, True]])
-    b = np.array([[True, True, False, False], [False, True, False, True]])
-    # Sample 0: a is right in (1, 1/2) of the (even, odd) draws, b in (1/2, 1/2). Even draws choose b: 1/2 on the odd
-    # ones; odd draws tie: (1 + 1/2) / 2 on the even ones. Sample 1: a (1, 1), b (0, 1): 1, and (1 + 0) / 2 on a tie.
-    assert worst_mean([a, b]).tolist() == [0.5, 0.5]  # b alone, mean 1/2, is below (0.625 + 0.75) / 2
-    assert worst_mean([a]).tolist() == [0.75, 1.0]
-    c = np.array([[False] * 4, [True] * 4])
-    assert worst_mean([b, c]).tolist() == [0.0, (1 + 0.5) / 2]
-    assert worst_mean([a[:, :1], b[:, :1]]).tolist() == [1.0, 0.0]  # one draw: the minimum
+    a, b = np.array([[True, False, True]]), np.array([[False, True, True]])
+    # Without draw 0: a 1/2, b 1: a, right in draw 0. Without 1: a 1, b 1/2: b, right in 1. Without 2: a tie, both right
+    # in 2. That would be 1; either attack alone brings 2/3, which is lower.
+    assert worst_mean([a, b]).tolist() == [pytest.approx(2 / 3)]
+    # A second sample on which b is much worse settles it: (1 + 0) / 2 against 5/6 and 1/3; then against c.
+    c, d = np.vstack([a, [[True] * 3]]), np.vstack([b, [[False] * 3]])
+    assert worst_mean([c, d]).tolist() == [pytest.approx(2 / 3), 0.0]
+    assert worst_mean([a]).tolist() == [pytest.approx(2 / 3)]  # one attack is its own worst case, for any R
+    assert worst_mean([a[:, :1], b[:, :1]]).tolist() == [0.0]  # one draw: the minimum
+
+
+def test_worst_mean_of_unequal_attacks_is_close_to_the_truth():
+    """Each of three attacks breaks some samples; the truth is their minimum per sample."""
+    g = np.random.default_rng(1)
+    p = g.beta(0.6, 1.5, size=(3, 4000, 1))
+    right = [g.random((4000, 20)) < q for q in p]
+    truth = p.min(0).mean()
+    assert truth - 0.005 < worst_mean(right).mean() < truth + 0.025
 
 
 def test_choosing_among_equal_attacks_does_not_lower_the_mean():

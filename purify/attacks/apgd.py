@@ -29,10 +29,8 @@ class APGD(PGD):
 
     Arguments as for :class:`PGD`; steps start at twice ``step_size`` (default: 2 eps, as published), ``schedule`` is
     not used. AutoAttack's ``rand`` runs APGD on cross-entropy and DLR, batch by batch under torch's generator; this
-    one is keyed, per sample, keeps the iterate with the best mean loss over draws, and defaults to the margin loss.
+    one is keyed, per sample, keeps the iterate with the best mean loss over draws, and climbs the margin by default.
     """
-
-    loss: str = "margin"
 
     name: ClassVar[str] = "apgd-margin-eot"
 

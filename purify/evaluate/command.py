@@ -26,7 +26,7 @@ from purify.data import DATASETS, load_dataset
 from purify.defended import AGGREGATES, DefendedClassifier
 from purify.evaluate import report
 from purify.evaluate.budgets import PRESETS, Budget, budget
-from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_score
+from purify.evaluate.models import check_device, fingerprint, load_calibration, load_classifier, load_score
 from purify.evaluate.ranks import Ranks, join, leave, set_threads
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results
@@ -75,10 +75,15 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--calibration", type=Path, help="JSON of `purify calibrate` for SSNI (default: the embedded one)")
     g.add_argument("--ssni-bias", type=float, default=0.0, help="b, added to the level (default: 0)")
+    g.add_argument("--ssni-t-max", type=float, help="greatest level (default: t* + b)")
     g.add_argument("--ssni-tau", type=float, default=1.0, help="temperature of ssni-n (default: 1)")
     g.add_argument("--tau-unit", default="std", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: std)")
     g.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
-    g.add_argument("--dt", type=float, help="step length: t* then decides how many steps run, instead of --steps")
+    g.add_argument(
+        "--dt",
+        type=float,
+        help="step length: t* then decides how many steps run, instead of --steps; an eighth of --max-rows at a time",
+    )
     g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
     g.add_argument("--variant", default="consistent", help=f"time convention: {', '.join(DIFFPURE_VARIANTS)}")
     g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
@@ -278,9 +283,10 @@ def build_level(name: str, args: argparse.Namespace) -> NoiseLevel:
         return Constant(t_star)
     calibration = load_calibration(args.calibration, args.score_model or args.dataset)
     if issubclass(kind, SSNISigmoid):
-        return kind(t_star, calibration, args.ssni_bias, tau=args.ssni_tau, tau_unit=args.tau_unit)
+        tau = {"tau": args.ssni_tau, "tau_unit": args.tau_unit}
+        return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max, **tau)
     assert issubclass(kind, SSNILinear)
-    return kind(t_star, calibration, args.ssni_bias)
+    return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
 
 
 def build_purified(
@@ -294,7 +300,7 @@ def build_purified(
     """The classifier behind a purifier with the noise level ``name``."""
     preset = choose(args.purifier, PURIFIERS, "purifier")
     level = build_level(name, args)
-    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=args.max_rows)
+    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 8))
     purifier = preset(score_model, level, plan, args.reverse, gradient_config(args), args.variant)
     model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
     applicable = [a for a in attacks if a.applies_to(model)]
@@ -355,19 +361,6 @@ def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samp
     if n > len(images):
         raise ValueError(f"{args.dataset} has {len(images)} test images; --n-examples {n} is too many.")
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
-
-
-def check_device(name: str) -> torch.device:
-    """The device, or a ValueError if this machine does not have it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"There is no GPU {name!r} here ({torch.cuda.device_count()} found); use --device cpu.")
-    return device
 
 
 def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:

@@ -89,17 +89,26 @@ def worst_case(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[st
     return {name: estimate(values) for name, values in worst.items()}
 
 
+FOLDS = 10
+
+
 def worst_mean(right: Sequence[np.ndarray]) -> np.ndarray:
     """Share right per sample (N,) under the attack that is worst for it, from which draws were right (N, R) under each.
 
-    Cross-fitted: the attack is chosen on the even draws and scored on the odd ones, and the other way round, so that
-    the luck of the draws that chose it does not count. If the choice is so noisy that one attack alone brings the
-    mean lower, that attack is the worst case. With a single draw the minimum is taken.
+    Cross-fitted: the draws are cut into ten parts (fewer if there are fewer draws); the attack is chosen on nine of
+    them and scored on the tenth, in turn, so that the luck of the draws that chose it does not count. If the choice is
+    so noisy that one attack alone brings the mean lower, that attack is the worst case. With a single draw the minimum
+    is taken.
     """
-    if min(r.shape[1] for r in right) < 2:
+    draws = min(r.shape[1] for r in right)
+    if len(right) == 1 or draws < 2:
         return np.min([r.mean(1) for r in right], axis=0)
-    halves = [np.stack([r[:, start::2].mean(1) for r in right]) for start in (0, 1)]
-    chosen = [half == half.min(0) for half in halves]  # ties count equally
-    scores = [(half * pick).sum(0) / pick.sum(0) for half, pick in zip(halves, reversed(chosen), strict=True)]
-    sizes = [right[0][:, start::2].shape[1] for start in (0, 1)]
-    return min([np.average(scores, axis=0, weights=sizes), *(r.mean(1) for r in right)], key=np.mean)
+    stacked = np.stack([r.astype(float) for r in right])  # (attacks, N, R)
+    total = np.zeros(stacked.shape[1])
+    for fold in range(min(FOLDS, draws)):
+        scored = np.zeros(draws, dtype=bool)
+        scored[fold::FOLDS] = True
+        choosing = stacked[:, :, ~scored].mean(2)
+        chosen = np.isclose(choosing, choosing.min(0))  # ties count equally
+        total += (stacked[:, :, scored].sum(2) * chosen).sum(0) / chosen.sum(0)
+    return min([total / draws, *(r.mean(1) for r in right)], key=np.mean)

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from purify import zoo
@@ -94,3 +95,16 @@ def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
 def fingerprint(model: nn.Module) -> str:
     """sha256 of the weights."""
     return weights_digest(model)
+
+
+def check_device(name: str) -> torch.device:
+    """The device, or a ValueError if this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"Unknown device {name!r}; use cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"There is no GPU {name!r} here ({torch.cuda.device_count()} found); use --device cpu.")
+    return device

@@ -1,0 +1,162 @@
+"""What a leaderboard knows of a defence: one row for each, read from the records of a finished run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from purify.evaluate.metrics import Estimate, summarize, worst_case
+from purify.evaluate.records import parse
+from purify.evaluate.runner import CLEAN
+
+NOISE = "random-noise"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defence on a data set under a threat model.
+
+    Accuracies are shares with 95 % intervals, by criterion (``mean``, ``any_of_r``, ``majority``).
+
+    Attributes:
+        name: the defence.
+        dataset, threat_model, eps: what was attacked, and how far.
+        clean: on clean images.
+        noise: under random noise of the attack's size; None if that was not run.
+        attacks: under each attack.
+        worst: if each image meets the attack that is worst for it.
+        t_star: mean noise level on clean and on the images of the strongest attack; None without a purifier.
+        network_calls: score-network calls per answer (NFE).
+        budget: the attacks with their budgets, and how many images and purifications judged them.
+        samples, draws, seed: how much was measured.
+        failed_checks: self-checks that failed, each with what that means.
+        exact: whether the attacks had the exact gradient.
+        command, run, git: the command that reproduces the run, its folder, the revision that ran.
+    """
+
+    name: str
+    dataset: str
+    threat_model: str
+    eps: float
+    clean: dict[str, Estimate]
+    noise: dict[str, Estimate] | None
+    attacks: dict[str, dict[str, Estimate]]
+    worst: dict[str, Estimate]
+    t_star: tuple[float, float] | None
+    network_calls: float | None
+    budget: str
+    samples: int
+    draws: int
+    seed: int
+    failed_checks: tuple[str, ...]
+    exact: bool
+    command: str
+    run: str
+    git: str | None
+
+    @property
+    def strongest(self) -> str:
+        """The attack with the lowest mean."""
+        return min(self.attacks, key=lambda name: self.attacks[name]["mean"].value)
+
+
+def read_run(folder: str | Path) -> list[Row]:
+    """The rows of a finished run.
+
+    Raises:
+        ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
+    """
+    folder = Path(folder)
+    config, sessions = _json(folder / "manifest.json", "config", "sessions")
+    (checks,) = _json(folder / "result.json", "self_checks")
+    records = _records(folder / "records.jsonl")
+    return [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
+
+
+def _json(path: Path, *keys: str) -> list[Any]:
+    try:
+        content = json.loads(path.read_text())
+        return [content[key] for key in keys]
+    except OSError as error:
+        raise ValueError(f"{path.parent} is not the folder of a finished run ({path.name} is missing).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not of this version; run its command again.") from error
+
+
+def _records(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Records by defence and attack, in the order of their samples."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+        record = parse(line)
+        if record is None:
+            raise ValueError(f"{path}, line {number}, is damaged; remove that line and run the command again.")
+        found.setdefault((record["defence"], record["attack"]), []).append(record)
+    return {key: sorted(records, key=lambda r: r["sample"]) for key, records in found.items()}
+
+
+def _row(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    sessions: list[dict[str, Any]],
+    checks: list[dict[str, Any]],
+    records: dict[tuple[str, str], list[dict[str, Any]]],
+) -> Row:
+    budgets, n = config["attacks"][name], config["n_examples"]
+    stages = [CLEAN, *(b["attack"] for b in budgets)]
+    for stage in stages:
+        if len(records.get((name, stage), [])) != n:
+            raise ValueError(f"{folder} is not finished: {name}, {stage}, lacks samples; run its command again.")
+    labels = np.array([r["label"] for r in records[name, CLEAN]])
+    predictions = {s: np.array([r["predictions"] for r in records[name, s]]) for s in stages}
+    found = {stage: summarize(p, labels) for stage, p in predictions.items()}
+    attacks = {stage: value for stage, value in found.items() if stage not in (CLEAN, NOISE)}
+    strongest = min(attacks, key=lambda a: attacks[a]["mean"].value)
+    draws = predictions[CLEAN].shape[1]
+    engine = config["defences"][name].get("purifier", {}).get("gradient", {}).get("kind", "full")
+    return Row(
+        name=name,
+        dataset=config["dataset"],
+        threat_model=budgets[0]["norm"],
+        eps=budgets[0]["eps"],
+        clean=found[CLEAN],
+        noise=found.get(NOISE),
+        attacks=attacks,
+        worst=worst_case(list(predictions.values()), labels),
+        t_star=_levels(records[name, CLEAN], records[name, strongest]),
+        network_calls=_mean(records[name, CLEAN], "network_calls"),
+        budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} purifications",
+        samples=n,
+        draws=draws,
+        seed=config["seed"],
+        failed_checks=tuple(f"{c['name']}: {c['meaning']}" for c in checks if c["defence"] == name and not c["passed"]),
+        exact=engine in ("full", "checkpoint"),
+        command=sessions[0]["command"],
+        run=str(folder),
+        git=sessions[0]["git"],
+    )
+
+
+def _stated(budget: dict[str, Any]) -> str:
+    """An attack with its budget."""
+    if "steps" in budget:
+        return f"{budget['attack']} {budget['steps']} x EOT {budget['eot']}"
+    return budget["attack"] + (f" {budget['queries']} queries" if "queries" in budget else "")
+
+
+def _mean(records: list[dict[str, Any]], key: str) -> float | None:
+    values = [r[key] for r in records if key in r]
+    return float(np.mean(values)) if values else None
+
+
+def _levels(clean: list[dict[str, Any]], attacked: list[dict[str, Any]]) -> tuple[float, float] | None:
+    before, after = _mean(clean, "t_star"), _mean(attacked, "t_star")
+    return None if before is None or after is None else (before, after)
