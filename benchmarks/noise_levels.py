@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """What is a noise level of each sample's own worth? Constant t* against SSNI, each under attacks that know it.
 
+Both meet the same number of attacks: a worst case over more attacks is lower for that alone. SSNI: PGD+EOT through t*,
+with t* held constant, and lowering the score norm; constant t*: PGD+EOT twice, and in steps of unit L2 length.
 Every (noise level, seed) is a run of its own below --out; the same command resumes. Runs go through worker processes
 with one thread each, which is the fastest way on a CPU. At the end: a table, result.json and a plot.
 """
@@ -8,6 +10,8 @@ with one thread each, which is the fastest way on a CPU. At the end: a table, re
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +22,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from purify import Constant, DefendedClassifier, SSNILinear, SSNISigmoid, diffpure, zoo
 from purify.attacks import PGD, Attack, ConstantLevelPGD, NormPGD
+from purify.attacks.norms import BALLS
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
@@ -38,11 +44,39 @@ CONSTANTS = {
     "digits": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
     "fashion_mnist": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
 }
-# Base level, bias and temperature of the SSNI rules.
-SSNI: dict[str, dict[str, dict[str, float]]] = {
-    "digits": {"ssni-l": {"t_star": 0.2}, "ssni-n": {"t_star": 0.25, "tau": 1.0}},
-    "fashion_mnist": {"ssni-l": {"t_star": 0.3}, "ssni-n": {"t_star": 0.3, "tau": 1.0}},
+# SSNI rules: where adversarial images reach the greatest level and t* no longer moves, and where they do not.
+SSNI: dict[str, list[tuple[str, dict[str, float]]]] = {
+    "digits": [
+        ("ssni-l", {"t_star": 0.2}),
+        ("ssni-l", {"t_star": 0.05, "t_max": 0.5}),
+        ("ssni-n", {"t_star": 0.25, "tau": 1.0}),
+        ("ssni-n", {"t_star": 0.25, "tau": 8.0}),
+    ],
+    "fashion_mnist": [
+        ("ssni-l", {"t_star": 0.3}),
+        ("ssni-l", {"t_star": 0.2, "t_max": 0.5}),
+        ("ssni-n", {"t_star": 0.3, "tau": 1.0}),
+        ("ssni-n", {"t_star": 0.3, "tau": 8.0}),
+    ],
 }
+
+
+class SecondPGD(PGD):
+    """PGD+EOT once more, under randomness of its own."""
+
+    name = "pgd-eot-again"
+
+
+class UnitPGD(NormPGD):
+    """The norm attack where there is no norm: steps of unit L2 length from the clean image."""
+
+    name = "pgd-eot-unit"
+    needs_level = False
+    label = name
+    evaluator = PGD.evaluator
+
+    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+        return BALLS["L2"].direction(gradients[0], z)
 
 
 @dataclass(frozen=True)
@@ -55,7 +89,7 @@ class Job:
     seed: int
     preset: str
     steps: int
-    norm_weights: tuple[float, ...]
+    norm_weight: float
     out: Path
     command: str
 
@@ -79,8 +113,9 @@ class Job:
         allowed, eps = budget(self.preset, self.dataset), DATASETS[self.dataset].eps["Linf"]
         options: dict[str, Any] = {"norm": "Linf", "eps": eps, "steps": allowed.steps, "eot": allowed.eot}
         options["max_rows"] = 640  # 2.5 GB at most per worker
-        aware = [ConstantLevelPGD(**options), *(NormPGD(**options, norm_weight=w) for w in self.norm_weights)]
-        return [PGD(**options), *(aware if self.varies else [])]
+        if not self.varies:
+            return [PGD(**options), SecondPGD(**options), UnitPGD(**options)]
+        return [PGD(**options), ConstantLevelPGD(**options), NormPGD(**options, norm_weight=self.norm_weight)]
 
     def samples(self) -> Samples:
         images, labels = load_dataset(self.dataset, "test")
@@ -119,7 +154,7 @@ def map_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
 
 @dataclass
 class Point:
-    """A noise level's accuracies over its seeds."""
+    """A noise level's accuracies over its seeds; ``values``: per sample, mean over seeds, of "clean" and "worst"."""
 
     name: str
     varies: bool
@@ -129,37 +164,68 @@ class Point:
     t_clean: float
     t_attacked: float
     seeds: int
+    values: dict[str, np.ndarray]
+    above_curve: Estimate | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "values"}
+        return json.loads(json.dumps(fields, default=asdict))
 
 
 def summarize(jobs: Sequence[Job]) -> Point:
     """All seeds of one noise level: each sample's mean over the seeds, with intervals over samples."""
-    values: dict[str, list[np.ndarray]] = {}
+    collected: dict[str, list[np.ndarray]] = {}
     levels: dict[str, list[float]] = {}
     for job in jobs:
         folder, defence, samples = job.folder(), job.defence(), job.samples()
         labels, stages = samples.labels.numpy()[:, None], [stage_name(a) for a in defence.stages()]
         right = {stage: predictions(folder, defence, stage, samples) == labels for stage in stages}
         for stage, r in right.items():
-            values.setdefault(stage, []).append(r.mean(1))
+            collected.setdefault(stage, []).append(r.mean(1))
             records = [folder.get(defence.name, stage, i) for i in range(len(samples))]
             levels.setdefault(stage, []).append(float(np.mean([record["t_star"] for record in records])))
-        values.setdefault("worst", []).append(worst_mean(list(right.values())))
-    found = {stage: estimate(np.mean(v, axis=0)) for stage, v in values.items()}
-    clean, worst = found.pop(CLEAN), found.pop("worst")
-    t_attacked = float(np.mean(levels["pgd-eot"]))
+        collected.setdefault("worst", []).append(worst_mean(list(right.values())))
+    values = {stage: np.mean(v, axis=0) for stage, v in collected.items()}
+    found = {stage: estimate(v) for stage, v in values.items()}
     return Point(
-        jobs[0].name, jobs[0].varies, clean, found, worst, float(np.mean(levels[CLEAN])), t_attacked, len(jobs)
+        name=jobs[0].name,
+        varies=jobs[0].varies,
+        clean=found.pop(CLEAN),
+        worst=found.pop("worst"),
+        attacks=found,
+        t_clean=float(np.mean(levels[CLEAN])),
+        t_attacked=float(np.mean(levels["pgd-eot"])),
+        seeds=len(jobs),
+        values={"clean": values[CLEAN], "worst": values["worst"]},
     )
 
 
-def curve_at(points: Sequence[Point], clean: float) -> float:
-    """Worst-case accuracy of the constant-t* curve at a clean accuracy, linear between measured points."""
-    constants = sorted((p for p in points if not p.varies), key=lambda p: p.clean.value)
-    return float(np.interp(clean, [p.clean.value for p in constants], [p.worst.value for p in constants]))
+def above_curve(point: Point, points: Sequence[Point]) -> Estimate | None:
+    """Worst-case accuracy of ``point`` minus that of a constant t* of the same clean accuracy.
+
+    The curve is linear between measured points; None beyond them. Interval: bootstrap over samples, paired.
+    """
+    constants = [p for p in points if not p.varies]
+
+    def difference(rows: np.ndarray) -> float:
+        means = sorted((p.values["clean"][rows].mean(), p.values["worst"][rows].mean()) for p in constants)
+        x, y = zip(*means, strict=True)
+        curve = np.interp(point.values["clean"][rows].mean(), x, y, left=np.nan, right=np.nan)
+        return float(point.values["worst"][rows].mean() - curve)
+
+    n = len(point.values["clean"])
+    value = difference(np.arange(n))
+    if np.isnan(value):
+        return None
+    g = np.random.default_rng(0)
+    resampled = [difference(g.integers(0, n, n)) for _ in range(2000)]
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
 
 
 def table(points: Sequence[Point]) -> pd.DataFrame:
-    """Percentages; ``curve``: what a constant t* of the same clean accuracy keeps in the worst case."""
+    """Percentages; ``above curve``: worst case minus that of a constant t* of the same clean accuracy."""
     rows = [
         {
             "noise level": p.name,
@@ -168,7 +234,7 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
             "clean": str(p.clean),
             **{name: str(e) for name, e in p.attacks.items()},
             "worst case": str(p.worst),
-            "curve": f"{100 * curve_at(points, p.clean.value):.1f}" if p.varies else "",
+            "above curve": str(p.above_curve) if p.above_curve else "",
         }
         for p in points
     ]
@@ -218,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(PRESETS)} (default: standard)")
     p.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     p.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
-    p.add_argument("--norm-weights", default="0.3", help="comma-separated weights of the norm attack (default: 0.3)")
+    p.add_argument("--norm-weight", type=float, default=0.3, help="weight of the norm attack (default: %(default)s)")
     p.add_argument("--workers", type=int, default=4, help="processes, one thread each (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/noise-levels"), help="folder (default: %(default)s)")
     return p
@@ -229,10 +295,9 @@ def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
     choose(args.dataset, SSNI, "data set of this benchmark")
     choose(args.preset, PRESETS, "preset")
     seeds = [int(s) for s in args.seeds.split(",")]
-    weights = tuple(float(w) for w in args.norm_weights.split(","))
     levels: list[tuple[str, dict[str, float]]] = [("constant", {"t_star": t}) for t in CONSTANTS[args.dataset]]
-    levels += list(SSNI[args.dataset].items())
-    shared = {"preset": args.preset, "steps": args.steps, "norm_weights": weights, "out": args.out}
+    levels += SSNI[args.dataset]
+    shared = {"preset": args.preset, "steps": args.steps, "norm_weight": args.norm_weight, "out": args.out}
     shared["command"] = " ".join(sys.argv)
     return [
         [Job(args.dataset, level, tuple(sorted(parameters.items())), seed, **shared) for seed in seeds]
@@ -250,12 +315,14 @@ def main(argv: list[str] | None = None) -> int:
         for job in tqdm(map_jobs(jobs, args.workers), total=len(jobs), unit="run"):
             tqdm.write(f"finished {job.name}, seed {job.seed}")
         points = [summarize(group) for group in groups]
+        for point in (p for p in points if p.varies):
+            point.above_curve = above_curve(point, points)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = args.out / args.dataset
     print(table(points).to_string())
-    write_json(folder / "result.json", {"command": " ".join(sys.argv), "points": [asdict(p) for p in points]})
+    write_json(folder / "result.json", {"command": " ".join(sys.argv), "points": [p.plain() for p in points]})
     stated = budget(args.preset, args.dataset)
     title = f"{args.dataset}, L_inf {DATASETS[args.dataset].eps['Linf']:g}, PGD {stated.steps} x EOT {stated.eot}"
     plot(folder / "curve.png", points, f"{title}, {stated.n_examples} images, seeds {args.seeds}")

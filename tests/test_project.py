@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from purify.evaluate import budgets
+from purify.evaluate import Estimate, budgets
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,14 +149,32 @@ def test_noise_levels(tmp_path, capsys, monkeypatch):
     tiny = replace(budgets.PRESETS["quick"], steps=1, eot=1, n_examples=4, judge_draws=2)
     monkeypatch.setitem(budgets.PRESETS, "quick", tiny)
     monkeypatch.setitem(script.CONSTANTS, "digits", (0.1, 0.2))
+    monkeypatch.setitem(script.SSNI, "digits", script.SSNI["digits"][:1])
     monkeypatch.setattr(script, "map_jobs", lambda jobs, workers: [job() or job for job in jobs])
     arguments = ["--preset", "quick", "--seeds", "0,1", "--steps", "2", "--out", str(tmp_path)]
     assert script.main(arguments) == 0
     first = (tmp_path / "digits" / "result.json").read_text()
     points = json.loads(first)["points"]
-    assert [p["name"].split("(")[0] for p in points] == ["constant", "constant", "ssni-l", "ssni-n"]
+    assert [p["name"].split("(")[0] for p in points] == ["constant", "constant", "ssni-l"]
     assert all(p["worst"]["value"] <= p["attacks"]["pgd-eot"]["value"] for p in points)
     assert (tmp_path / "digits" / "curve.png").stat().st_size > 10_000
     assert script.main(arguments) == 0  # everything is on disk
     assert (tmp_path / "digits" / "result.json").read_text() == first
-    assert "curve" in capsys.readouterr().out
+    assert "above curve" in capsys.readouterr().out
+
+
+def test_above_the_curve_by_hand():
+    """A point at the clean accuracy midway between two constants lies above the curve by what it exceeds the middle."""
+    script = load_script("noise_levels")
+    n = 400
+
+    def point(varies, clean, worst):
+        values = {"clean": (np.arange(n) < clean * n) * 1.0, "worst": (np.arange(n) < worst * n) * 1.0}
+        e = Estimate(clean, clean, clean)
+        return script.Point("p", varies, e, {}, e, 0.1, 0.1, 1, values)
+
+    constants = [point(False, 0.9, 0.1), point(False, 0.7, 0.3)]
+    found = script.above_curve(point(True, 0.8, 0.25), constants)
+    assert found.value == pytest.approx(0.05)
+    assert found.low < 0.05 < found.high
+    assert script.above_curve(point(True, 0.95, 0.25), constants) is None
