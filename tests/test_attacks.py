@@ -132,7 +132,7 @@ def test_all_schedules_walk_equally_far():
 def test_eot_is_the_mean_over_draws(images, labels):
     """One batched evaluation equals a loop over single draws."""
     model = defended()
-    attack = PGD("Linf", 0.1, steps=3, eot=4)
+    attack = PGD("Linf", 0.1, steps=3, eot=4, loss="ce")
     ids = torch.arange(7)
 
     loss, (gradient,) = attack._eot(attack.evaluator(model, 5), images, labels, ids, 8, with_gradient=True)

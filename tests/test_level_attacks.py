@@ -55,7 +55,7 @@ def test_constant_level_attacks_are_the_plain_ones_with_t_star_held(held, plain,
 
 def test_the_gradient_through_the_level_is_in_the_plain_attack(images, labels):
     """One evaluation of PGD against the gradient of the mean loss, taken by hand."""
-    model, attack = defended(), PGD(**BUDGET)
+    model, attack = defended(), PGD(**BUDGET, loss="ce")
     _, (gradient,) = attack._eot(attack.evaluator(model, 3), images, labels, torch.arange(7), 0, True)
     v = images.clone().requires_grad_()
     losses = [

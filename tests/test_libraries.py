@@ -153,7 +153,7 @@ def test_pgd_is_about_as_strong_as_apgd(norm, eps):
     left = {}
     for name, images in (
         ("apgd", apgd.run_standard_evaluation(x, y)),
-        ("pgd", PGD(norm, eps, steps=40, eot=1)(model, x, y).images),
+        ("pgd", PGD(norm, eps, steps=40, eot=1, loss="ce")(model, x, y).images),
     ):
         left[name] = (model(images).argmax(1) == y).float().mean().item()
     assert left["apgd"] < 0.9
