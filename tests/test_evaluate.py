@@ -383,7 +383,7 @@ def test_torchrun_shares_the_samples_out(processes, tmp_path):
 
 def test_a_rank_that_dies_is_restarted_and_picks_its_samples_up(tmp_path):
     assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     process = subprocess.Popen(
         [*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ from purify.evaluate.ranks import Ranks
 
 LOCK = ".lock"
 MERGED = "records.jsonl"
+RESTART_SECONDS = 20  # how long a process that torchrun restarted waits for its predecessor to be gone
 FULL = "The records cannot be written ({}); make room and run the same command."
 
 
@@ -84,10 +86,17 @@ class RunFolder:
             lock = open(self.path / LOCK, "w")  # noqa: SIM115 - stays open
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written ({error.strerror}); choose another --out.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"Another process writes to {self.path}; wait for it or choose another --out.") from error
+        deadline = time.monotonic() + (RESTART_SECONDS if self.ranks.world > 1 else 0)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"Another process writes to {self.path}; wait for it or choose another --out."
+                    ) from error
+                time.sleep(0.1)
         return lock
 
     def _check(self, manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
