@@ -195,9 +195,7 @@ class AutoAttackRand(_Library):
         steps: APGD iterations (the original: 100).
         eot: draws per gradient (the original: 20).
 
-    It decides on a single draw: an image that is wrong on its first draw is not attacked, and one that no attack broke
-    is returned as it came. Judged on fresh draws such images score like clean ones, so never quote this attack alone
-    for a randomized defence.
+    It decides on a single draw (see :class:`_Library`): never quote it alone for a randomized defence.
     """
 
     steps: int = 100
