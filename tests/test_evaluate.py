@@ -18,10 +18,12 @@ from purify import DefendedClassifier, diffpure
 from purify.attacks import PGD, AutoAttackRand
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
 from purify.evaluate.command import main
+from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import load_classifier
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import differences
-from purify.evaluate.runner import batches
+from purify.evaluate.runner import batches, share
+from purify.leaderboard import read_run
 
 # --- records ------------------------------------------------------------------------------------------------------
 
@@ -221,20 +223,48 @@ def test_judges_use_other_noise_than_the_attack(tmp_path):
     assert seeds[-1][0] not in attacking
 
 
-def test_group_attacks_get_whole_groups():
+def test_batches_are_groups_of_ids():
     ids = torch.arange(70)
-    done = torch.ones(70, dtype=torch.bool)
-    done[[3, 65]] = False
-    assert [b.tolist() for b in batches(ids, done, 32, Ranks())] == [list(range(32)), list(range(64, 70))]
-    assert [b.tolist() for b in batches(ids, done, 1, Ranks())] == [[3], [65]]
+    left = torch.zeros(70, dtype=torch.bool)
+    left[[3, 5, 65]] = True
+    assert [b.tolist() for b in batches(ids, left, 32)] == [[3, 5], [65]]
+    assert [b.tolist() for b in batches(ids, ~left, 64)][1] == [64, 66, 67, 68, 69]
 
 
-def test_groups_are_shared_out_among_processes():
-    ids, none = torch.arange(5, 75), torch.zeros(70, dtype=torch.bool)
-    shares = [[ids[rows].tolist() for rows in batches(ids, none, 8, Ranks(r, 3))] for r in range(3)]
-    assert sorted(i for share in shares for group in share for i in group) == ids.tolist()
-    assert all(len({i // 8 for i in group}) == 1 for share in shares for group in share)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_units_of_samples_are_shared_out_among_processes():
+    ids = torch.arange(5, 75)
+    shares = [ids[share(ids, 8, Ranks(r, 3))].tolist() for r in range(3)]
+    assert sorted(i for part in shares for i in part) == ids.tolist()
+    assert not any({i // 8 for i in shares[a]} & {i // 8 for i in shares[b]} for a, b in [(0, 1), (0, 2), (1, 2)])
+    assert share(ids[:3], 8, Ranks(1, 3)).tolist() == []
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_worst_only_skips_what_is_broken_and_finds_the_same_worst_case(criterion, tmp_path):
+    whole, only = tmp_path / "whole", tmp_path / "only"
+    attacks = ["--attacks", "random-noise,pgd-eot,transfer,bpda-eot"]  # all per sample
+    assert main([*TINY, *attacks, "--out", str(whole)]) == 0
+    assert main([*TINY, *attacks, "--worst-only", criterion, "--out", str(only)]) == 0
+    every = {(r["defence"], r["attack"], r["sample"]): r for r in lines(whole)}
+    kept = {(r["defence"], r["attack"], r["sample"]): r for r in lines(only)}
+    order = ["clean", "random-noise", "pgd-eot", "transfer", "bpda-eot"]
+    skipped = 0
+    for defence, attack, sample in every:
+        earlier = [every.get((defence, a, sample)) for a in order[: order.index(attack)]]
+        broken = any(
+            e and not CRITERIA[criterion](np.array([e["predictions"]]), np.array([e["label"]]))[0] for e in earlier
+        )
+        assert ((defence, attack, sample) in kept) == (not broken), (defence, attack, sample)
+        skipped += broken
+    assert skipped > 50
+    a, b = (json.loads((p / "result.json").read_text())["results"] for p in (whole, only))
+    assert {d: r["clean"][criterion] for d, r in a.items()} == {d: r["clean"][criterion] for d, r in b.items()}
+    if criterion != "mean":  # the mean chooses by draws of the attacks that were left out
+        assert {d: r["worst case"][criterion] for d, r in a.items()} == {
+            d: r["worst case"][criterion] for d, r in b.items()
+        }
+    with pytest.raises(ValueError, match="every attack on every sample"):
+        read_run(only)
 
 
 TINY = [

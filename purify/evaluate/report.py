@@ -60,11 +60,12 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     """PNG of up to eight samples: original, perturbation, adversarial and purified, each with its prediction.
 
     Samples that are broken come first in the order of the data, mixed with held ones, so that both are seen.
-    Returns the path, samples-DEFENCE.png in the run's folder.
+    Only samples that met the attack are shown. Returns the path, samples-DEFENCE.png in the run's folder.
     """
     assert isinstance(defence.model, DefendedClassifier)
     path = folder.path / f"samples-{defence.name.replace(' ', '-')}.png"
     attack = stage_name(next((a for a in defence.attacks if not a.black_box), defence.attacks[0]))
+    samples = samples[torch.tensor([(defence.name, attack, int(i)) in folder for i in samples.ids])]
     chosen = _both_kinds(folder, defence, attack, samples, 8)
     shown = samples[chosen]
     adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])

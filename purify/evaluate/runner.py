@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,8 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
-from purify.checks import check_count, check_images, check_labels
-from purify.evaluate.metrics import summarize, worst_case
+from purify.checks import check_count, check_images, check_labels, choose
+from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 from purify.noise import derive_seed
@@ -78,6 +80,7 @@ def evaluate(
     batch_size: int = 128,
     max_rows: int = 2048,
     progress: bool = True,
+    worst_only: str | None = None,
 ) -> None:
     """Attack and judge what the folder does not hold yet, writing each sample as its batch finishes.
 
@@ -89,6 +92,8 @@ def evaluate(
         batch_size: samples attacked at once: those whose ids have the same quotient by it. So a sample always has the
             same batch-mates, and not even rounding depends on what was done before a kill, or by which process.
         max_rows: samples times draws judged at once.
+        worst_only: a criterion (``mean``, ``any_of_r``, ``majority``) if only the worst case under it is asked for:
+            a sample whose value is 0 already meets no further attack.
 
     Raises:
         ValueError: bad images, or labels that some model does not know, before anything runs.
@@ -97,12 +102,16 @@ def evaluate(
     for defence in defences:
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
+    if worst_only is not None:
+        choose(worst_only, CRITERIA, "criterion")
+    groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
+    samples = samples[share(samples.ids, math.lcm(batch_size, *groups), folder.ranks)]
     total = sum(len(d.stages()) for d in defences) * len(samples)
     shown = progress and folder.ranks.first
     with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
         for defence in defences:
             for attack in defence.stages():
-                run = _Stage(folder, defence, attack, seed, max_rows)
+                run = _Stage(folder, defence, attack, seed, max_rows, worst_only)
                 run(samples, batch_size, bar)
     folder.merge()
 
@@ -116,32 +125,42 @@ class _Stage:
     attack: Attack | None
     seed: int
     max_rows: int
+    worst_only: str | None
 
     @property
     def name(self) -> str:
         return stage_name(self.attack)
 
     def __call__(self, samples: Samples, batch_size: int, bar: tqdm) -> None:
-        done = torch.tensor([(self.defence.name, self.name, int(i)) in self.folder for i in samples.ids])
+        ids = samples.ids.tolist()
+        done = torch.tensor([(self.defence.name, self.name, i) in self.folder for i in ids], dtype=torch.bool)
+        left = torch.tensor([not self._broken(i) for i in ids], dtype=torch.bool)
         bar.set_description(f"{self.defence.name}, {self.name}")
-        bar.update(int(done.sum()))
+        bar.update(int((done | ~left).sum()))
         right, finished = 0.0, 0
         size = (self.attack.group_size if self.attack else None) or batch_size
-        for rows in batches(samples.ids, done, size, self.folder.ranks):
+        for rows in batches(samples.ids, left, size):
+            if bool(done[rows].all()):
+                continue
             for record in self._batch(samples[rows], ~done[rows]):
                 right += float(np.mean(np.array(record["predictions"]) == record["label"]))
                 finished += 1
                 bar.update(1)
             bar.set_postfix(accuracy=f"{100 * right / max(finished, 1):.1f}%")
 
+    def _broken(self, sample: int) -> bool:
+        """Whether an earlier stage settled the worst case of this sample, if that is all that is asked for."""
+        if self.worst_only is None:
+            return False
+        earlier = itertools.takewhile(lambda name: name != self.name, map(stage_name, self.defence.stages()))
+        return breaking(self.folder, self.defence, list(earlier), sample, self.worst_only) is not None
+
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         adversarial, loss = batch.images, torch.full((len(batch),), float("nan"))
         if self.attack is not None:
             attack_seed = derive_seed(self.seed, "attack")
-            result = self.attack(
-                self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed
-            )
+            result = self.attack(self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
             adversarial, loss = result.images, result.loss
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
@@ -202,13 +221,30 @@ def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -
     return SimpleNamespace(logits=keyed(model, seed)(images, ids, draws), t_star=None)
 
 
-def batches(ids: Tensor, done: Tensor, size: int, ranks: Ranks) -> Iterator[Tensor]:
-    """Row indices of the groups of ids (id // size) that this process has and that are not done."""
+def share(ids: Tensor, unit: int, ranks: Ranks) -> Tensor:
+    """Row indices of the samples that this process attacks: units of ids (id // unit) in turn."""
+    units = ids // unit
+    own = [units == u for position, u in enumerate(units.unique()) if position % ranks.world == ranks.rank]
+    return torch.stack(own).any(0).nonzero()[:, 0] if own else torch.empty(0, dtype=torch.int64)
+
+
+def batches(ids: Tensor, left: Tensor, size: int) -> Iterator[Tensor]:
+    """Row indices of those that are ``left``, by groups of ids (id // size)."""
     groups = ids // size
-    for position, group in enumerate(groups.unique()):
-        rows = (groups == group).nonzero()[:, 0]
-        if position % ranks.world == ranks.rank and not bool(done[rows].all()):
-            yield rows
+    for group in groups[left].unique():
+        yield ((groups == group) & left).nonzero()[:, 0]
+
+
+def breaking(
+    folder: RunFolder, defence: Defence, stages: Sequence[str], sample: int, criterion: str
+) -> dict[str, Any] | None:
+    """The first record among ``stages`` under which the criterion is 0 for the sample; None if it holds so far."""
+    for stage in stages:
+        if (defence.name, stage, sample) in folder:
+            record = folder.get(defence.name, stage, sample)
+            if not CRITERIA[criterion](np.array([record["predictions"]]), np.array([record["label"]]))[0]:
+                return record
+    return None
 
 
 def predictions(folder: RunFolder, defence: Defence, stage: str, samples: Samples) -> np.ndarray:
@@ -217,11 +253,29 @@ def predictions(folder: RunFolder, defence: Defence, stage: str, samples: Sample
     Raises:
         ValueError: a record does not belong to these samples and draws.
     """
+    return _stack(folder, defence, samples, lambda i: folder.get(defence.name, stage, i))
+
+
+def worst_only_predictions(
+    folder: RunFolder, defence: Defence, stage: str, samples: Samples, criterion: str
+) -> np.ndarray:
+    """As :func:`predictions`; those that a broken sample would have had count as those that broke it."""
+    stages = [stage_name(a) for a in defence.stages()]
+
+    def record(i: int) -> dict[str, Any]:
+        if (defence.name, stage, i) in folder:
+            return folder.get(defence.name, stage, i)
+        return breaking(folder, defence, stages, i, criterion) or folder.get(defence.name, stage, i)
+
+    return _stack(folder, defence, samples, record)
+
+
+def _stack(folder: RunFolder, defence: Defence, samples: Samples, find: Callable[[int], dict[str, Any]]) -> np.ndarray:
     rows = []
     for i, label in zip(samples.ids.tolist(), samples.labels.tolist(), strict=True):
-        record = folder.get(defence.name, stage, i)
+        record = find(i)
         if record["label"] != label or len(record["predictions"]) != defence.draws:
-            what = f"sample {i} ({defence.name}, {stage})"
+            what = f"sample {i} ({defence.name}, {record['attack']})"
             raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
         rows.append(record["predictions"])
     return np.array(rows)
@@ -235,4 +289,17 @@ def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) ->
         found = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
         table[defence.name] = {stage: summarize(p, labels) for stage, p in found.items()}
         table[defence.name]["worst case"] = worst_case(list(found.values()), labels)
+    return table
+
+
+def worst_only_results(
+    folder: RunFolder, defences: Sequence[Defence], samples: Samples, criterion: str
+) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """Clean accuracy and the worst case under the criterion, of a run that asked for nothing else."""
+    labels = samples.labels.cpu().numpy()
+    table = {}
+    for d in defences:
+        found = [worst_only_predictions(folder, d, stage_name(a), samples, criterion) for a in d.stages()]
+        rows = {CLEAN: summarize(found[0], labels), "worst case": worst_case(found, labels)}
+        table[d.name] = {stage: {criterion: row[criterion]} for stage, row in rows.items()}
     return table

@@ -40,11 +40,14 @@ class Check:
     meaning: str
 
 
-def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int) -> list[Check]:
-    """All checks of a purified defence whose records are in ``folder``."""
+def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True) -> list[Check]:
+    """All checks of a purified defence whose records are in ``folder``.
+
+    ``complete``: whether every sample met every attack, without which attacks cannot be compared.
+    """
     return [
         *gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed),
-        *black_box_check(folder, defence, samples),
+        *(black_box_check(folder, defence, samples) if complete else []),
         *convergence_checks(defence, samples[torch.arange(min(16, len(samples)))], seed),
     ]
 

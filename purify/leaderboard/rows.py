@@ -73,6 +73,11 @@ def read_run(folder: str | Path) -> list[Row]:
     folder = Path(folder)
     config, sessions = _json(folder / "manifest.json", "config", "sessions")
     (checks,) = _json(folder / "result.json", "self_checks")
+    if config.get("worst_only"):
+        raise ValueError(
+            f"{folder} was made with --worst-only; a leaderboard needs every attack on every sample: run its command "
+            "without that option."
+        )
     records = _records(folder / "records.jsonl")
     return [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
 
