@@ -27,13 +27,31 @@ from purify.process import Evaluate, Process, ReverseStep, Round, Step
 from purify.reverse import OneShot, ProbabilityFlow
 from purify.scorenorm import plain_total
 
-Build = Callable[[int | None], Process]
+
+@dataclass(frozen=True)
+class Shorter:
+    """A process cut short: the indices of the ``rounds`` that are kept, and the steps that each has at most."""
+
+    rounds: Sequence[int]
+    steps: Sequence[int]
+
+
+Build = Callable[[Shorter | None], Process]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an engine is asked to differentiate: the plan, how many rounds of it, and whether its steps are guided."""
+
+    plan: Plan
+    rounds: int = 1
+    guided: bool = False
 
 
 class GradientEngine(ABC):
     """Runs a process on u (N, C, H, W) in [-1, 1] space and decides what its gradient is.
 
-    ``build(steps)`` gives the process, with at most ``steps`` reverse steps per sample if that is not None.
+    ``build(None)`` gives the process, ``build(shorter)`` one cut short.
     """
 
     exact: ClassVar[bool] = True
@@ -47,8 +65,8 @@ class GradientEngine(ABC):
         evaluate = recompute if torch.is_grad_enabled() else keep
         return plain_total([partial(evaluate, term) for term in terms], u)
 
-    def check(self, plan: Plan) -> None:  # noqa: B027 - most engines take any plan
-        """Raise ValueError if the engine cannot differentiate ``plan``."""
+    def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
+        """Raise ValueError if the engine cannot differentiate ``task``."""
 
 
 def run(steps: Sequence[Step], u: Tensor) -> Tensor:
@@ -206,15 +224,17 @@ class Adjoint(GradientEngine):
     """Continuous adjoint in constant memory: approximate, as in DiffPure, for comparison.
 
     The ODE goes through torchdiffeq's ``odeint_adjoint``; stochastic and DDIM chains through a stochastic adjoint
-    that reconstructs the states backward. Gradients do not flow into the times; no second derivative.
+    that reconstructs the states backward. Gradients do not flow into the times; no second derivative; no guidance.
     """
 
     exact: ClassVar[bool] = False
     through_level: ClassVar[bool] = False
 
-    def check(self, plan: Plan) -> None:
-        if not isinstance(plan, FixedSteps):
+    def check(self, task: Task) -> None:
+        if not isinstance(task.plan, FixedSteps):
             raise ValueError("The adjoint engine needs the plan fixed_steps; give a number of steps.")
+        if task.guided:
+            raise ValueError("The adjoint engine cannot differentiate guidance; use the gradient checkpoint or full.")
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         process = build(None)
@@ -249,18 +269,40 @@ class BPDA(GradientEngine):
 
 @dataclass(frozen=True)
 class Surrogate(GradientEngine):
-    """Exact forward; backward through a process of fewer ``steps`` (Lee & Kim 2023, section 4.2)."""
+    """Exact forward; backward through a shorter process (Lee & Kim 2023, section 4.2).
 
-    steps: int = 5
+    Args:
+        steps: steps at most, in every round or one number for each round that is kept.
+        rounds: indices of the rounds that are kept; default: all. Theirs for gradual noise: rounds (3, 5, 7) with
+            steps (1, 1, 5).
+    """
+
+    steps: int | Sequence[int] = 5
+    rounds: Sequence[int] | None = None
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_count(self.steps, "surrogate steps")
+        for name in ("steps", "rounds"):  # lists, as JSON has them
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for steps in (self.steps,) if isinstance(self.steps, int) else self.steps:
+            check_count(steps, "surrogate steps")
+
+    def check(self, task: Task) -> None:
+        kept = range(task.rounds) if self.rounds is None else self.rounds
+        if not kept or not all(isinstance(r, int) and 0 <= r < task.rounds for r in kept):
+            raise ValueError(f"The surrogate keeps rounds {tuple(kept)}, but they are 0 to {task.rounds - 1}.")
+        if not isinstance(self.steps, int) and len(self.steps) != len(kept):
+            raise ValueError(f"The surrogate keeps {len(kept)} rounds but has {len(self.steps)} numbers of steps.")
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _forward(build, u)
-        return _with_gradient_of(_forward(build, u), build(self.steps).run(u, keep))
+        rounds = self.rounds
+        if rounds is None:
+            rounds = range(len(build(None).rounds))
+        steps = (self.steps,) * len(rounds) if isinstance(self.steps, int) else self.steps
+        return _with_gradient_of(_forward(build, u), build(Shorter(rounds, steps)).run(u, keep))
 
 
 def _forward(build: Build, u: Tensor) -> Tensor:

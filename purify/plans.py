@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from purify.checks import check_count
+from purify.guidance import Guidance, Guide
 from purify.noise import Noise
 from purify.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
 from purify.reverse import ReverseRule
@@ -26,6 +27,8 @@ class Parts:
         forward_schedule: schedule that diffuses.
         t_end: time at which the reverse steps end.
         first_index: noise index of the diffusion; those of the steps count up from it.
+        guidance: what bends the steps, if anything does.
+        bound: what guidance keeps of the images that came into the purifier, (N, ...).
     """
 
     model: ScoreModel
@@ -34,9 +37,20 @@ class Parts:
     forward_schedule: Schedule
     t_end: float = 0.0
     first_index: int = 0
+    guidance: Guidance | None = None
+    bound: Tensor | None = None
 
     def diffuse(self, t_star: Tensor) -> DiffuseStep:
         return DiffuseStep(self.forward_schedule, t_star, self.noise, self.first_index)
+
+    def step(self, t: Tensor, s: Tensor, position: int | Tensor, rows: Tensor | None = None) -> ReverseStep:
+        """The step from t to s that is the ``position``-th of its samples, counted from 0; of some ``rows`` only."""
+        noise, index = self.noise if rows is None else self.noise[rows], self.first_index + 1 + position
+        if self.guidance is None:
+            return ReverseStep(self.rule, self.model, t, s, noise, index)
+        assert self.bound is not None
+        bound = self.bound if rows is None else self.bound[rows]
+        return ReverseStep(self.rule, self.model, t, s, noise, index, Guide(self.guidance, bound, noise, index))
 
 
 class Plan(ABC):
@@ -73,10 +87,7 @@ class FixedSteps(Plan):
 
     def round(self, parts: Parts, t_star: Tensor) -> Round:
         times = reverse_times(t_star, self.steps, parts.t_end)
-        steps = tuple(
-            ReverseStep(parts.rule, parts.model, t, s, parts.noise, parts.first_index + 1 + j)
-            for j, (t, s) in enumerate(pairwise(times))
-        )
+        steps = tuple(parts.step(t, s, j) for j, (t, s) in enumerate(pairwise(times)))
         return Round(parts.diffuse(t_star), steps)
 
     def at_most(self, steps: int) -> FixedSteps:
@@ -137,8 +148,7 @@ class FixedDt(Plan):
         left = counts[rows] - done  # steps to go, this one included
         t = torch.where(done == 0, t_star[rows], left * self.dt)
         s = torch.where(left == 1, t.clamp_max(parts.t_end), (left - 1) * self.dt)
-        step = ReverseStep(parts.rule, parts.model, t, s, parts.noise[rows], parts.first_index + 1 + done)
-        return Tick(step, (left == 1).nonzero()[:, 0], (left > 1).nonzero()[:, 0], admitted)
+        return Tick(parts.step(t, s, done, rows), (left == 1).nonzero()[:, 0], (left > 1).nonzero()[:, 0], admitted)
 
     def at_most(self, steps: int) -> FixedSteps:
         return FixedSteps(steps)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from purify.noise import Noise
-from purify.reverse import ReverseRule
+from purify.reverse import Look, ReverseRule, unguided
 from purify.schedule import Schedule
 from purify.score import ScoreModel, per_sample
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
 Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and the state after it
+
+
+ROUND_INDICES = 2**16  # noise indices of a round: its diffusion has the first, its steps have those that follow
 
 
 def look_away(step: ReverseStep, u: Tensor) -> None:
@@ -38,7 +41,10 @@ class DiffuseStep:
 
 @dataclass(frozen=True)
 class ReverseStep:
-    """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation."""
+    """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation.
+
+    ``look``: what guides the step.
+    """
 
     rule: ReverseRule
     model: ScoreModel
@@ -46,10 +52,11 @@ class ReverseStep:
     s: Tensor
     noise: Noise
     index: int | Tensor
+    look: Look = unguided
 
     def __call__(self, u: Tensor) -> Tensor:
         z = self.noise.normal(self.index, u.shape[1:], u.dtype) if self.rule.stochastic else None
-        return self.rule(self.model, u, self.t, self.s, z)
+        return self.rule(self.model, u, self.t, self.s, z, self.look)
 
     def __len__(self) -> int:
         return len(self.t)
@@ -142,18 +149,21 @@ class Deviation:
     """How far a reverse process has departed from the forward one, as it runs: a :data:`Watch`.
 
     The mean over reverse steps of ``alpha(s) mean((u_s - alpha(s) u - sigma(s) z)^2)``, for the image u (N, C, H, W) in
-    diffusion space and the noise z of its diffusion; after the deviated-reconstruction loss of DiffAttack (Kang et al.
-    2023), in which the forward process is drawn at the same times. For processes in which all samples are in step.
+    diffusion space and the noise z of the round's diffusion; after the deviated-reconstruction loss of DiffAttack (Kang
+    et al. 2023), in which the forward process is drawn at the same times. For processes in which all samples are in
+    step.
     """
 
-    def __init__(self, u: Tensor, z: Tensor) -> None:
-        self.u, self.z = u, z
+    def __init__(self, u: Tensor) -> None:
+        self.u = u
         self.total, self.steps = torch.zeros(len(u), dtype=u.dtype, device=u.device), 0
 
     def __call__(self, step: ReverseStep, u_s: Tensor) -> None:
         schedule, s = step.model.schedule, step.s
         alpha, sigma = per_sample(schedule.alpha(s), u_s), per_sample(schedule.sigma(s), u_s)
-        distance = (u_s - alpha * self.u - sigma * self.z).square().flatten(1).mean(1)
+        assert isinstance(step.index, int)
+        z = step.noise.normal(step.index - step.index % ROUND_INDICES, u_s.shape[1:], u_s.dtype)
+        distance = (u_s - alpha * self.u - sigma * z).square().flatten(1).mean(1)
         self.total, self.steps = self.total + alpha.flatten() * distance, self.steps + 1
 
     def mean(self) -> Tensor:

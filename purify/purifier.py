@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from purify import registry
 from purify.checks import check_count, check_images
-from purify.gradients import ENGINES, Checkpoint, GradientEngine
+from purify.fingerprint import weights_digest
+from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task
+from purify.guidance import GUIDANCES, Guidance
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
-from purify.process import Deviation, Process, Watch, look_away
+from purify.process import ROUND_INDICES, Deviation, Process, Watch, look_away
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
@@ -62,11 +64,15 @@ class Purifier(nn.Module):
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
+        guidance: what bends the reverse steps towards the image that came in, a
+            :class:`~purify.guidance.Guidance`, or its name or config if it has no network; default: nothing.
+        rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
+            (0, 1] to which it is diffused. The plan holds for each round.
 
     Raises:
-        ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model;
-            and at the call: images that are not float
-            in [0, 1], contain NaN, or do not have the score model's shape.
+        ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model, a
+            gradient engine that cannot differentiate this; and at the call: images that are not float in [0, 1],
+            contain NaN, or do not have the score model's shape.
     """
 
     def __init__(
@@ -80,6 +86,8 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | None = None,
         clip: bool = True,
         through_level: bool = True,
+        guidance: Guidance | str | Mapping[str, Any] | None = None,
+        rounds: int | Sequence[float] = 1,
     ) -> None:
         super().__init__()
         if not isinstance(score_model, ScoreModel):
@@ -92,13 +100,18 @@ class Purifier(nn.Module):
         self.level = _part(level, LEVELS, NoiseLevel, "noise level")
         self.level.check(score_model)
         self.plan = _plan(steps)
-        _check_end(t_end, self.plan, self.level.highest)
+        self.rounds = _rounds(rounds)
+        _check_end(t_end, self.plan, self.level.highest * min(self.rounds))
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
+        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
+        self.auxiliary = None  # registered here, so that it moves with the purifier
+        if self.guidance is not None and self.guidance.network is not None:
+            self.auxiliary = self.guidance.network.eval().requires_grad_(False)
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
-        self.engine.check(self.plan)
+        self.engine.check(self.task)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
 
@@ -143,20 +156,30 @@ class Purifier(nn.Module):
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
-        watch = Deviation(u, noise.normal(0, u.shape[1:], u.dtype)) if deviation else look_away
-        images = (self.engine(lambda steps: self.process(held, noise, steps, watch), u) + 1) / 2
-        calls = None if self.rule.calls is None else self.level.calls + self.plan.counts(t_star) * self.rule.calls
+        watch = Deviation(u) if deviation else look_away
+        images = (self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u) + 1) / 2
+        calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
+
+    def steps(self, t_star: Tensor) -> Tensor:
+        """Reverse steps of each sample in all rounds, int64 (N,), for levels ``t_star`` (N,)."""
+        return torch.stack([self.plan.counts(share * t_star) for share in self.rounds]).sum(0)
+
+    @property
+    def task(self) -> Task:
+        """What a gradient engine is asked to differentiate."""
+        return Task(self.plan, len(self.rounds), self.guidance is not None)
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
         return self.level.statistic(self.score_model, u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
-        """Sets the flag as usual, but keeps the score model in eval mode: dropout would break keyed noise."""
+        """Sets the flag as usual, but keeps all networks in eval mode: dropout would break keyed noise."""
         super().train(mode)
-        self.score_model.eval()
+        for network in self.children():
+            network.eval()
         return self
 
     @staticmethod
@@ -172,13 +195,28 @@ class Purifier(nn.Module):
         return noise
 
     def process(
-        self, t_star: Tensor, noise: Noise, steps: int | None = None, watch: Watch = look_away
+        self,
+        t_star: Tensor,
+        noise: Noise,
+        shorter: Shorter | None = None,
+        watch: Watch = look_away,
+        images: Tensor | None = None,
     ) -> Process:
-        """The steps that purify from levels ``t_star`` (N,), at most ``steps`` for each sample if given."""
-        plan = self.plan if steps is None else self.plan.at_most(steps)
+        """The rounds that purify from levels ``t_star`` (N,), or a shorter process.
+
+        ``images``: what came in, u (N, C, H, W) in [-1, 1] space; guidance needs it.
+        """
+        kept = [(j, self.plan) for j in range(len(self.rounds))]
+        if shorter is not None:
+            kept = [(j, self.plan.at_most(n)) for j, n in zip(shorter.rounds, shorter.steps, strict=True)]
         forward = self.forward_schedule or self.score_model.schedule
-        parts = Parts(self.score_model, self.rule, noise, forward, self.t_end)
-        return Process((plan.round(parts, t_star),), self.clip, watch)
+        bound = None if self.guidance is None or images is None else self.guidance.bind(images)
+        rounds = []
+        for j, plan in kept:
+            index = j * ROUND_INDICES
+            parts = Parts(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            rounds.append(plan.round(parts, self.rounds[j] * t_star))
+        return Process(tuple(rounds), self.clip, watch)
 
     def with_gradient(
         self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None
@@ -187,7 +225,7 @@ class Purifier(nn.Module):
         twin = copy.copy(self)
         if gradient is not None:
             twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
-            twin.engine.check(self.plan)
+            twin.engine.check(self.task)
         if through_level is not None:
             twin.through_level = through_level
         return twin
@@ -204,19 +242,40 @@ class Purifier(nn.Module):
             "forward_schedule": None if forward is None else forward.config(),
             "clip": self.clip,
             "through_level": self.through_level,
+            "guidance": None if self.guidance is None else registry.describe(self.guidance, GUIDANCES),
+            "rounds": list(self.rounds),
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], score_model: ScoreModel) -> Purifier:
-        """Build the purifier that :meth:`config` described."""
+    def from_config(
+        cls, config: Mapping[str, Any], score_model: ScoreModel, auxiliary: nn.Module | None = None
+    ) -> Purifier:
+        """Build the purifier that :meth:`config` described, around its score model and auxiliary network, if any.
+
+        Raises:
+            ValueError: unknown settings, or the auxiliary network is missing or another one.
+        """
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
-        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level"}
+        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level", "guidance", "rounds"}
         unknown = sorted(set(arguments) - known)
         if unknown:
             raise ValueError(f"Unknown purifier setting {', '.join(unknown)}; is this a purifier's config?")
         schedule = None if forward is None else schedule_from_config(forward)
+        guidance = arguments.get("guidance")
+        if guidance is not None and "auxiliary" in guidance:
+            arguments["guidance"] = {**guidance, "auxiliary": _auxiliary(auxiliary, guidance["auxiliary"])}
         return cls(score_model, forward_schedule=schedule, **arguments)
+
+
+def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
+    if network is None or weights_digest(network) != wanted:
+        what = "no" if network is None else "another"
+        raise ValueError(
+            f"This purifier is guided by an auxiliary network of fingerprint {wanted[:12]}, but {what} network was "
+            "given; pass it as auxiliary=."
+        )
+    return network
 
 
 def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
@@ -240,3 +299,14 @@ def _check_end(t_end: float, plan: Plan, highest: float) -> None:
     step = plan.step_length(highest)
     if step <= t_end:
         raise ValueError(f"t_end = {t_end} must be smaller than a step, {step:.3g}.")
+
+
+def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:
+    """Shares of t*, one per round."""
+    if isinstance(rounds, int):
+        check_count(rounds, "rounds")
+        return (1.0,) * rounds
+    shares = tuple(float(share) for share in rounds)
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"rounds must be a number, or shares of t* in (0, 1], got {rounds}.")
+    return shares

@@ -6,17 +6,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch import nn
+
 from purify.checks import choose
+from purify.fingerprint import weights_digest
 
 T = TypeVar("T")
 
 
 def describe(part: Any, registry: Mapping[str, type]) -> dict[str, Any]:
-    """The registered name and the dataclass fields of ``part``."""
+    """The registered name and the dataclass fields of ``part``; of a network the fingerprint of its weights."""
     names = [name for name, kind in registry.items() if type(part) is kind]
     if not names:
         raise ValueError(f"{type(part).__name__} is not registered; add it to the registry to save it as a config.")
-    return {"kind": names[0], **dataclasses.asdict(part)}
+    return {"kind": names[0], **{f.name: _plain(getattr(part, f.name)) for f in dataclasses.fields(part)}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return weights_digest(value)
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what: str) -> T:

@@ -7,7 +7,8 @@ checkpointing, mixed noise levels in a batch and bit-equal recomputation possibl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +24,27 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
+# What a step asks at (u_t, t): the score model's prediction and, under guidance, s_t grad_{u_t} D (N, C, H, W).
+Look = Callable[[ScoreModel, Tensor, Tensor], tuple[Prediction, Tensor | None]]
+
+
+def unguided(model: ScoreModel, u: Tensor, t: Tensor) -> tuple[Prediction, Tensor | None]:
+    """The score model's prediction alone."""
+    return model.predict(u, t), None
+
+
+def bent(model: ScoreModel, prediction: Prediction, push: Tensor | None, t: Tensor) -> Prediction:
+    """The prediction of the guided score, score - push (Dhariwal & Nichol 2021, algorithm 2)."""
+    if push is None:
+        return prediction
+    return replace(prediction, eps=prediction.eps + per_sample(model.schedule.sigma(t), push) * push)
+
+
 class ReverseRule(ABC):
-    """One step of a reverse process: ``rule(model, u_t, t, s, z) -> u_s``.
+    """One step of a reverse process: ``rule(model, u_t, t, s, z, look) -> u_s``.
 
     ``u_t`` (N, C, H, W); ``t`` and ``s`` float64 (N,) with 0 <= s <= t <= 1; ``z`` standard normal like u_t,
-    or None where ``stochastic`` is False.
+    or None where ``stochastic`` is False; ``look`` decides what guides the step.
     """
 
     @property
@@ -44,11 +61,13 @@ class ReverseRule(ABC):
         """Raise ValueError if the rule cannot drive ``model``."""
 
     @abstractmethod
-    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor: ...
+    def __call__(
+        self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
+    ) -> Tensor: ...
 
 
 class GaussianRule(ReverseRule):
-    """A step u_s = mean + std z that needs one network call."""
+    """A step u_s = mean + std z that needs one network call. Guidance shifts the mean by -std^2 push."""
 
     @abstractmethod
     def moments(
@@ -56,8 +75,13 @@ class GaussianRule(ReverseRule):
     ) -> tuple[Tensor, Tensor]:
         """Mean (N, C, H, W) and standard deviation (broadcastable to it) of u_s."""
 
-    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-        mean, std = self.moments(model, model.predict(u, t), u, t, s)
+    def __call__(
+        self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
+    ) -> Tensor:
+        prediction, push = look(model, u, t)
+        mean, std = self.moments(model, prediction, u, t, s)
+        if push is not None:
+            mean = mean - std.square() * push
         return mean if z is None else mean + std * z
 
 
@@ -123,7 +147,10 @@ class Ancestral(GaussianRule):
 
 @dataclass(frozen=True)
 class DDIM(GaussianRule):
-    """DDIM (Song et al. 2021a, eq. 12, 16): eta = 0 is deterministic, eta = 1 is the DDPM posterior."""
+    """DDIM (Song et al. 2021a, eq. 12, 16): eta = 0 is deterministic, eta = 1 is the DDPM posterior.
+
+    Guidance bends the score, whatever eta.
+    """
 
     eta: float = 0.0
 
@@ -146,6 +173,11 @@ class DDIM(GaussianRule):
         mean = per_sample(schedule.alpha(s), u) * u0
         mean = mean + per_sample(safe_sqrt(var_s - noise_var), u) * prediction.eps
         return mean, per_sample(safe_sqrt(noise_var), u)
+
+    def __call__(
+        self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
+    ) -> Tensor:
+        return super().__call__(model, u, t, s, z, lambda *at: (bent(model, *look(*at), t), None))
 
 
 # torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
@@ -192,16 +224,19 @@ class ProbabilityFlow(ReverseRule):
     def calls(self) -> int | None:
         return ODE_SOLVERS[self.solver]
 
-    def velocity(self, model: ScoreModel, u: Tensor, t: Tensor) -> Tensor:
-        """du/dt at (u, t): (N, C, H, W) and (N,)."""
+    def velocity(self, model: ScoreModel, u: Tensor, t: Tensor, look: Look = unguided) -> Tensor:
+        """du/dt at (u, t): (N, C, H, W) and (N,). Guidance bends the score."""
         t = t.clamp_min(self.t_min)
         half_beta = 0.5 * model.schedule.beta(t)
-        return per_sample(half_beta / model.schedule.sigma(t), u) * model.eps(u, t) - per_sample(half_beta, u) * u
+        eps = bent(model, *look(model, u, t), t).eps
+        return per_sample(half_beta / model.schedule.sigma(t), u) * eps - per_sample(half_beta, u) * u
 
-    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
+    def __call__(
+        self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
+    ) -> Tensor:
         # tau in [0, 1] stands for t + tau (s - t), so that every sample has its own times.
         def field(tau: Tensor, v: Tensor) -> Tensor:
-            return per_sample(s - t, v) * self.velocity(model, v, t + tau * (s - t))
+            return per_sample(s - t, v) * self.velocity(model, v, t + tau * (s - t), look)
 
         span = torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device)
         return odeint(field, u, span, method=self.solver, rtol=self.rtol, atol=self.atol)[-1]
@@ -209,14 +244,16 @@ class ProbabilityFlow(ReverseRule):
 
 @dataclass(frozen=True)
 class OneShot(ReverseRule):
-    """u0_hat(u_t, t) in one network call, whatever s (Carlini et al. 2022)."""
+    """u0_hat(u_t, t) in one network call, whatever s (Carlini et al. 2022). Guidance bends the score."""
 
     @property
     def stochastic(self) -> bool:
         return False
 
-    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None) -> Tensor:
-        return model.denoise(u, t)
+    def __call__(
+        self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
+    ) -> Tensor:
+        return model.denoised(bent(model, *look(model, u, t), t).eps, u, t)
 
 
 REVERSE_RULES: dict[str, type[ReverseRule]] = {

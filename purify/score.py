@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import choose
+from purify.fingerprint import weights_digest
 from purify.schedule import DiscreteVP, Schedule
 
 
@@ -156,13 +157,3 @@ class ScoreModel(nn.Module):
         digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
         digest.update(weights_digest(self.network).encode())
         return digest.hexdigest()
-
-
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over names, dtypes, shapes and bytes of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

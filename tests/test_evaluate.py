@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -311,6 +312,20 @@ def test_torchrun_shares_the_samples_out(processes, tmp_path):
     assert lines(tmp_path / "many") == lines(tmp_path / "one")
     assert [p.name for p in (tmp_path / "many").glob("records*")] == ["records.jsonl"]
     assert json.loads((tmp_path / "many" / "manifest.json").read_text())["sessions"][0]["processes"] == processes
+
+
+def test_a_rank_that_dies_is_restarted_and_picks_its_samples_up(tmp_path):
+    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    process = subprocess.Popen(
+        [*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while count(tmp_path / "many") < 20 and process.poll() is None:
+        time.sleep(0.001)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert process.wait(timeout=180) == 0
+    assert lines(tmp_path / "many") == lines(tmp_path / "whole")
 
 
 def test_records_of_ranks_are_merged_and_a_merge_that_was_killed_is_finished(tmp_path):

@@ -10,7 +10,15 @@ from torch import nn
 from purify import ContinuousVP, ScoreModel
 from purify.train.__main__ import main
 from purify.train.loop import Hyper, learning_rate, train, update_ema
-from purify.train.losses import AdversarialCrossEntropy, CrossEntropy, EpsLoss, shifted, training_times
+from purify.train.losses import (
+    CrossEntropy,
+    EpsLoss,
+    Trades,
+    ascend,
+    divergence,
+    shifted,
+    training_times,
+)
 from purify.zoo.architectures import SmallCNN, build_network
 
 HYPER = Hyper(steps=12, batch_size=8, lr=1e-2, warmup=3, ema=0.9)
@@ -123,13 +131,27 @@ def test_half_of_the_training_times_lie_where_purification_happens():
 def test_adversarial_training_attacks_inside_its_ball_and_raises_the_loss():
     images, labels = data()
     model = SmallCNN(1, [8], 3).eval().requires_grad_(False)
-    loss = AdversarialCrossEntropy(0.1, 5)
-    adversarial = loss.attack(model, images, labels, torch.Generator().manual_seed(0))
+    value = nn.functional.cross_entropy
+    generator = torch.Generator().manual_seed(0)
+    adversarial = ascend(model, images, 0.1, 5, generator, lambda logits: value(logits, labels))
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
-    value = nn.functional.cross_entropy
     assert value(model(adversarial), labels) > value(model(images), labels)
+
+
+def test_trades_by_hand():
+    images, labels = data()
+    model = SmallCNN(1, [8], 3)
+    loss = Trades(eps=0.1, beta=2.0, attack_steps=3)
+    found = loss(model, images, labels, torch.Generator().manual_seed(0))
+    target = model(images).log_softmax(1).detach()
+    moved = ascend(model, images, 0.1, 3, torch.Generator().manual_seed(0), lambda logits: divergence(target, logits))
+    p, q = model(images).softmax(1), model(moved).softmax(1)
+    kl = (p * (p / q).log()).sum(1)
+    assert (kl > (p * (p / model(0.999 * images).softmax(1)).log()).sum(1)).all()  # the attack raises it
+    expected = nn.functional.cross_entropy(model(images), labels) + 2 * kl.mean()
+    torch.testing.assert_close(found, expected)
 
 
 def test_shifts_by_a_loop():

@@ -12,7 +12,8 @@ from torch import nn
 
 from purify import zoo
 from purify.compat import import_robustbench
-from purify.score import ScoreModel, weights_digest
+from purify.fingerprint import weights_digest
+from purify.score import ScoreModel
 from purify.scorenorm import Calibration
 
 

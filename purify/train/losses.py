@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, pad
 
 from purify.score import ScoreModel, per_sample
 
@@ -53,21 +54,57 @@ class AdversarialCrossEntropy:
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         images = shifted(images, self.shift, generator)
-        module.eval().requires_grad_(False)
-        adversarial = self.attack(module, images, labels, generator)
-        module.train().requires_grad_(True)
+        adversarial = ascend(
+            module, images, self.eps, self.attack_steps, generator, lambda logits: cross_entropy(logits, labels)
+        )
         return cross_entropy(module(adversarial), labels)
 
-    def attack(self, module: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Images (N, C, H, W) in [0, 1], at most ``eps`` from x, that raise the cross-entropy."""
-        low, high = (x - self.eps).clamp_min(0), (x + self.eps).clamp_max(1)
-        adversarial = low + (high - low) * torch.rand(x.shape, generator=generator)
-        for _ in range(self.attack_steps):
-            adversarial.requires_grad_()
-            (gradient,) = torch.autograd.grad(cross_entropy(module(adversarial), y), adversarial)
-            step = 2.5 * self.eps / self.attack_steps * gradient.sign()
-            adversarial = torch.minimum(torch.maximum(adversarial.detach() + step, low), high)
-        return adversarial
+
+@dataclass(frozen=True)
+class Trades:
+    """TRADES (Zhang et al. 2019, eq. 5): cross-entropy on x plus ``beta`` KL(p(x) || p(x')), L_inf.
+
+    x' is the image within ``eps`` of x that raises that divergence: PGD of ``attack_steps`` from a random start.
+    """
+
+    eps: float
+    beta: float = 6.0
+    attack_steps: int = 10
+
+    def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            target = log_softmax(module.eval()(images), 1)
+        adversarial = ascend(
+            module, images, self.eps, self.attack_steps, generator, lambda logits: divergence(target, logits)
+        )
+        logits = module(images)
+        return cross_entropy(logits, labels) + self.beta * divergence(log_softmax(logits, 1), module(adversarial))
+
+
+def divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """Mean of KL(p || q) from log p (N, K) and the logits of q."""
+    return kl_div(log_softmax(logits, 1), target, log_target=True, reduction="batchmean")
+
+
+def ascend(
+    module: nn.Module,
+    x: Tensor,
+    eps: float,
+    steps: int,
+    generator: torch.Generator,
+    objective: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Images (N, C, H, W) in [0, 1], at most ``eps`` from x, whose logits raise ``objective``; PGD in eval mode."""
+    module.eval().requires_grad_(False)
+    low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
+    adversarial = low + (high - low) * torch.rand(x.shape, generator=generator)
+    for _ in range(steps):
+        adversarial.requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(module(adversarial)), adversarial)
+        step = 2.5 * eps / steps * gradient.sign()
+        adversarial = torch.minimum(torch.maximum(adversarial.detach() + step, low), high)
+    module.train().requires_grad_(True)
+    return adversarial
 
 
 def shifted(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:

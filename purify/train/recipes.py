@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from purify.train.loop import Hyper
-from purify.train.losses import AdversarialCrossEntropy, CrossEntropy, EpsLoss
+from purify.train.losses import AdversarialCrossEntropy, CrossEntropy, EpsLoss, Trades
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Recipe:
     kind: str  # score or classifier
     dataset: str
     architecture: dict[str, Any]
-    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy
+    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy | Trades
     hyper: Hyper
 
 
@@ -62,5 +62,20 @@ RECIPES: dict[str, Recipe] = {
         FASHION_CNN,
         AdversarialCrossEntropy(eps=0.1, attack_steps=5),
         Hyper(steps=1_500, batch_size=128, weight_decay=1e-4, lr=2e-3),
+    ),
+    # Auxiliary networks of adversarial guidance (AGDM).
+    "digits-guide": Recipe(
+        "classifier",
+        "digits",
+        DIGITS_CNN,
+        Trades(eps=0.3),
+        Hyper(steps=4_000, batch_size=128, weight_decay=1e-4),
+    ),
+    "fashion_mnist-guide": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        Trades(eps=0.1, attack_steps=5),
+        Hyper(steps=2_000, batch_size=128, weight_decay=1e-4, lr=2e-3),
     ),
 }

@@ -1,0 +1,265 @@
+"""Guidance: what bends reverse steps towards the image that came in.
+
+p(u_s | u_t) is weighted by exp(-s_t D), where D is a distance between the state and the input: the mean of a step with
+variance Sigma_t is shifted by -s_t Sigma_t grad_{u_t} D (Dhariwal & Nichol 2021, algorithm 1). Deterministic rules have
+no Sigma_t; there the score becomes score - s_t grad_{u_t} D (their algorithm 2).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from purify.checks import choose
+from purify.noise import Noise
+from purify.score import Prediction, ScoreModel, per_sample
+
+# s_t in units of ``scale``.
+GROWTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "constant": lambda alpha, sigma: torch.ones_like(sigma),
+    "noise-to-signal": lambda alpha, sigma: sigma / alpha,
+}
+POINTS = ("u_t", "u0_hat")
+REFERENCES = ("diffused", "input")
+
+
+@dataclass(frozen=True)
+class Guidance(ABC):
+    """A distance D and how it guides. Distances are per sample, so that batch-mates do not matter.
+
+    Args:
+        scale: a in s_t = a * growth, at least 0; 0 is no guidance.
+        growth: one of ``GROWTHS``: ``constant``, or ``noise-to-signal``, sigma(t) / alpha(t).
+        point: what is compared: ``u_t``, or ``u0_hat``, the score model's guess of the clean image.
+        reference: what it is compared with: the ``input`` of the purifier, or the input ``diffused`` to the same t
+            with noise of its own in each step.
+        through_score: where ``point`` is u0_hat: whether its gradient goes through the score network, which costs a
+            backward pass of it per step, or takes the predicted noise for constant, so that du0_hat/du_t = 1/alpha.
+        t_min, t_max: only steps that start in (t_min, t_max] are guided.
+        second_order: whether attacks' gradients go through ``grad D``. False is an approximation that published
+            attacks made: gradients are then not exact.
+    """
+
+    scale: float
+    growth: str = "noise-to-signal"
+    point: str = "u_t"
+    reference: str = "diffused"
+    through_score: bool = False
+    t_min: float = 0.0
+    t_max: float = 1.0
+    second_order: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise ValueError(f"The guidance scale must be a number of at least 0, got {self.scale}.")
+        choose(self.growth, GROWTHS, "growth of the guidance scale")
+        choose(self.point, dict.fromkeys(POINTS), "guided point")
+        choose(self.reference, dict.fromkeys(REFERENCES), "guidance reference")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(f"Guidance needs 0 <= t_min < t_max <= 1, got {self.t_min} and {self.t_max}.")
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients through guided steps are those of the steps."""
+        return self.second_order or self.scale == 0
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The auxiliary network, if there is one; the purifier freezes it and moves it between devices."""
+        return None
+
+    def represent(self, u: Tensor) -> Tensor:
+        """What is compared of images u (N, C, H, W) in [-1, 1] space: (N, ...)."""
+        return u
+
+    @abstractmethod
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """D (N,) between two representations, twice differentiable in both."""
+
+    def bind(self, images: Tensor) -> Tensor:
+        """What the steps need of the images that came in: their representation, made once, if that is the reference."""
+        return self.represent(images) if self.reference == "input" else images
+
+    def strength(self, model: ScoreModel, t: Tensor) -> Tensor:
+        """s_t at times t: float64 (N,)."""
+        strength = self.scale * GROWTHS[self.growth](model.schedule.alpha(t), model.schedule.sigma(t))
+        return torch.where((t > self.t_min) & (t <= self.t_max), strength, 0.0)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Guidance bound to the images that came in: what a reverse step asks instead of the score model alone.
+
+    Args:
+        guidance: the distance and how it guides.
+        bound: ``guidance.bind`` of what came in, (N, ...).
+        noise: of the same rows.
+        index: the step's noise index, one or (N,).
+    """
+
+    guidance: Guidance
+    bound: Tensor
+    noise: Noise
+    index: int | Tensor
+
+    def __call__(self, model: ScoreModel, u: Tensor, t: Tensor) -> tuple[Prediction, Tensor | None]:
+        """The score model's prediction at (u_t, t) and s_t grad_{u_t} D, or None where nothing is guided."""
+        strength = self.guidance.strength(model, t)
+        if not bool((strength != 0).any()):
+            return model.predict(u, t), None
+        if self.guidance.point == "u0_hat" and self.guidance.through_score:
+            prediction, gradient = self._through_score(model, u, t)
+        else:
+            prediction = model.predict(u, t)
+            gradient = self._outside(model, prediction, u, t)
+        return prediction, per_sample(strength, u) * gradient
+
+    def _through_score(self, model: ScoreModel, u: Tensor, t: Tensor) -> tuple[Prediction, Tensor]:
+        found: list[Prediction] = []
+
+        def distance(w: Tensor) -> Tensor:
+            found.append(model.predict(w, t))
+            return self._distance(model, model.denoised(found[0].eps, w, t), t)
+
+        gradient = self._gradient(distance, u)
+        prediction = found[0]
+        if not attached(u):
+            variance = None if prediction.variance is None else prediction.variance.detach()
+            prediction = Prediction(prediction.eps.detach(), variance)
+        return prediction, gradient
+
+    def _outside(self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor) -> Tensor:
+        """The gradient with what the score network said held constant."""
+        if self.guidance.point == "u_t":
+            return self._gradient(lambda w: self._distance(model, w, t), u)
+        u0 = model.denoised(prediction.eps, u, t)
+        return self._gradient(lambda w: self._distance(model, w, t), u0) / per_sample(model.schedule.alpha(t), u)
+
+    def _distance(self, model: ScoreModel, w: Tensor, t: Tensor) -> Tensor:
+        reference = self.bound
+        if self.guidance.reference == "diffused":
+            z = self.noise.stream("guidance").normal(self.index, w.shape[1:], w.dtype)
+            alpha, sigma = per_sample(model.schedule.alpha(t), w), per_sample(model.schedule.sigma(t), w)
+            reference = self.guidance.represent(alpha * reference + sigma * z)
+        return self.guidance.distance(self.guidance.represent(w), reference)
+
+    def _gradient(self, distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+        """grad_w of ``distance``, itself differentiable where the graph is wanted."""
+        outer = attached(w)
+        again = outer and self.guidance.second_order
+        with torch.enable_grad():
+            w = w if outer else w.detach().requires_grad_()
+            total = distance(w).sum()
+            if not total.requires_grad:  # a network that ignores its input
+                return torch.zeros_like(w)
+            (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=outer, allow_unused=True)
+        return torch.zeros_like(w) if gradient is None else gradient
+
+
+def attached(u: Tensor) -> bool:
+    """Whether u is part of a graph that somebody differentiates."""
+    return torch.is_grad_enabled() and u.requires_grad
+
+
+@dataclass(frozen=True)
+class MSEGuidance(Guidance):
+    """GDMP (Wang et al. 2022) with D the mean squared difference of pixels in [-1, 1] space; form inferred.
+
+    Arguments as for :class:`Guidance`. The defaults compare u_t with the diffused input under s_t = a sigma/alpha.
+    Programs that take the mean over the batch, too, need their scale divided by the batch size.
+    """
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class SSIMGuidance(Guidance):
+    """GDMP (Wang et al. 2022) with D the negative structural similarity (torchmetrics' SSIM, data range 2).
+
+    Arguments as for :class:`Guidance`, and
+
+        sigma: width of SSIM's Gaussian window in pixels; the usual 1.5 is an 11 x 11 window, and images must be
+            larger than half of it.
+    """
+
+    sigma: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma > 0:
+            raise ValueError(f"The window of SSIM must be wider than 0, got sigma = {self.sigma}.")
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        half = int(3.5 * self.sigma + 0.5)
+        if min(a.shape[-2:]) <= half:
+            raise ValueError(
+                f"SSIM with sigma = {self.sigma} needs images larger than {half} pixels, got {tuple(a.shape[-2:])}; "
+                "lower sigma."
+            )
+        found = structural_similarity_index_measure(a, b, sigma=self.sigma, data_range=2.0, reduction="none")
+        assert isinstance(found, Tensor)
+        return -found
+
+
+@dataclass(frozen=True)
+class AdversarialGuidance(Guidance):
+    """Robust diffusion, AGDM (Lin et al. 2024): D is taken between what an adversarially trained network sees.
+
+    D = mean squared difference of c_phi's logits, or of the activations of one of its layers. Arguments as for
+    :class:`Guidance`; by default u0_hat is compared with the input, which keeps c_phi near the images it was trained
+    on, under a constant scale (all inferred); and
+
+        auxiliary: c_phi, from images in [0, 1] to logits; embedded: ``purify.zoo.classifier("digits-guide")``.
+        layer: name of the module of c_phi whose output is compared (``named_modules``); default: the logits.
+    """
+
+    growth: str = "constant"
+    point: str = "u0_hat"
+    reference: str = "input"
+    auxiliary: nn.Module | None = None
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.auxiliary, nn.Module):
+            raise ValueError(
+                "Adversarial guidance needs its auxiliary network: pass auxiliary=, a module from images in [0, 1] to "
+                "logits."
+            )
+        if self.layer is not None:
+            choose(self.layer, dict(self.auxiliary.named_modules()), "layer of the auxiliary network")
+
+    @property
+    def network(self) -> nn.Module | None:
+        return self.auxiliary
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().flatten(1).mean(1)
+
+    def represent(self, u: Tensor) -> Tensor:
+        """Logits or the layer's output for u (N, C, H, W) in [-1, 1] space."""
+        network, seen = self.auxiliary, []
+        assert network is not None
+        if self.layer is None:
+            return network((u + 1) / 2)
+        handle = network.get_submodule(self.layer).register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            network((u + 1) / 2)
+        finally:
+            handle.remove()
+        return seen[-1]
+
+
+GUIDANCES: dict[str, type[Guidance]] = {
+    "mse": MSEGuidance,
+    "ssim": SSIMGuidance,
+    "adversarial": AdversarialGuidance,
+}
+
