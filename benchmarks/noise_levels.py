@@ -3,8 +3,8 @@
 
 Both meet the same number of attacks: a worst case over more attacks is lower for that alone. SSNI: PGD+EOT through t*,
 with t* held constant, and lowering the score norm; constant t*: PGD+EOT twice, and in steps of unit L2 length.
-Every (noise level, seed) is a run of its own below --out; the same command resumes. Runs go through worker processes
-with one thread each, which is the fastest way on a CPU. At the end: a table, result.json and a plot.
+Every (noise level, seed) is a run of its own below --out, on images of its own; the same command resumes. Runs go through
+worker processes with one thread each, which is the fastest way on a CPU. At the end: a table, result.json and a plot.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Job:
     seed: int
     preset: str
     steps: int
+    images: int
     norm_weight: float
     out: Path
     command: str
@@ -118,9 +119,12 @@ class Job:
         return [PGD(**options), ConstantLevelPGD(**options), NormPGD(**options, norm_weight=self.norm_weight)]
 
     def samples(self) -> Samples:
+        """The images of this seed, which no other seed has."""
         images, labels = load_dataset(self.dataset, "test")
-        n = budget(self.preset, self.dataset).n_examples
-        return Samples(images[:n], labels[:n], torch.arange(n))
+        rows = torch.arange(self.seed * self.images, (self.seed + 1) * self.images)
+        if rows[-1] >= len(images):
+            raise ValueError(f"{self.dataset} has no {self.images} test images of its own for seed {self.seed}.")
+        return Samples(images[rows], labels[rows], rows)
 
     def defence(self) -> Defence:
         classifier, model = zoo.classifier(f"{self.dataset}-standard"), zoo.score_model(self.dataset)
@@ -154,7 +158,7 @@ def map_jobs(jobs: Sequence[Job], workers: int) -> Iterator[Job]:
 
 @dataclass
 class Point:
-    """A noise level's accuracies over its seeds; ``values``: per sample, mean over seeds, of "clean" and "worst"."""
+    """A noise level's accuracies over the images of all seeds; ``values``: of each image, "clean" and "worst"."""
 
     name: str
     varies: bool
@@ -174,7 +178,7 @@ class Point:
 
 
 def summarize(jobs: Sequence[Job]) -> Point:
-    """All seeds of one noise level: each sample's mean over the seeds, with intervals over samples."""
+    """All seeds of one noise level, with intervals over images."""
     collected: dict[str, list[np.ndarray]] = {}
     levels: dict[str, list[float]] = {}
     for job in jobs:
@@ -183,10 +187,10 @@ def summarize(jobs: Sequence[Job]) -> Point:
         right = {stage: predictions(folder, defence, stage, samples) == labels for stage in stages}
         for stage, r in right.items():
             collected.setdefault(stage, []).append(r.mean(1))
-            records = [folder.get(defence.name, stage, i) for i in range(len(samples))]
+            records = [folder.get(defence.name, stage, i) for i in samples.ids.tolist()]
             levels.setdefault(stage, []).append(float(np.mean([record["t_star"] for record in records])))
         collected.setdefault("worst", []).append(worst_mean(list(right.values())))
-    values = {stage: np.mean(v, axis=0) for stage, v in collected.items()}
+    values = {stage: np.concatenate(v) for stage, v in collected.items()}
     found = {stage: estimate(v) for stage, v in values.items()}
     return Point(
         name=jobs[0].name,
@@ -284,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(PRESETS)} (default: standard)")
     p.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     p.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
+    p.add_argument("--n-examples", type=int, default=128, help="test images of each seed (default: %(default)s)")
     p.add_argument("--norm-weight", type=float, default=0.3, help="weight of the norm attack (default: %(default)s)")
     p.add_argument("--workers", type=int, default=4, help="processes, one thread each (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/noise-levels"), help="folder (default: %(default)s)")
@@ -297,7 +302,7 @@ def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
     seeds = [int(s) for s in args.seeds.split(",")]
     levels: list[tuple[str, dict[str, float]]] = [("constant", {"t_star": t}) for t in CONSTANTS[args.dataset]]
     levels += SSNI[args.dataset]
-    shared = {"preset": args.preset, "steps": args.steps, "norm_weight": args.norm_weight, "out": args.out}
+    shared = {"preset": args.preset, "steps": args.steps, "images": args.n_examples, "norm_weight": args.norm_weight, "out": args.out}
     shared["command"] = " ".join(sys.argv)
     return [
         [Job(args.dataset, level, tuple(sorted(parameters.items())), seed, **shared) for seed in seeds]
@@ -309,7 +314,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         check_count(args.workers, "workers")
+        check_count(args.n_examples, "n-examples")
         groups = build_jobs(args)
+        for job in groups[0]:
+            job.samples()  # there are enough
         # SSNI runs are the longest; they go first.
         jobs = sorted((job for group in groups for job in group), key=lambda j: (j.seed, not j.varies))
         for job in tqdm(map_jobs(jobs, args.workers), total=len(jobs), unit="run"):
@@ -321,11 +329,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = args.out / args.dataset
+    print(f"{args.dataset}, seeds {args.seeds}, {args.n_examples} images each")
     print(table(points).to_string())
     write_json(folder / "result.json", {"command": " ".join(sys.argv), "points": [p.plain() for p in points]})
     stated = budget(args.preset, args.dataset)
     title = f"{args.dataset}, L_inf {DATASETS[args.dataset].eps['Linf']:g}, PGD {stated.steps} x EOT {stated.eot}"
-    plot(folder / "curve.png", points, f"{title}, {stated.n_examples} images, seeds {args.seeds}")
+    plot(folder / "curve.png", points, f"{title}, {len(points[0].values['clean'])} images, seeds {args.seeds}")
     print(f"Wrote {folder / 'result.json'} and {folder / 'curve.png'}.")
     return 0
 
