@@ -3,8 +3,9 @@
 
 Both meet the same number of attacks: a worst case over more attacks is lower for that alone. SSNI: PGD+EOT through t*,
 with t* held constant, and lowering the score norm; constant t*: PGD+EOT twice, and in steps of unit L2 length.
-Every (noise level, seed) is a run of its own below --out, on images of its own; the same command resumes. Runs go through
-worker processes with one thread each, which is the fastest way on a CPU. At the end: a table, result.json and a plot.
+Every (noise level, seed) is a run of its own below --out; each seed has images of its own; the same command resumes.
+Runs go through worker processes with one thread each, the fastest way on a CPU. At the end: a table, result.json and
+a plot.
 """
 
 from __future__ import annotations
@@ -302,8 +303,8 @@ def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
     seeds = [int(s) for s in args.seeds.split(",")]
     levels: list[tuple[str, dict[str, float]]] = [("constant", {"t_star": t}) for t in CONSTANTS[args.dataset]]
     levels += SSNI[args.dataset]
-    shared = {"preset": args.preset, "steps": args.steps, "images": args.n_examples, "norm_weight": args.norm_weight, "out": args.out}
-    shared["command"] = " ".join(sys.argv)
+    shared = {"preset": args.preset, "steps": args.steps, "images": args.n_examples, "norm_weight": args.norm_weight}
+    shared |= {"out": args.out, "command": " ".join(sys.argv)}
     return [
         [Job(args.dataset, level, tuple(sorted(parameters.items())), seed, **shared) for seed in seeds]
         for level, parameters in levels

@@ -5,7 +5,7 @@ from purify.defended import DefendedClassifier
 from purify.levels import Constant, SSNILinear, SSNISigmoid
 from purify.noise import Noise, derive_seed
 from purify.plans import FixedDt, FixedSteps
-from purify.presets import PURIFIERS, diffpure
+from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
 from purify.purifier import Purifier
 from purify.schedule import ContinuousVP, DiscreteVP
 from purify.score import ScoreModel
@@ -17,6 +17,7 @@ compat.install()
 
 __all__ = [
     "PURIFIERS",
+    "AdversarialGuidance",
     "Calibration",
     "Constant",
     "ContinuousVP",
@@ -30,7 +31,10 @@ __all__ = [
     "SSNISigmoid",
     "ScoreModel",
     "ScoreNorm",
+    "agdm",
     "calibrate",
     "derive_seed",
     "diffpure",
+    "gdmp",
+    "gns",
 ]

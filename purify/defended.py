@@ -133,12 +133,21 @@ class DefendedClassifier(nn.Module):
         """Whether the purifier chooses a noise level for each image."""
         return self.purifier.level.varies
 
+    @property
+    def guided(self) -> bool:
+        """Whether something guides the purifier's reverse steps."""
+        return self.purifier.guidance is not None
+
     def with_gradient(
-        self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None
+        self,
+        gradient: str | GradientEngine | Mapping[str, Any] | None = None,
+        through_level: bool | None = None,
+        second_order: bool | None = None,
     ) -> DefendedClassifier:
         """The same model (sharing all weights) under another gradient of its purifier; see there."""
         twin = copy.copy(self)
-        twin._modules = {**self._modules, "purifier": self.purifier.with_gradient(gradient, through_level)}
+        changed = self.purifier.with_gradient(gradient, through_level, second_order)
+        twin._modules = {**self._modules, "purifier": changed}
         return twin
 
     def config(self) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from purify import registry, zoo
 from purify.checks import choose
+from purify.guidance import GUIDANCES
 from purify.levels import NoiseLevel
-from purify.plans import Plan
+from purify.plans import FixedDt, Plan
 from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
 from purify.score import ScoreModel
@@ -44,4 +48,87 @@ def diffpure(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, **options)
 
 
-PURIFIERS: dict[str, Callable[..., Purifier]] = {"diffpure": diffpure}
+def gdmp(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.036,
+    steps: int | Plan | Mapping[str, Any] = 36,
+    reverse: Any = "ddpm",
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = 6e4,
+    distance: str = "mse",
+    rounds: int | Sequence[float] = 4,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """GDMP (Wang et al. 2022): several short purifications, each pulled towards the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are those of CIFAR-10.
+        scale: a of the guidance (inferred: a public program's on CIFAR-10, with the mean over the 3072 pixels; images
+            of d pixels need about a * d / 3072).
+        distance: ``mse`` or ``ssim``.
+        rounds: purifications in a row.
+        second_order: see :class:`~purify.guidance.Guidance`.
+        options: of that guidance (``growth``, ``reference``, ``point``, ``t_min``, ``t_max``, ssim's ``sigma``, ...).
+    """
+    known = {name: kind for name, kind in GUIDANCES.items() if name in ("mse", "ssim")}
+    choose(distance, known, "distance of GDMP")
+    settings = {"kind": distance, "scale": scale, "second_order": second_order, **options}
+    guidance = registry.build(settings, known, "guidance of GDMP")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance, rounds=rounds)
+
+
+def agdm(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.1,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = "ddpm",
+    gradient: Any = DEFAULT_ENGINE,
+    auxiliary: nn.Module | str | None = None,
+    scale: float = 1.0,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """Robust diffusion, AGDM (Lin et al. 2024): one purification, guided by an adversarially trained network.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`.
+        auxiliary: the network c_phi from images in [0, 1] to logits, or the name or path of one of the zoo's
+            (``digits-guide``, ``fashion_mnist-guide``).
+        scale: s of the guidance.
+        second_order: see :class:`~purify.guidance.Guidance`.
+        options: of :class:`~purify.guidance.AdversarialGuidance` (``layer``, ``point``, ``reference``, ``growth``,
+            ``through_score``, ``t_min``, ``t_max``).
+    """
+    network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
+    settings = {"kind": "adversarial", "scale": scale, "second_order": second_order, "auxiliary": network, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of AGDM")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+GNS_ROUNDS = tuple(step / 125 for step in (30, 30, 30, 30, 50, 50, 125, 125))
+
+
+def gns(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.125,
+    steps: int | Plan | Mapping[str, Any] = FixedDt(1e-3),  # noqa: B008 - immutable
+    reverse: Any = "ddpm",
+    gradient: Any = DEFAULT_ENGINE,
+    rounds: int | Sequence[float] = GNS_ROUNDS,
+) -> Purifier:
+    """Gradual noise scheduling (Lee & Kim 2023): eight purifications in a row, with noise that grows.
+
+    Theirs averages the logits of 10 runs: ``DefendedClassifier(classifier, gns(...), purifications=10)``, and was
+    attacked through ``gradient=Surrogate(steps=(1, 1, 5), rounds=(3, 5, 7))``; the default gradient is exact.
+
+    Args:
+        score_model, reverse, gradient: as for :func:`diffpure`.
+        t_star: noise level of the last rounds.
+        steps: steps of every round; published: as many as the round's level has thousandths.
+        rounds: the levels of the rounds as shares of ``t_star``; published: 30, 30, 30, 30, 50, 50, 125, 125 of 125.
+    """
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, rounds=rounds)
+
+
+PURIFIERS: dict[str, Callable[..., Purifier]] = {"diffpure": diffpure, "gdmp": gdmp, "agdm": agdm, "gns": gns}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -219,16 +219,28 @@ class Purifier(nn.Module):
         return Process(tuple(rounds), self.clip, watch)
 
     def with_gradient(
-        self, gradient: str | GradientEngine | Mapping[str, Any] | None = None, through_level: bool | None = None
+        self,
+        gradient: str | GradientEngine | Mapping[str, Any] | None = None,
+        through_level: bool | None = None,
+        second_order: bool | None = None,
     ) -> Purifier:
-        """The same purifier (sharing its weights) under another gradient engine, or with t* held constant in it."""
+        """The same purifier (sharing its weights) under another gradient engine, or with t* or the guidance held
+        constant in it."""
         twin = copy.copy(self)
         if gradient is not None:
             twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
             twin.engine.check(self.task)
         if through_level is not None:
             twin.through_level = through_level
+        if second_order is not None and self.guidance is not None:
+            twin.guidance = replace(self.guidance, second_order=second_order)
         return twin
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients are those of the purification that runs."""
+        guided = self.guidance is None or self.guidance.exact
+        return self.engine.exact and guided and (self.through_level or not self.level.varies)
 
     def config(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_config` builds the same purifier around the same score model."""

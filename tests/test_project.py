@@ -151,7 +151,7 @@ def test_noise_levels(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(script.CONSTANTS, "digits", (0.1, 0.2))
     monkeypatch.setitem(script.SSNI, "digits", script.SSNI["digits"][:1])
     monkeypatch.setattr(script, "map_jobs", lambda jobs, workers: [job() or job for job in jobs])
-    arguments = ["--preset", "quick", "--seeds", "0,1", "--steps", "2", "--out", str(tmp_path)]
+    arguments = ["--preset", "quick", "--seeds", "0,1", "--n-examples", "4", "--steps", "2", "--out", str(tmp_path)]
     assert script.main(arguments) == 0
     first = (tmp_path / "digits" / "result.json").read_text()
     points = json.loads(first)["points"]

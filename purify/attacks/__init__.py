@@ -6,7 +6,7 @@ from purify.attacks.base import Attack, AttackResult
 from purify.attacks.frequency import LowFrequencyPGD
 from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, NormPGD
 from purify.attacks.noise import RandomNoise
-from purify.attacks.pgd import BPDA, PGD, SurrogatePGD
+from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
 from purify.attacks.transfer import Transfer
 
@@ -20,6 +20,7 @@ ATTACKS: dict[str, type[Attack]] = {
         LowFrequencyPGD,
         ConstantLevelPGD,
         NormPGD,
+        FirstOrderPGD,
         BPDA,
         SurrogatePGD,
         AutoAttackRand,
@@ -40,6 +41,7 @@ __all__ = [
     "AutoAttackRand",
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
+    "FirstOrderPGD",
     "LowFrequencyPGD",
     "NormPGD",
     "RandomNoise",

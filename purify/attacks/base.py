@@ -41,9 +41,11 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
-    # What the attack is about, and says nothing without: a purifier's gradient; a noise level chosen for each image.
+    # What the attack is about, and says nothing without: a purifier's gradient; a noise level chosen for each image;
+    # guided reverse steps.
     needs_purifier: ClassVar[bool] = False
     needs_level: ClassVar[bool] = False
+    needs_guidance: ClassVar[bool] = False
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
 
     def __post_init__(self) -> None:
@@ -76,7 +78,9 @@ class Attack(ABC):
         ids, seed = ids.to(images.device), derive_seed(seed, self.name)
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
         if not self.applies_to(model):
-            what = "chooses a noise level for each image" if self.needs_level else "has a purifier"
+            what = "has a purifier"
+            what = "chooses a noise level for each image" if self.needs_level else what
+            what = "guides its reverse steps" if self.needs_guidance else what
             raise ValueError(f"{self.name} is for a model that {what}; this one does not, use pgd-eot on it.")
         return self.run(model, images.detach(), labels.long(), ids, seed)
 
@@ -91,8 +95,12 @@ class Attack(ABC):
 
     def applies_to(self, model: nn.Module) -> bool:
         """Whether the attack says something about ``model`` that others do not."""
-        purifier = hasattr(model, "with_gradient") or not (self.needs_purifier or self.needs_level)
-        return purifier and (getattr(model, "level_varies", False) or not self.needs_level)
+        needs = {
+            "with_gradient": self.needs_purifier,
+            "level_varies": self.needs_level,
+            "guided": self.needs_guidance,
+        }
+        return all(getattr(model, feature, False) for feature, needed in needs.items() if needed)
 
     def attacked(self, model: nn.Module) -> nn.Module:
         """The model that is differentiated; its forward values are those of ``model``."""

@@ -205,6 +205,17 @@ class SurrogatePGD(PGD):
         return with_gradient(model, gradient={"kind": "surrogate", "steps": self.surrogate_steps})
 
 
+@dataclass(frozen=True)
+class FirstOrderPGD(PGD):
+    """PGD+EOT that takes what guides the reverse steps for constant in its gradient, as published attacks did."""
+
+    name: ClassVar[str] = "pgd-eot-first-order"
+    needs_guidance: ClassVar[bool] = True
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return with_gradient(model, second_order=False)
+
+
 def _finite(values: Tensor, ids: Tensor) -> Tensor:
     bad = ~values.flatten(1).isfinite().all(1) if values.ndim > 1 else ~values.isfinite()
     if bool(bad.any()):

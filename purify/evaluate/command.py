@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import platform
 import shlex
@@ -32,19 +33,23 @@ from purify.evaluate.ranks import Ranks, join, leave, set_threads
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, results, worst_only_results
 from purify.evaluate.selfchecks import self_checks
+from purify.evaluate.usual import usual
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
 from purify.levels import LEVELS, TAU_UNITS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
 from purify.plans import FixedDt
-from purify.presets import DIFFPURE_VARIANTS, PURIFIERS
+from purify.presets import PURIFIERS
 from purify.purifier import DEFAULT_ENGINE
 from purify.reverse import REVERSE_RULES
 from purify.score import ScoreModel
+
+SHARED_OPTIONS = ("score_model", "t_star", "steps", "reverse", "gradient")  # these have options of their own
 
 EXAMPLES = """examples:
   %(prog)s                                     the demo: digits, reduced budget
   %(prog)s --preset standard                   the same with an attack worth quoting
   %(prog)s --dataset fashion_mnist --t-star 0.15 --preset standard
   %(prog)s --noise-level ssni-l,ssni-n --t-star 0.25 --ssni-tau 2
+  %(prog)s --purifier diffpure,gdmp,agdm --noise-level constant,ssni-n --set gdmp.scale=300
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
   %(prog)s --dataset cifar10 --model Standard --score-model my.safetensors --preset paper --device cuda
 """
@@ -67,7 +72,15 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--n-examples", type=int, help="test images to attack")
     g = p.add_argument_group("defence")
-    g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
+    names = ", ".join(PURIFIERS)
+    g.add_argument("--purifier", default="diffpure", help=f"comma-separated: {names} (default: diffpure)")
+    g.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[PURIFIER.]NAME=VALUE",
+        help="a parameter of the purifier, e.g. scale=300, or gdmp.rounds=2 where there are several; may be repeated",
+    )
     g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
     g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument(
@@ -86,7 +99,6 @@ def parser() -> argparse.ArgumentParser:
         help="step length: t* then decides how many steps run, instead of --steps; an eighth of --max-rows at a time",
     )
     g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
-    g.add_argument("--variant", default="consistent", help=f"time convention: {', '.join(DIFFPURE_VARIANTS)}")
     g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
     g.add_argument("--aggregate", default="logits", help=f"how they are combined: {', '.join(AGGREGATES)}")
     g = p.add_argument_group("threat and attack")
@@ -94,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm",
+        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-first-order",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
@@ -205,8 +217,8 @@ def show(
         if not check.passed:
             print(f"       {check.meaning}")
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
-    engine = choose(args.gradient, ENGINES, "gradient engine")
-    gradient = f"{args.gradient} gradient, {'exact' if engine.exact else 'APPROXIMATE: a stronger attack exists'}"
+    exact = all(getattr(d.model.purifier, "exact", False) for d in purified)
+    gradient = f"{args.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({args.preset}); {gradient}.")
     if args.preset == "quick":
         print(
@@ -296,10 +308,9 @@ def numbers(text: str, what: str) -> list[float]:
         raise ValueError(f"--{what} takes numbers separated by commas, got {text!r}.") from error
 
 
-def build_level(name: str, args: argparse.Namespace) -> NoiseLevel:
+def build_level(name: str, t_star: float, args: argparse.Namespace) -> NoiseLevel:
     """The noise level of this name with the parameters of the command line."""
     kind = choose(name, LEVELS, "noise level")
-    t_star = DATASETS[args.dataset].t_star if args.t_star is None else args.t_star
     if kind is Constant:
         return Constant(t_star)
     calibration = load_calibration(args.calibration, args.score_model or args.dataset)
@@ -310,7 +321,34 @@ def build_level(name: str, args: argparse.Namespace) -> NoiseLevel:
     return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
 
 
+def purifier_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What --set says of this purifier, on top of what is usual on the data set."""
+    preset = choose(name, PURIFIERS, "purifier")
+    known = [p for p in inspect.signature(preset).parameters if p not in SHARED_OPTIONS]
+    options = dict(usual(name, args.dataset))
+    for text in args.set:
+        key, separator, value = text.partition("=")
+        purifier, _, option = key.rpartition(".")
+        if not separator or (purifier and purifier not in PURIFIERS):
+            raise ValueError(f"--set takes NAME=VALUE or PURIFIER.NAME=VALUE, got {text!r}.")
+        if purifier not in ("", name):
+            continue
+        if option not in known and "options" not in known:
+            raise ValueError(f"{name} has no parameter {option!r}; known: {', '.join(known) or 'none'}.")
+        options[option] = plain_value(value)
+    return options
+
+
+def plain_value(text: str) -> Any:
+    """A number, list, true or false as JSON writes them; anything else is the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def build_purified(
+    purifier: str,
     name: str,
     bare: nn.Module,
     score_model: ScoreModel,
@@ -318,14 +356,16 @@ def build_purified(
     allowed: Budget,
     attacks: list[Attack],
 ) -> Defence:
-    """The classifier behind a purifier with the noise level ``name``."""
-    preset = choose(args.purifier, PURIFIERS, "purifier")
-    level = build_level(name, args)
+    """The classifier behind ``purifier`` with the noise level ``name``."""
+    options = purifier_options(purifier, args)
+    usual_level = options.pop("t_star", DATASETS[args.dataset].t_star)
+    level = build_level(name, usual_level if args.t_star is None else args.t_star, args)
     plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 8))
-    purifier = preset(score_model, level, plan, args.reverse, gradient_config(args), args.variant)
-    model = DefendedClassifier(bare, purifier, args.purifications, args.aggregate)
+    built = PURIFIERS[purifier](score_model, level, plan, args.reverse, gradient_config(args), **options)
+    device = next(score_model.parameters()).device
+    model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
     applicable = [a for a in attacks if a.applies_to(model)]
-    title = f"{args.purifier} {name}" if level.varies else args.purifier
+    title = f"{purifier} {name}" if level.varies else purifier
     if not applicable:
         raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
     config = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
@@ -342,7 +382,11 @@ def build_defences(
     score_model = load_score(args.score_model or args.dataset).to(device)
     embedded = args.dataset in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
-    purified = [build_purified(n.strip(), bare, score_model, args, allowed, attacks) for n in names]
+    purified = [
+        build_purified(p.strip(), n.strip(), bare, score_model, args, allowed, attacks)
+        for p in args.purifier.split(",")
+        for n in names
+    ]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
@@ -387,7 +431,7 @@ def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samp
 def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:
     """A folder below runs/ that only this configuration has."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / f"{args.dataset}-{args.purifier}-{args.preset}-{digest}"
+    return Path("runs") / f"{args.dataset}-{args.purifier.replace(',', '+')}-{args.preset}-{digest}"
 
 
 def environment(device: torch.device, command: str, ranks: Ranks) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check
     """The gradient in use against full backpropagation in float64, and how many of its entries are zero."""
     used = input_gradient(defence.model, samples, samples.images.dtype, seed)
     double: Any = copy.deepcopy(defence.model).double()
-    exact = input_gradient(double.with_gradient("full", through_level=True), samples, torch.float64, seed)
+    whole = double.with_gradient("full", through_level=True, second_order=True)
+    exact = input_gradient(whole, samples, torch.float64, seed)
     cosine = torch.cosine_similarity(used.flatten(), exact.flatten(), dim=0).item()
     zeros = (used == 0).double().mean().item()
     return [
