@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from purify.attacks.autoattack import AutoAttackRand
 from purify.attacks.base import with_gradient
 from purify.attacks.norms import BALLS
-from purify.attacks.pgd import LOSSES, PGD, Evaluator
+from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class NormPGD(PGD):
         return evaluate
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        unit = BALLS["L2"].direction
-        loss, statistic = (unit(gradient, z) for gradient in gradients)
-        return unit(loss - self.norm_weight * statistic, z)
+        return BALLS["L2"].direction(mixed(gradients, z, -self.norm_weight), z)
 
     def mean_step(self, x: Tensor) -> float:
         if self.step_size is not None:

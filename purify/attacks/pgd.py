@@ -177,6 +177,12 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
 
 
+def mixed(gradients: Sequence[Tensor], z: Tensor, weight: float) -> Tensor:
+    """Loss gradient plus ``weight`` times the gradient of the second term, each of unit L2 norm."""
+    loss, other = (BALLS["L2"].direction(gradient, z) for gradient in gradients)
+    return loss + weight * other
+
+
 @dataclass(frozen=True)
 class BPDA(PGD):
     """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""

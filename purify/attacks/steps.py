@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from purify.attacks.norms import BALLS
-from purify.attacks.pgd import LOSSES, PGD, Evaluator
+from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,4 @@ class StepsPGD(PGD):
         return evaluate
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        unit = BALLS["L2"].direction
-        loss, deviation = (unit(gradient, z) for gradient in gradients)
-        return BALLS[self.norm].direction(loss + self.step_weight * deviation, z)
+        return BALLS[self.norm].direction(mixed(gradients, z, self.step_weight), z)
