@@ -143,6 +143,15 @@ def test_autoattack_rand_in_fixed_groups_does_not_depend_on_the_order(model):
     assert (whole != images).any()
 
 
+@pytest.mark.parametrize("steps", [1, 20, 100])
+def test_autoattack_rand_places_its_checkpoints_for_its_steps(model, steps):
+    """As the package's APGD does when it is made for that many; a mere change of n_iter leaves them where they were."""
+    ours = AutoAttackRand("Linf", 0.3, steps=steps, eot=3).prepare(model, 0, torch.device("cpu")).apgd
+    theirs = type(ours)(model, n_iter=steps, eps=0.3, eot_iter=3)
+    for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr", "eot_iter"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 2.0)])
 def test_pgd_is_about_as_strong_as_apgd(norm, eps):
     """At equal steps on a deterministic model, where APGD is the standard to meet."""
