@@ -103,7 +103,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
     if np.ptp(gaps) == 0:
         return Estimate(gaps[0], gaps[0], gaps[0])
     options = {"confidence_level": LEVEL, "n_resamples": 5000, "method": "percentile", "rng": 0}
-    return Estimate(float(gaps.mean()), *map(float, stats.bootstrap((gaps,), np.mean, **options).confidence_interval))
+    interval = stats.bootstrap((gaps,), np.mean, **options).confidence_interval
+    return Estimate(float(gaps.mean()), float(interval.low), float(interval.high))
 
 
 def compare(
