@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module, util
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class _StandIn(Loader):
@@ -25,8 +27,21 @@ class _StandIn(Loader):
 
             module.AutoAttack = AutoAttack  # type: ignore[attr-defined]
         else:
-            state = import_module("pyautoattack.state")
-            module.EvaluationState = state.EvaluationState  # type: ignore[attr-defined]
+            module.EvaluationState = _state_class()  # type: ignore[attr-defined]
+
+
+def _state_class() -> type:
+    """pyautoattack's state of an evaluation, read back with flags of which RobustBench can take the mean."""
+    base: Any = import_module("pyautoattack.state").EvaluationState
+
+    class EvaluationState(base):
+        @classmethod
+        def from_disk(cls, path: Path) -> Any:
+            found = super().from_disk(path)
+            found._robust_flags = found._robust_flags.float()
+            return found
+
+    return EvaluationState
 
 
 class AutoAttackFinder(MetaPathFinder):

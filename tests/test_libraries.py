@@ -1,5 +1,6 @@
 """Attack libraries and RobustBench take our models as they are."""
 
+import json
 import subprocess
 import sys
 import types
@@ -52,27 +53,85 @@ def test_robustbench_imports_on_a_plain_install():
     assert done.stdout.strip() == expected
 
 
-def test_robustbench_benchmark_takes_a_defended_classifier(monkeypatch, images):
-    """Its own code path, with our small data in place of CIFAR-10 (which cannot be downloaded here)."""
+@pytest.fixture
+def robustbench(monkeypatch):
+    """RobustBench, which loads random images of CIFAR's shape in place of CIFAR-10 and whose AutoAttack is brief.
+
+    ``attacks`` collects the attacks that it makes, ``found`` what they return.
+    """
     from purify.compat import import_robustbench
 
-    import_robustbench()
+    package = import_robustbench()
+    import robustbench.data
     import robustbench.eval
+    from robustbench.model_zoo.enums import BenchmarkDataset
 
-    classifier = TinyClassifier(channels=1)
-    y = classifier(images).argmax(1)
-    monkeypatch.setattr(robustbench.eval, "load_clean_dataset", lambda *a, **k: (images, y))
-    original = robustbench.eval.AutoAttack
+    images = 0.2 + 0.6 * torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = cifar_classifier()(images).argmax(1)
 
-    def rand(*args, **kwargs):
-        attack = original(*args, **{**kwargs, "version": "rand"})
-        attack.apgd.n_iter, attack.apgd.eot_iter = 5, 2
-        return attack
+    def load(n_examples, data_dir, transform):
+        return images[:n_examples], labels[:n_examples]
 
-    monkeypatch.setattr(robustbench.eval, "AutoAttack", rand)
-    model = DefendedClassifier(classifier, diffpure(smooth_model(), 0.05, 2, "ddpm"))
-    clean, robust = robustbench.eval.benchmark(model, n_examples=7, dataset="cifar10", threat_model="Linf", eps=0.3)
-    assert 0 <= robust <= clean <= 1
+    monkeypatch.setitem(robustbench.data._clean_dataset_loaders, BenchmarkDataset.cifar_10, load)
+    attacks, found = [], []
+
+    class Brief(robustbench.eval.AutoAttack):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{"seed": 0, **kwargs})
+            self.apgd.n_iter = self.apgd_targeted.n_iter = 4
+            self.apgd_targeted.n_target_classes = self.fab.n_target_classes = 2
+            self.fab.n_iter, self.square.n_queries = 2, 10
+            attacks.append(self)
+
+        def run_standard_evaluation(self, *args, **kwargs):
+            found.append(super().run_standard_evaluation(*args, **kwargs))
+            return found[-1]
+
+    monkeypatch.setattr(robustbench.eval, "AutoAttack", Brief)
+    return types.SimpleNamespace(benchmark=package.benchmark, images=images, attacks=attacks, found=found)
+
+
+def cifar_classifier():
+    return TinyClassifier(channels=3, size=32)
+
+
+def cifar_model():
+    return DefendedClassifier(cifar_classifier(), diffpure(smooth_model(channels=3, size=32), 0.05, 2, "ddpm"))
+
+
+@pytest.mark.parametrize(("threat_model", "eps"), [("Linf", 6 / 255), ("L2", 1.1)])
+def test_robustbench_benchmarks_a_defended_classifier(robustbench, capsys, threat_model, eps):
+    """``robustbench.benchmark`` as it is called in papers: CIFAR-10, all four attacks of the standard version."""
+    torch.manual_seed(0)
+    model = cifar_model()
+    clean, robust = robustbench.benchmark(
+        model, n_examples=10, dataset="cifar10", threat_model=threat_model, eps=eps, batch_size=6
+    )
+    assert clean >= 0.7
+    assert 0 < robust <= clean - 0.2
+    assert robustbench.attacks[0].attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert "robust accuracy after SQUARE" in "".join(capsys.readouterr())  # something was left for the last
+    moved = (robustbench.found[0] - robustbench.images[:10]).flatten(1)
+    distances = moved.abs().amax(1) if threat_model == "Linf" else moved.norm(dim=1)
+    assert eps / 2 < distances.max() <= eps + 1e-5
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_robustbench_benchmark_keeps_its_state_and_log(robustbench, tmp_path):
+    """With ``aa_state_path`` the answer is the share of images that no attack broke."""
+    if adapter.is_original_installed():
+        pytest.skip("the original autoattack is installed: its state file is its own")
+    torch.manual_seed(0)
+    _, robust = robustbench.benchmark(
+        cifar_model(), 10, "cifar10", "Linf", eps=6 / 255, log_path=tmp_path / "log", aa_state_path=tmp_path / "state"
+    )
+    state = json.loads((tmp_path / "state").read_text())
+    assert 0 < robust < 1
+    assert robust == pytest.approx(sum(state["_robust_flags"]) / 10)
+    untouched = (robustbench.found[0] == robustbench.images[:10]).flatten(1).all(1)
+    assert untouched.float().mean() >= robust
+    assert "robust accuracy" in (tmp_path / "log").read_text()
 
 
 def test_adapter_equals_its_backend(images):
@@ -141,6 +200,15 @@ def test_autoattack_rand_in_fixed_groups_does_not_depend_on_the_order(model):
     torch.testing.assert_close(second_group, whole[32:], rtol=0, atol=2e-5)
     assert (whole - images).abs().max() <= 0.2 + 1e-5
     assert (whole != images).any()
+
+
+@pytest.mark.parametrize("steps", [1, 20, 100])
+def test_autoattack_rand_places_its_checkpoints_for_its_steps(model, steps):
+    """As the package's APGD does when it is made for that many; a mere change of n_iter leaves them where they were."""
+    ours = AutoAttackRand("Linf", 0.3, steps=steps, eot=3).prepare(model, 0, torch.device("cpu")).apgd
+    theirs = type(ours)(model, n_iter=steps, eps=0.3, eot_iter=3)
+    for name in ("n_iter", "n_iter_orig", "n_iter_2", "n_iter_min", "size_decr", "eot_iter"):
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5), ("L1", 2.0)])

@@ -143,6 +143,74 @@ def test_throughput(tmp_path):
     assert script.main(["--samples", "0"]) == 2
 
 
+def test_attack_speed(tmp_path, monkeypatch):
+    """Both ask for the same gradients, however they are batched; ours also looks at one image and the last iterate."""
+    script = load_script("attack_speed")
+    seen = []
+    forward = script.DefendedClassifier.forward
+
+    def counted(self, x, **keys):
+        seen.append((len(x), x.requires_grad, any(p.requires_grad for p in self.parameters())))
+        return forward(self, x, **keys)
+
+    monkeypatch.setattr(script.DefendedClassifier, "forward", counted)
+    out = tmp_path / "t.json"
+    arguments = ["--batches", "1,3", "--steps", "2", "--eot", "4", "--repeats", "1", "--reverse-steps", "2"]
+    assert script.main([*arguments, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    peers = (script.PEER, script.PEER_WEIGHTS)
+    assert [(r["batch"], r["peer"]) for r in rows] == [(n, p) for n in (1, 3) for p in peers]
+    x, y = (t[:3] for t in script.load_dataset("digits", "test"))
+    works = script.build_works(script.parser().parse_args(arguments), x, y)
+    calls = {}
+    for name, work in works.items():
+        seen.clear()
+        work()
+        calls[name] = list(seen)
+    assert calls[script.OURS] == [(1, False, False), *[(12, True, False)] * 2, (12, False, False)]
+    assert calls[script.PEER] == [(3, True, False)] * 8
+    assert calls[script.PEER_WEIGHTS] == [(3, True, True)] * 8
+    assert script.main(["--batches", "0"]) == 2
+
+
+def test_library_attacks(tmp_path, capsys):
+    """The whole script on a tiny budget; it resumes."""
+    script = load_script("library_attacks")
+    arguments = ["--samples", "4", "--steps", "1", "--eot", "2", "--queries", "2", "--judge-draws", "3"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0
+    first = (tmp_path / "result.json").read_text()
+    rows = {r["name"]: r for r in json.loads(first)["rows"]}
+    peers = ["torchattacks-eotpgd-0.075", "torchattacks-eotpgd-0.75", "autoattack-rand", "square"]
+    assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "our worst case", *peers]
+    worst = rows["our worst case"]["accuracy"]["value"]
+    for name in peers:
+        gap = rows[name]["difference"]
+        assert gap["value"] == pytest.approx(worst - rows[name]["accuracy"]["value"])
+        assert gap["low"] <= gap["value"] <= gap["high"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0  # everything is on disk
+    assert (tmp_path / "result.json").read_text() == first
+    assert "at most square" in capsys.readouterr().out
+    assert script.main(["--samples", "0"]) == 2
+
+
+def test_torchattacks_is_run_as_it_is():
+    """The images are those of torchattacks.EOTPGD under the same seed of torch's generator, which is left as it was."""
+    import torch
+    import torchattacks
+
+    from purify.noise import derive_seed
+
+    script = load_script("library_attacks")
+    attack = script.TorchattacksEOTPGD("Linf", 0.3, steps=3, eot=2, alpha=0.1)
+    model = script.build_defence([attack], 0.18, 2).model
+    images, labels = (t[:5] for t in script.load_dataset("digits", "test"))
+    before = torch.get_rng_state()
+    found = attack(model, images, labels, sample_ids=torch.arange(10, 15), seed=3).images
+    torch.testing.assert_close(torch.get_rng_state(), before)
+    torch.manual_seed(derive_seed(derive_seed(3, attack.name), *range(10, 15)))
+    assert torch.equal(found, torchattacks.EOTPGD(model, 0.3, 0.1, 3, 2)(images, labels))
+
+
 def test_noise_levels(tmp_path, capsys, monkeypatch):
     """The whole script on a tiny budget: runs, resumes, table and plot."""
     script = load_script("noise_levels")

@@ -153,6 +153,18 @@ class AutoAttack:
             logger.propagate = propagate
 
 
+def set_apgd_steps(apgd: Any, steps: int) -> None:
+    """Give the package's APGD another number of steps.
+
+    It places its checkpoints when it is made, for 100 steps: with ``n_iter`` alone changed to 20 the first would come
+    after the last step, and the step size would stay at 2 eps.
+    """
+    apgd.n_iter = apgd.n_iter_orig = steps
+    shares = {"n_iter_2": 0.22, "n_iter_min": 0.06, "size_decr": 0.03}  # Croce & Hein 2020, section 3.1
+    for name, share in shares.items():
+        setattr(apgd, name, max(int(share * steps), 1))
+
+
 @dataclass(frozen=True)
 class _Library(Attack):
     """An attack of the AutoAttack package, run on fixed groups of sample ids under a seed of the group's own.
@@ -209,7 +221,8 @@ class AutoAttackRand(_Library):
 
     def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
         attack = AutoAttack(model, self.norm, self.eps, seed, verbose=False, version="rand", device=device)
-        attack.apgd.n_iter, attack.apgd.eot_iter = self.steps, self.eot
+        set_apgd_steps(attack.apgd, self.steps)
+        attack.apgd.eot_iter = self.eot
         return attack
 
     def on_deterministic(self) -> Attack:

@@ -1,0 +1,182 @@
+#!/usr/bin/env python
+"""Our worst case beside other libraries' attacks: the same defended digits, images, steps, EOT draws and judge.
+
+Ours are PGD+EOT and APGD+EOT, the worst of them for each image (cross-fitted). Theirs are torchattacks' EOTPGD (with
+the library's ratio of step size to eps, and with Madry's 2.5 eps / steps), AutoAttack's `rand` alone and Square alone.
+Prints accuracies and the paired difference, ours minus theirs, with 95 % intervals; writes records and result.json
+below --out. The same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from purify import DefendedClassifier, diffpure, zoo
+from purify.attacks import APGD, PGD, Attack, AttackResult, AutoAttackRand, Square
+from purify.attacks.base import check_budget
+from purify.checks import check_count
+from purify.data import DATASETS, load_dataset
+from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
+from purify.evaluate.command import environment
+from purify.evaluate.metrics import LEVEL, estimate, mean_correct, worst_mean
+from purify.evaluate.models import fingerprint
+from purify.evaluate.ranks import Ranks, set_threads
+from purify.evaluate.records import write_json
+from purify.evaluate.runner import CLEAN, predictions
+from purify.noise import derive_seed
+
+OURS = "our worst case"
+
+
+@dataclass(frozen=True)
+class TorchattacksEOTPGD(Attack):
+    """``torchattacks.EOTPGD`` with ``steps`` steps of length ``alpha`` in L_inf, under a seed of the batch's own."""
+
+    steps: int
+    eot: int
+    alpha: float
+
+    name: ClassVar[str] = "torchattacks-eotpgd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.steps, self.eot, 1)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.alpha:g}"
+
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        import torchattacks
+
+        attack = torchattacks.EOTPGD(model, self.eps, self.alpha, self.steps, self.eot)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            torch.manual_seed(derive_seed(seed, *ids.tolist()))
+            return AttackResult(attack(x, y), torch.full((len(x),), float("nan"), device=x.device))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison; ``difference``: our worst case minus this attack's accuracy, paired by image."""
+
+    name: str
+    accuracy: Estimate
+    difference: Estimate | None = None
+
+
+def build_attacks(steps: int, eot: int, queries: int) -> tuple[list[Attack], list[Attack]]:
+    """Ours and theirs, at the same steps and EOT draws."""
+    eps = DATASETS["digits"].eps["Linf"]
+    ours: list[Attack] = [kind("Linf", eps, steps=steps, eot=eot, max_rows=256) for kind in (PGD, APGD)]
+    theirs: list[Attack] = [
+        TorchattacksEOTPGD("Linf", eps, steps, eot, eps / 4),
+        TorchattacksEOTPGD("Linf", eps, steps, eot, 2.5 * eps / steps),
+        AutoAttackRand("Linf", eps, steps=steps, eot=eot),
+        Square("Linf", eps, queries=queries),
+    ]
+    return ours, theirs
+
+
+def build_defence(attacks: Sequence[Attack], t_star: float, draws: int) -> Defence:
+    """Digits behind DiffPure."""
+    classifier, model = zoo.classifier("digits-standard"), zoo.score_model("digits")
+    defended = DefendedClassifier(classifier, diffpure(model, t_star, 10, "ddpm"))
+    config = {**defended.config(), "classifier": fingerprint(classifier), "score_model": model.fingerprint()}
+    return Defence("diffpure", defended, attacks, draws, config)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Mean of ours - theirs over images (N,), with its 95 % interval: bootstrap, percentile."""
+    gaps = ours - theirs
+    if np.ptp(gaps) == 0:
+        return Estimate(gaps[0], gaps[0], gaps[0])
+    options = {"confidence_level": LEVEL, "n_resamples": 5000, "method": "percentile", "rng": 0}
+    interval = stats.bootstrap((gaps,), np.mean, **options).confidence_interval
+    return Estimate(float(gaps.mean()), float(interval.low), float(interval.high))
+
+
+def compare(
+    folder: RunFolder, defence: Defence, samples: Samples, ours: Sequence[Attack], theirs: Sequence[Attack]
+) -> list[Row]:
+    """Accuracy of every stage, of our worst case, and how far it lies below each of theirs."""
+    labels = samples.labels.numpy()
+
+    def answers(stage: str) -> np.ndarray:
+        return predictions(folder, defence, stage, samples)
+
+    stages = [CLEAN, *(a.label for a in ours)]
+    worst = worst_mean([answers(stage) == labels[:, None] for stage in stages])
+    rows = [Row(stage, estimate(mean_correct(answers(stage), labels))) for stage in stages]
+    rows.append(Row(OURS, estimate(worst)))
+    for attack in theirs:
+        right = mean_correct(answers(attack.label), labels)
+        rows.append(Row(attack.label, estimate(right), difference(worst, right)))
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--samples", type=int, default=96, help="test images (default: %(default)s)")
+    p.add_argument("--t-star", type=float, default=0.18, help="DiffPure's noise level (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=20, help="gradient steps of every attack (default: %(default)s)")
+    p.add_argument("--eot", type=int, default=10, help="draws per gradient of every attack (default: %(default)s)")
+    p.add_argument("--queries", type=int, default=500, help="Square's queries (default: %(default)s)")
+    p.add_argument("--judge-draws", type=int, default=20, help="fresh purifications per image (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
+    p.add_argument("--threads", type=int, help="CPU threads for torch")
+    p.add_argument("--out", type=Path, default=Path("runs/library-attacks"), help="folder (default: %(default)s)")
+    return p
+
+
+def run(args: argparse.Namespace, command: str) -> list[Row]:
+    """Attack and judge what the folder does not hold yet, then compare."""
+    set_threads(args.threads)
+    check_count(args.samples, "samples")
+    ours, theirs = build_attacks(args.steps, args.eot, args.queries)
+    images, labels = (t[: args.samples] for t in load_dataset("digits", "test"))
+    samples = Samples(images, labels, torch.arange(len(labels)))
+    defence = build_defence([*ours, *theirs], args.t_star, args.judge_draws)
+    config = {
+        "defence": defence.config,
+        "draws": defence.draws,
+        "attacks": [a.budget() for a in defence.attacks],
+        "samples": len(samples),
+        "seed": args.seed,
+    }
+    folder = RunFolder(args.out, config, environment(torch.device("cpu"), command, Ranks()))
+    evaluate(folder, [defence], samples, args.seed, batch_size=32)
+    rows = compare(folder, defence, samples, ours, theirs)
+    write_json(args.out / "result.json", {"config": config, "rows": [asdict(row) for row in rows]})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        rows = run(args, shlex.join(sys.argv[1:] if argv is None else argv))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = {r.name: {"accuracy, %": r.accuracy, "ours - theirs": r.difference or ""} for r in rows}
+    print(pd.DataFrame.from_dict(table, orient="index").map(str).to_string())
+    for row in rows:
+        if row.difference is not None:
+            print(f"{'ok  ' if row.difference.value <= 0 else 'MISS'} our worst case is at most {row.name}")
+    print(f"Wrote {args.out / 'result.json'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
