@@ -9,6 +9,7 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
+from purify.attacks import PGD, FirstOrderPGD, GuideTransfer
 from purify.fingerprint import weights_digest
 from purify.gradients import Surrogate
 from purify.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
@@ -305,6 +306,53 @@ def test_surrogate_of_some_rounds_has_the_gradient_of_the_shorter_purifier(image
     weights = torch.linspace(-1, 1, 16, dtype=x.dtype).reshape(x[0].shape)
     (expected,) = torch.autograd.grad(((u + 1) / 2 * weights).sum(), v)
     torch.testing.assert_close(gradient(purifier, x), expected)
+
+
+# --- attacks ------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_order_attack_climbs_without_the_second_order_term(images):
+    labels = torch.zeros(7, dtype=torch.long)
+    model = DefendedClassifier(TinyClassifier(), guided_in_float32())
+    options = {"norm": "L2", "eps": 0.5, "steps": 3, "eot": 1}
+    found = FirstOrderPGD(**options)(model, images, labels, sample_ids=torch.arange(7)).images
+
+    class Renamed(PGD):
+        name = FirstOrderPGD.name  # the same randomness
+
+    same = Renamed(**options)(model.with_gradient(second_order=False), images, labels).images
+    whole = Renamed(**options)(model, images, labels).images
+    assert torch.equal(found, same)
+    assert (found - whole).abs().max() > 1e-3
+    assert model.purifier.exact
+    assert not model.with_gradient(second_order=False).purifier.exact
+
+
+def test_guide_transfer_is_pgd_on_the_auxiliary_network(images):
+    labels = torch.zeros(7, dtype=torch.long)
+    model = DefendedClassifier(TinyClassifier(), guided_in_float32())
+
+    class Renamed(PGD):
+        name = GuideTransfer.name
+
+    found = GuideTransfer("Linf", 0.1, steps=3)(model, images, labels).images
+    assert torch.equal(found, Renamed("Linf", 0.1, steps=3, eot=1)(model.purifier.auxiliary, images, labels).images)
+
+
+def test_attacks_about_guidance_say_what_they_need(images):
+    plain = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 4))
+    gdmp = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=MSEGuidance(1.0)))
+    assert FirstOrderPGD("Linf", 0.1).applies_to(gdmp)
+    assert not GuideTransfer("Linf", 0.1).applies_to(gdmp)  # no network
+    for attack in (FirstOrderPGD("Linf", 0.1), GuideTransfer("Linf", 0.1)):
+        assert not attack.applies_to(plain)
+        with pytest.raises(ValueError, match="guides its reverse steps"):
+            attack(plain, images, torch.zeros(7).long())
+
+
+def guided_in_float32():
+    guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2")
+    return Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=guidance)
 
 
 # --- configuration ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, 
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
-from purify.attacks.transfer import Transfer
+from purify.attacks.transfer import GuideTransfer, Transfer
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
@@ -26,6 +26,7 @@ ATTACKS: dict[str, type[Attack]] = {
         AutoAttackRand,
         ConstantLevelAutoAttackRand,
         Transfer,
+        GuideTransfer,
         Square,
     )
 }
@@ -42,6 +43,7 @@ __all__ = [
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
     "FirstOrderPGD",
+    "GuideTransfer",
     "LowFrequencyPGD",
     "NormPGD",
     "RandomNoise",

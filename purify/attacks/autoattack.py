@@ -225,6 +225,10 @@ class AutoAttackRand(_Library):
         attack.apgd.eot_iter = self.eot
         return attack
 
+    @property
+    def gradients(self) -> int:
+        return 2 * (self.steps + 1) * self.eot  # on cross-entropy and on DLR
+
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1)
 
@@ -244,6 +248,10 @@ class Square(_Library):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.queries, "queries")
+
+    @property
+    def forwards(self) -> int:
+        return self.queries
 
     def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
         settings: dict[str, Any] = {"version": "custom", "attacks_to_run": ["square"], "verbose": False}

@@ -106,6 +106,16 @@ class Attack(ABC):
         """The model that is differentiated; its forward values are those of ``model``."""
         return model
 
+    @property
+    def gradients(self) -> int:
+        """Gradients of the judged model that the attack takes per image."""
+        return 0
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the judged model, without a gradient, that the attack takes per image."""
+        return 0
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self

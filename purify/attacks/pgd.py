@@ -120,6 +120,14 @@ class PGD(Attack):
         """Mean length of a step along :meth:`direction`."""
         return self.eps if self.step_size is None else self.step_size
 
+    @property
+    def gradients(self) -> int:
+        return self.restarts * self.steps * self.eot
+
+    @property
+    def forwards(self) -> int:
+        return self.restarts * self.eot
+
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1)
 

@@ -25,8 +25,33 @@ class Transfer(PGD):
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         return PGD.run(replace(self, eot=1), model, x, y, ids, seed)  # the bare classifier has no randomness
 
+    @property
+    def gradients(self) -> int:
+        return 0
+
+    @property
+    def forwards(self) -> int:
+        return 0
+
     def attacked(self, model: Any) -> nn.Module:
         return model.classifier
 
     def budget(self) -> dict[str, Any]:
         return {**super().budget(), "eot": 1}
+
+
+@dataclass(frozen=True)
+class GuideTransfer(Transfer):
+    """PGD on the auxiliary network that guides the reverse steps, judged behind the purifier.
+
+    Whoever deceives that network has the purification guided towards the wrong meaning.
+    """
+
+    name: ClassVar[str] = "guide-transfer"
+    needs_guidance: ClassVar[bool] = True
+
+    def applies_to(self, model: Any) -> bool:
+        return super().applies_to(model) and self.attacked(model) is not None
+
+    def attacked(self, model: Any) -> nn.Module:
+        return model.purifier.auxiliary

@@ -27,6 +27,8 @@ from purify.data import DATASETS, load_dataset
 from purify.defended import AGGREGATES, DefendedClassifier
 from purify.evaluate import report
 from purify.evaluate.budgets import PRESETS, Budget, budget
+from purify.evaluate.dryrun import dry_run, duration
+from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import check_device, fingerprint, load_calibration, load_classifier, load_score
 from purify.evaluate.ranks import Ranks, join, leave, set_threads
@@ -96,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--dt",
         type=float,
-        help="step length: t* then decides how many steps run, instead of --steps; an eighth of --max-rows at a time",
+        help="step length: t* then decides how many steps run, instead of --steps; half of --max-rows at a time",
     )
     g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
     g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
@@ -134,8 +136,11 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
     g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     g.add_argument("--batch-size", type=int, default=64, help="samples attacked at once (default: 64)")
-    g.add_argument("--max-rows", type=int, default=2048, help="images times draws in the model at once (default: 2048)")
+    g.add_argument("--max-rows", type=int, help="images times draws in the model at once (default: CPU 256, GPU 2048)")
     g.add_argument("--threads", type=int, help="CPU threads for torch")
+    g.add_argument(
+        "--dry-run", action="store_true", help="check everything, estimate time and memory, and stop before any attack"
+    )
     g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
     return p
 
@@ -163,11 +168,15 @@ def run(args: argparse.Namespace, command: str) -> int:
     if args.eps is None and args.threat_model not in dataset.eps:
         raise ValueError(f"There is no usual {args.threat_model} radius for {args.dataset}; pass --eps.")
     eps = dataset.eps[args.threat_model] if args.eps is None else args.eps
+    if args.max_rows is None:
+        args.max_rows = 2048 if device.type == "cuda" else 256  # what its caches like
     attacks = build_attacks(args, allowed, eps)
     check_count(args.batch_size, "batch size")
     check_count(args.max_rows, "max-rows")
     samples = load_samples(args, allowed.n_examples, device)
     defences = build_defences(args, allowed, attacks, device)
+    if args.dry_run:
+        return show_dry_run(defences, samples, args)
     config = {
         "dataset": args.dataset,
         "data": fingerprint_of_samples(samples),
@@ -185,6 +194,16 @@ def run(args: argparse.Namespace, command: str) -> int:
     if ranks.first:
         show(folder, defences, samples, args, allowed)
     leave()
+    return 0
+
+
+def show_dry_run(defences: list[Defence], samples: Samples, args: argparse.Namespace) -> int:
+    """Print what the run would take."""
+    costs = dry_run(defences, samples, args.max_rows)
+    print(f"{args.dataset}, {len(samples)} samples; files, models and shapes are in order.\n")
+    print(dry_run_table(costs).to_string())
+    total = sum(cost.seconds for cost in costs.values())
+    print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
     return 0
 
 
@@ -360,7 +379,7 @@ def build_purified(
     options = purifier_options(purifier, args)
     usual_level = options.pop("t_star", DATASETS[args.dataset].t_star)
     level = build_level(name, usual_level if args.t_star is None else args.t_star, args)
-    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 8))
+    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 2))
     built = PURIFIERS[purifier](score_model, level, plan, args.reverse, gradient_config(args), **options)
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
