@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from purify import registry
 from purify.checks import check_count, check_images
@@ -62,6 +63,8 @@ class Purifier(nn.Module):
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
+        resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
+            does on ImageNet (256 x 256 for the diffusion model, 224 x 224 for the classifier).
 
     Raises:
         ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model;
@@ -80,6 +83,7 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | None = None,
         clip: bool = True,
         through_level: bool = True,
+        resize: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(score_model, ScoreModel):
@@ -101,6 +105,9 @@ class Purifier(nn.Module):
         self.engine.check(self.plan)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
+        if resize and score_model.image_shape is None:
+            raise ValueError("resize needs to know the size: give the ScoreModel an image_shape.")
+        self.resize = resize
 
     def forward(
         self,
@@ -137,17 +144,24 @@ class Purifier(nn.Module):
         """
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
-        check_images(x, self.score_model.image_shape, self.score_model.dtype)
+        shape = self.score_model.image_shape
+        check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
-        u = 2 * x - 1
+        u = self._sized(2 * x - 1, shape)
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u, noise.normal(0, u.shape[1:], u.dtype)) if deviation else look_away
-        images = (self.engine(lambda steps: self.process(held, noise, steps, watch), u) + 1) / 2
+        purified = self.engine(lambda steps: self.process(held, noise, steps, watch), u)
+        images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.plan.counts(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
+
+    def _sized(self, u: Tensor, shape: Sequence[int] | None) -> Tensor:
+        if not self.resize or shape is None or u.shape[2:] == tuple(shape[1:]):
+            return u
+        return interpolate(u, tuple(shape[1:]), mode="bilinear", align_corners=False)
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
@@ -204,6 +218,7 @@ class Purifier(nn.Module):
             "forward_schedule": None if forward is None else forward.config(),
             "clip": self.clip,
             "through_level": self.through_level,
+            "resize": self.resize,
         }
 
     @classmethod
@@ -211,7 +226,7 @@ class Purifier(nn.Module):
         """Build the purifier that :meth:`config` described."""
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
-        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level"}
+        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level", "resize"}
         unknown = sorted(set(arguments) - known)
         if unknown:
             raise ValueError(f"Unknown purifier setting {', '.join(unknown)}; is this a purifier's config?")
