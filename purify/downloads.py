@@ -135,7 +135,7 @@ def _fetch(url: str, f: BinaryIO, path: Path, timeout: float, progress: bool) ->
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
             if answer.headers.get_content_type() == "text/html":
-                raise ValueError(f"{url} answered with a web page, not the file; fetch it by hand and put it at {path}.")
+                raise ValueError(f"{url} answered with a web page, not the file; put the file at {path} by hand.")
             if answer.status != 206:
                 done = 0
                 f.truncate(0)

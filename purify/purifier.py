@@ -105,8 +105,7 @@ class Purifier(nn.Module):
         self.engine.check(self.plan)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
-        if resize and score_model.image_shape is None:
-            raise ValueError("resize needs to know the size: give the ScoreModel an image_shape.")
+        _check_resize(resize, score_model)
         self.resize = resize
 
     def forward(
@@ -206,6 +205,13 @@ class Purifier(nn.Module):
             twin.through_level = through_level
         return twin
 
+    def with_resize(self, resize: bool = True) -> Purifier:
+        """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
+        _check_resize(resize, self.score_model)
+        twin = copy.copy(self)
+        twin.resize = resize
+        return twin
+
     def config(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_config` builds the same purifier around the same score model."""
         forward = self.forward_schedule
@@ -249,6 +255,11 @@ def _plan(steps: Any) -> Plan:
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
     return FixedSteps(steps)
+
+
+def _check_resize(resize: bool, score_model: ScoreModel) -> None:
+    if resize and score_model.image_shape is None:
+        raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
 
 
 def _check_end(t_end: float, plan: Plan, highest: float) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from purify.checks import check_count
 from purify.checkpoints.layout import Format, Layout, renamed
 from purify.checkpoints.unet import unet
+from purify.checks import check_count
 from purify.schedule import DiscreteVP
 
 RESIDUAL = {

@@ -114,12 +114,11 @@ def _hub_listing(name: str) -> list[tuple[str, str, str | None]]:
         info = HfApi().model_info(name, files_metadata=True)
     except Exception as error:
         raise OSError(f"The Hub could not list {name} ({error}); is it spelt right, and is there a network?") from error
-    files = {s.rfilename: s for s in info.siblings or [] if HUB_FILE.fullmatch(s.rfilename)}
-    files = {f: s for f, s in files.items() if not (f.endswith(".bin") and f"{f[:-4]}.safetensors" in files)}
+    files = {s.rfilename: s.lfs for s in info.siblings or [] if HUB_FILE.fullmatch(s.rfilename)}
+    files = {f: lfs for f, lfs in files.items() if not (f.endswith(".bin") and f"{f[:-4]}.safetensors" in files)}
     if not any("diffusion_pytorch_model" in f for f in files):
         raise ValueError(f"{name} holds no diffusers U-Net.")
-    order = sorted(files, key=lambda f: "diffusion_pytorch_model" in f)
-    return [
-        (f, hf_hub_url(name, f, revision=info.sha), None if files[f].lfs is None else files[f].lfs.sha256)
-        for f in order
+    listed = [
+        (f, hf_hub_url(name, f, revision=info.sha), None if lfs is None else lfs.sha256) for f, lfs in files.items()
     ]
+    return sorted(listed, key=lambda entry: "diffusion_pytorch_model" in entry[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checkpoints.layout import Format, Layout, renamed
-from purify.networks.ddpmpp import AttentionBlock, DDPMpp, ResidualBlock
+from purify.networks.ddpmpp import AttentionBlock, DDPMpp, ResidualBlock, Stage
 from purify.networks.loading import refuse
 from purify.schedule import ContinuousVP
 
@@ -40,7 +40,7 @@ def read(content: Mapping[str, Any], source: Path, head_channels: int | None = N
     weights = _averaged(content, source) if "ema" in content else _named(content)
     network, attention = _network(weights, source)
     names, turned = {}, set()
-    for index, (ours, module) in enumerate(_in_their_order(network)):
+    for index, (ours, module) in enumerate(_numbered(network)):
         parts = RESIDUAL if isinstance(module, ResidualBlock) else ATTENTION
         inner = parts if isinstance(module, (ResidualBlock, AttentionBlock)) else {"": ""}
         for key in module.state_dict():
@@ -113,24 +113,10 @@ def _resamples(weights: Mapping[str, Tensor], index: int) -> bool:
     return f"{PREFIX}{index}.Conv_2.weight" in weights and out == channels
 
 
-def _in_their_order(network: DDPMpp) -> Iterator[tuple[str, nn.Module]]:
-    """Our modules in the order in which score_sde numbers them."""
-    top = dict(network.named_children())
-    for name in ("time1", "time2", "conv_in"):
-        yield name, top[name]
-    for i, level in enumerate(network.down):
-        for j, block in enumerate(level.blocks):
-            yield f"down.{i}.blocks.{j}", block
-            if len(level.attentions):
-                yield f"down.{i}.attentions.{j}", level.attentions[j]
-        if level.resample is not None:
-            yield f"down.{i}.resample", level.resample
-    for name in ("mid1", "mid_attention", "mid2"):
-        yield name, top[name]
-    for i, level in enumerate(network.up):
-        yield from ((f"up.{i}.blocks.{j}", block) for j, block in enumerate(level.blocks))
-        yield from ((f"up.{i}.attentions.{j}", block) for j, block in enumerate(level.attentions))
-        if level.resample is not None:
-            yield f"up.{i}.resample", level.resample
-    for name in ("norm_out", "conv_out"):
-        yield name, top[name]
+def _numbered(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What score_sde numbers, in its order."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, Stage)):
+            yield from _numbered(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child

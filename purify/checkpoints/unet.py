@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 
-def unet(**config: Any) -> nn.Module:
+def unet(**config: Any) -> Any:
     """The network on the meta device; float labels (N,), returns an object with ``.sample``.
 
     Its attention is written out: fused kernels have no second derivative, which guidance needs under attack.

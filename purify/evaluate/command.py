@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--n-examples", type=int, help="test images to attack")
     g = p.add_argument_group("defence")
     g.add_argument("--purifier", default="diffpure", help=f"one of {', '.join(PURIFIERS)} (default: diffpure)")
-    g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
+    g.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
     g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument(
         "--noise-level",

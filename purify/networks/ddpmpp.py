@@ -80,24 +80,30 @@ class AttentionBlock(nn.Module):
         return (x + h) / math.sqrt(2)
 
 
-class Level(nn.Module):
-    """What happens at one resolution; ``attentions`` holds one per block going down, at most one going up."""
+class Stage(nn.Module):
+    """A residual block and, maybe, attention after it."""
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], resample: nn.Module | None) -> None:
+    def __init__(self, block: ResidualBlock, attention: AttentionBlock | None = None) -> None:
         super().__init__()
-        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
-        self.resample = resample
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (N, C, H, W), time features (N, T) -> (N, C', H', W')."""
+        h = self.block(x, time)
+        return h if self.attention is None else self.attention(h)
 
 
 class DDPMpp(nn.Module):
     """DDPM++: u (N, C, H, W) in [-1, 1] space and float labels (N,), 999 t for t in [0, 1], to eps (N, C, H, W).
+
+    Modules are registered in the order in which they are applied, which is that of score_sde's numbers.
 
     Args:
         channels: image channels.
         width: channels of the first level; time features have four times as many.
         multipliers: channels of each level, in units of ``width``; each level halves the image.
         blocks: residual blocks per level going down (one more going up).
-        attention: levels that attend, counted from 0.
+        attention: levels that attend, counted from 0: after every block going down, once going up.
     """
 
     def __init__(
@@ -110,24 +116,26 @@ class DDPMpp(nn.Module):
         last = len(widths) - 1
         self.time1, self.time2 = nn.Linear(width, features), nn.Linear(features, features)
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, previous = [width], width
+        self.down, self.mid, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        skips = [width]
         for level, w in enumerate(widths):
-            inner: list[nn.Module] = [ResidualBlock(w if i else previous, w, features) for i in range(blocks)]
-            attend: list[nn.Module] = [AttentionBlock(w) for _ in inner if level in attention]
-            smaller = ResidualBlock(w, w, features, "down") if level < last else None
-            self.down.append(Level(inner, attend, smaller))
-            skips += [w] * (blocks + (level < last))
-            previous = w
-        self.mid1, self.mid2 = (ResidualBlock(previous, previous, features) for _ in range(2))
-        self.mid_attention = AttentionBlock(previous)
+            for _ in range(blocks):
+                block = ResidualBlock(skips[-1], w, features)
+                self.down.append(Stage(block, AttentionBlock(w) if level in attention else None))
+                skips.append(w)
+            if level < last:
+                self.down.append(Stage(ResidualBlock(w, w, features, "down")))
+                skips.append(w)
+        previous = widths[last]
+        self.mid.append(Stage(ResidualBlock(previous, previous, features), AttentionBlock(previous)))
+        self.mid.append(Stage(ResidualBlock(previous, previous, features)))
         for level, w in reversed(list(enumerate(widths))):
-            inner = []
-            for _ in range(blocks + 1):
-                inner.append(ResidualBlock(previous + skips.pop(), w, features))
+            for i in range(blocks + 1):
+                block = ResidualBlock(previous + skips.pop(), w, features)
+                self.up.append(Stage(block, AttentionBlock(w) if level in attention and i == blocks else None))
                 previous = w
-            attend = [AttentionBlock(w)] if level in attention else []
-            self.up.append(Level(inner, attend, ResidualBlock(w, w, features, "up") if level > 0 else None))
+            if level > 0:
+                self.up.append(Stage(ResidualBlock(w, w, features, "up")))
         self.norm_out, self.conv_out = group_norm(previous), nn.Conv2d(previous, channels, 3, padding=1)
 
     def forward(self, u: Tensor, labels: Tensor) -> Tensor:
@@ -135,19 +143,13 @@ class DDPMpp(nn.Module):
         time = self.time2(silu(self.time1(time_features(labels, self.width))))
         h = self.conv_in(u)
         skips = [h]
-        for level in self.down:
-            for i, block in enumerate(level.blocks):
-                h = block(h, time)
-                h = level.attentions[i](h) if len(level.attentions) else h
-                skips.append(h)
-            if level.resample is not None:
-                h = level.resample(h, time)
-                skips.append(h)
-        h = self.mid2(self.mid_attention(self.mid1(h, time)), time)
-        for level in self.up:
-            for block in level.blocks:
-                h = block(torch.cat([h, skips.pop()], 1), time)
-            for attention in level.attentions:
-                h = attention(h)
-            h = h if level.resample is None else level.resample(h, time)
+        for stage in self.down:
+            h = stage(h, time)
+            skips.append(h)
+        for stage in self.mid:
+            h = stage(h, time)
+        for stage in self.up:
+            assert isinstance(stage, Stage)
+            # A block that enlarges the image has no partner on the way down.
+            h = stage(h if stage.block.resample is double else torch.cat([h, skips.pop()], 1), time)
         return self.conv_out(silu(self.norm_out(h)))

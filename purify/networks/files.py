@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 # A score_sde file holds its learning rate as a numpy.float64. Files written with numpy 1 and 2 name the same
 # function differently. Nothing else is allowed beyond what torch allows.
 _SCALAR = np.float64(0).__reduce__()[0]
-NUMPY_SCALAR = [
+NUMPY_SCALAR: list[Any] = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
