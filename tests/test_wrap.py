@@ -202,7 +202,7 @@ def narrow(shapes, factor):
     return {key: divided(key, shape) for key, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("factor", [8, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("factor", [8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_network_for_256_in_front_of_a_classifier_for_224(factor, tmp_path):
     """One purification step on random weights, in float32 and under bfloat16."""
     path = tmp_path / "256x256_diffusion_uncond.pt"

@@ -79,7 +79,7 @@ def find(name: str) -> Path:
         if weights_file(path / "unet") or weights_file(path):  # fetched last
             return path
         raise ValueError(
-            f"{name} is not here; run `purify download {name}`, or put its folder (config.json, "
+            f"{name} is not here, as a path or a download; run `purify download {name}`, or put its folder (config.json, "
             f"scheduler_config.json, diffusion_pytorch_model.*) at {path}."
         )
     entry = PUBLIC[name]

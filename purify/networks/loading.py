@@ -22,7 +22,9 @@ def assign(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path
         for k, w in wanted.items()
         if weights[k].shape != w.shape
     ]
-    problems += [f"{k} is {weights[k].dtype}" for k, w in wanted.items() if weights[k].dtype != w.dtype]
+    problems += [
+        f"{k} is {weights[k].dtype} instead of {w.dtype}" for k, w in wanted.items() if weights[k].dtype != w.dtype
+    ]
     problems += [f"{k} holds NaN or infinity" for k, w in weights.items() if not _finite(w)]
     refuse(problems, source)
     network.load_state_dict(weights, assign=True)
