@@ -79,8 +79,8 @@ def find(name: str) -> Path:
         if weights_file(path / "unet") or weights_file(path):  # fetched last
             return path
         raise ValueError(
-            f"{name} is not here, as a path or a download; run `purify download {name}`, or put its folder (config.json, "
-            f"scheduler_config.json, diffusion_pytorch_model.*) at {path}."
+            f"{name} is not here, as a path or a download; run `purify download {name}`, or put its folder "
+            f"(config.json, scheduler_config.json, diffusion_pytorch_model.*) at {path}."
         )
     entry = PUBLIC[name]
     if not checked(path, entry.sha256):
