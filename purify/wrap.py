@@ -11,7 +11,6 @@ from torch import nn
 from purify.checkpoints import load_score_model
 from purify.checks import choose
 from purify.defended import DefendedClassifier
-from purify.evaluate.models import load_classifier
 from purify.presets import PURIFIERS
 from purify.purifier import Purifier
 from purify.score import ScoreModel
@@ -64,8 +63,14 @@ def wrap(
         defence = preset(_score(score_model, dataset), **options)
         if defence.score_model.image_shape is not None:
             defence = defence.with_resize()
-    classifier = model if isinstance(model, nn.Module) else load_classifier(model, dataset, threat_model)
+    classifier = model if isinstance(model, nn.Module) else _classifier(model, dataset, threat_model)
     return DefendedClassifier(classifier, defence, purifications, aggregate)
+
+
+def _classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
+    from purify.evaluate.models import load_classifier  # half a second of evaluation's libraries
+
+    return load_classifier(name, dataset, threat_model)
 
 
 def _score(score_model: str | Path | ScoreModel | None, dataset: str) -> ScoreModel:
