@@ -1,8 +1,10 @@
 """purify: diffusion-based adversarial purification, attacked with exact gradients and reported honestly."""
 
 from purify import compat
+from purify.checkpoints import load_score_model
 from purify.defended import DefendedClassifier
 from purify.levels import Constant, SSNILinear, SSNISigmoid
+from purify.networks.edm import EDMDenoiser
 from purify.noise import Noise, derive_seed
 from purify.plans import FixedDt, FixedSteps
 from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
@@ -10,6 +12,7 @@ from purify.purifier import Purifier
 from purify.schedule import ContinuousVP, DiscreteVP
 from purify.score import ScoreModel
 from purify.scorenorm import Calibration, ScoreNorm, calibrate
+from purify.wrap import wrap
 
 __version__ = "0.1.0"
 
@@ -23,6 +26,7 @@ __all__ = [
     "ContinuousVP",
     "DefendedClassifier",
     "DiscreteVP",
+    "EDMDenoiser",
     "FixedDt",
     "FixedSteps",
     "Noise",
@@ -37,4 +41,6 @@ __all__ = [
     "diffpure",
     "gdmp",
     "gns",
+    "load_score_model",
+    "wrap",
 ]

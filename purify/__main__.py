@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from purify.checkpoints.public import PUBLIC, fetch, path_of
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device, load_score
@@ -13,14 +14,14 @@ from purify.scorenorm import FORMS, ScoreNorm, calibrate
 
 
 def parser() -> argparse.ArgumentParser:
-    """``purify calibrate`` and its options."""
+    """``purify calibrate``, ``purify download`` and their options."""
     p = argparse.ArgumentParser(prog="purify", description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("calibrate", help="measure the score norm on clean training images, for SSNI")
     default = ScoreNorm()
     c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
     c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    c.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
+    c.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
     c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
     c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
     c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
@@ -29,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--seed", type=int, default=0, help="keys the noise (default: 0)")
     c.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     c.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    c.set_defaults(run=run_calibrate)
+    d = commands.add_parser("download", help="fetch public score networks, going on where an earlier attempt stopped")
+    d.add_argument("names", nargs="*", help=f"{', '.join(PUBLIC)}, or OWNER/REPOSITORY of diffusers (none: list them)")
+    d.set_defaults(run=run_download)
     return p
 
 
@@ -49,11 +54,21 @@ def run_calibrate(args: argparse.Namespace) -> None:
     print(f"norm {found.mean:.4g} +- {found.std:.3g}, from {found.xi_min:.4g} to {found.xi_max:.4g}; wrote {args.out}")
 
 
+def run_download(args: argparse.Namespace) -> None:
+    """Fetch what is named and say where it is and what it hashes to; or list what there is."""
+    for name in args.names:
+        path_of(name)  # an unknown name stops everything
+    for name in args.names:
+        print(f"{name}: {fetch(name)}")
+    if not args.names:
+        print("\n".join(f"{name}: {entry.about}; {entry.file} from {entry.page}" for name, entry in PUBLIC.items()))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and status 2."""
     args = parser().parse_args(argv)
     try:
-        run_calibrate(args)
+        args.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -159,6 +159,10 @@ class DefendedClassifier(nn.Module):
         }
 
 
+# The same in both modes; some models (RobustBench's composite ones) do not hand their mode on to these.
+_MODELESS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+
+
 def _check_eval(classifier: nn.Module) -> None:
-    if any(m.training for m in classifier.modules()):
+    if any(m.training for m in classifier.modules() if type(m) not in _MODELESS):
         raise ValueError("The classifier is in train mode; call classifier.eval() before defending or attacking it.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from purify import registry
 from purify.checks import check_count, check_images
@@ -68,6 +70,8 @@ class Purifier(nn.Module):
             :class:`~purify.guidance.Guidance`, or its name or config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
+        resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
+            does on ImageNet (256 x 256 for the diffusion model, 224 x 224 for the classifier).
 
     Raises:
         ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model, a
@@ -88,6 +92,7 @@ class Purifier(nn.Module):
         through_level: bool = True,
         guidance: Guidance | str | Mapping[str, Any] | None = None,
         rounds: int | Sequence[float] = 1,
+        resize: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(score_model, ScoreModel):
@@ -114,6 +119,8 @@ class Purifier(nn.Module):
         self.engine.check(self.task)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
+        _check_resize(resize, score_model)
+        self.resize = resize
 
     def forward(
         self,
@@ -150,14 +157,16 @@ class Purifier(nn.Module):
         """
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
-        check_images(x, self.score_model.image_shape, self.score_model.dtype)
+        shape = self.score_model.image_shape
+        check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
-        u = 2 * x - 1
+        u = self._sized(2 * x - 1, shape)
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u) if deviation else look_away
-        images = (self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u) + 1) / 2
+        purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
@@ -170,6 +179,11 @@ class Purifier(nn.Module):
     def task(self) -> Task:
         """What a gradient engine is asked to differentiate."""
         return Task(self.plan, len(self.rounds), self.guidance is not None)
+
+    def _sized(self, u: Tensor, shape: Sequence[int] | None) -> Tensor:
+        if not self.resize or shape is None or u.shape[2:] == tuple(shape[1:]):
+            return u
+        return interpolate(u, tuple(shape[1:]), mode="bilinear", align_corners=False)
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
@@ -242,6 +256,13 @@ class Purifier(nn.Module):
         guided = self.guidance is None or self.guidance.exact
         return self.engine.exact and guided and (self.through_level or not self.level.varies)
 
+    def with_resize(self, resize: bool = True) -> Purifier:
+        """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
+        _check_resize(resize, self.score_model)
+        twin = copy.copy(self)
+        twin.resize = resize
+        return twin
+
     def config(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_config` builds the same purifier around the same score model."""
         forward = self.forward_schedule
@@ -256,6 +277,7 @@ class Purifier(nn.Module):
             "through_level": self.through_level,
             "guidance": None if self.guidance is None else registry.describe(self.guidance, GUIDANCES),
             "rounds": list(self.rounds),
+            "resize": self.resize,
         }
 
     @classmethod
@@ -269,7 +291,7 @@ class Purifier(nn.Module):
         """
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
-        known = {"level", "reverse", "steps", "t_end", "gradient", "clip", "through_level", "guidance", "rounds"}
+        known = set(inspect.signature(cls).parameters) - {"score_model"}
         unknown = sorted(set(arguments) - known)
         if unknown:
             raise ValueError(f"Unknown purifier setting {', '.join(unknown)}; is this a purifier's config?")
@@ -305,6 +327,11 @@ def _plan(steps: Any) -> Plan:
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
     return FixedSteps(steps)
+
+
+def _check_resize(resize: bool, score_model: ScoreModel) -> None:
+    if resize and score_model.image_shape is None:
+        raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
 
 
 def _check_end(t_end: float, plan: Plan, highest: float) -> None:

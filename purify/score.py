@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from purify.checks import choose
 from purify.fingerprint import weights_digest
+from purify.precision import AUTOCAST, evaluate
 from purify.schedule import DiscreteVP, Schedule
 
 
@@ -81,6 +82,8 @@ class ScoreModel(nn.Module):
         image_shape: (C, H, W) of the images; checked by the purifier when given.
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
             of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
+        autocast: run the network, and only it, in ``bfloat16`` or ``float16`` (a name or torch dtype) by
+            ``torch.autocast``; see :func:`purify.precision.evaluate`.
 
     Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
     """
@@ -93,6 +96,7 @@ class ScoreModel(nn.Module):
         image_shape: tuple[int, int, int] | None = None,
         time_scale: float | None = None,
         time_offset: float | None = None,
+        autocast: str | torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
@@ -103,6 +107,9 @@ class ScoreModel(nn.Module):
         scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
         self.time_scale = scale if time_scale is None else float(time_scale)
         self.time_offset = offset if time_offset is None else float(time_offset)
+        self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
+        if self.autocast is not None:
+            choose(self.autocast, AUTOCAST, "autocast type")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -118,8 +125,7 @@ class ScoreModel(nn.Module):
 
     def predict(self, u: Tensor, t: Tensor) -> Prediction:
         """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,)."""
-        output = self.network(u, self.labels(t).to(u.dtype))
-        output = getattr(output, "sample", output)
+        output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
 
@@ -142,15 +148,21 @@ class ScoreModel(nn.Module):
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
 
+    def with_settings(self, **settings: Any) -> ScoreModel:
+        """A model over the same network, with other arguments than this one's."""
+        names = ("schedule", "prediction", "image_shape", "time_scale", "time_offset", "autocast")
+        return ScoreModel(self.network, **{**{name: getattr(self, name) for name in names}, **settings})
+
     def config(self) -> dict[str, Any]:
         """Plain data that describes the model apart from its network."""
-        return {
+        config = {
             "prediction": self.prediction,
             "schedule": self.schedule.config(),
             "image_shape": None if self.image_shape is None else list(self.image_shape),
             "time_scale": self.time_scale,
             "time_offset": self.time_offset,
         }
+        return config if self.autocast is None else {**config, "autocast": self.autocast}
 
     def fingerprint(self) -> str:
         """sha256 over config and weights: two models with the same fingerprint purify alike."""

@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="[PURIFIER.]NAME=VALUE",
         help="a parameter of the purifier, e.g. scale=300, or gdmp.rounds=2 where there are several; may be repeated",
     )
-    g.add_argument("--score-model", help="zoo name or path of a purify .safetensors (default: the data set's)")
+    g.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
     g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument(
         "--noise-level",
@@ -381,6 +381,8 @@ def build_purified(
     level = build_level(name, usual_level if args.t_star is None else args.t_star, args)
     plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 2))
     built = PURIFIERS[purifier](score_model, level, plan, args.reverse, gradient_config(args), **options)
+    if score_model.image_shape not in (None, DATASETS[args.dataset].shape):
+        built = built.with_resize()
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
     applicable = [a for a in attacks if a.applies_to(model)]

@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from purify import zoo
+from purify.checkpoints import load_score_model
 from purify.compat import import_robustbench
 from purify.fingerprint import weights_digest
 from purify.score import ScoreModel
@@ -33,13 +35,8 @@ def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
 
 
 def load_score(name: str) -> ScoreModel:
-    """A score model by zoo name, or the path of a safetensors file that purify saved."""
-    if not name.endswith(".safetensors") and name not in zoo.names("score"):
-        raise ValueError(
-            f"There is no embedded score model {name!r} (known: {', '.join(zoo.names('score'))}); "
-            "pass --score-model with the path of a purify .safetensors file."
-        )
-    return zoo.score_model(name)
+    """A score model by name or path; see :func:`~purify.checkpoints.load_score_model`."""
+    return load_score_model(name)
 
 
 def load_calibration(path: Path | None, score_model: str) -> Calibration:
@@ -87,10 +84,21 @@ def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
     try:
         return package.utils.load_model(name, dataset=dataset, threat_model=threat_model)
     except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"RobustBench's {name} could not be loaded ({error}); download its file into models/{dataset}/"
-            f"{threat_model}/{name}.pt."
+            f"RobustBench's {name} could not be loaded ({reason}); without a network, put "
+            f"{_robustbench_files(known[name], f'models/{dataset}/{threat_model}/{name}.pt')}."
         ) from error
+
+
+def _robustbench_files(entry: dict[str, Any], path: str) -> str:
+    """Which file RobustBench looks for, and where."""
+    drive = entry["gdrive_id"]
+    if not drive:
+        return f"the file that it downloads into {torch.hub.get_dir()}/checkpoints"
+    if isinstance(drive, str):
+        return f"the file of Google Drive id {drive} at {path}"
+    return " and ".join(f"that of Google Drive id {one} at {path}_m{i}.pt" for i, one in enumerate(drive))
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from purify.checks import choose
+from purify.networks.files import read
+from purify.networks.loading import assign
 from purify.schedule import schedule_from_config
 from purify.score import ScoreModel
 from purify.scorenorm import Calibration
@@ -107,21 +108,4 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the file is missing, truncated or foreign, or its keys or shapes differ (the first few are listed).
     """
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); fetch or train it again.") from error
-    wanted = network.state_dict()
-    problems = [f"missing {k}" for k in wanted if k not in weights]
-    problems += [f"unexpected {k}" for k in weights if k not in wanted]
-    problems += [
-        f"{k} has shape {tuple(weights[k].shape)} instead of {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in weights and weights[k].shape != wanted[k].shape
-    ]
-    problems += [f"{k} is {w.dtype}" for k, w in weights.items() if k in wanted and w.dtype != wanted[k].dtype]
-    problems += [f"{k} holds NaN or infinity" for k, w in weights.items() if not bool(w.isfinite().all())]
-    if problems:
-        listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ValueError(f"{path} does not fit this network: {listed}.")
-    network.load_state_dict(weights)
+    assign(network, read(path), path)

@@ -1,0 +1,31 @@
+"""EDM's denoisers (Karras et al. 2022) as variance-preserving networks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from purify.schedule import ContinuousVP
+
+
+class EDMDenoiser(nn.Module):
+    """A denoiser D(x; sigma) of x = u + sigma z, seen as one of u_t = alpha (u + (sigma / alpha) z).
+
+    ``ScoreModel(EDMDenoiser(denoiser, schedule), schedule, prediction="x0")`` is its score model: x = u_t / alpha and
+    EDM's sigma is sigma(t) / alpha(t) (Karras et al. 2022, appendix C.1).
+
+    Args:
+        denoiser: called as ``denoiser(x, sigma)`` with x (N, C, H, W) and sigma (N,) in units of [-1, 1] images;
+            returns the denoised images. Preconditioning belongs to it (EDM's ``EDMPrecond`` does).
+        schedule: the VP-SDE in whose times it is driven.
+    """
+
+    def __init__(self, denoiser: nn.Module, schedule: ContinuousVP | None = None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = schedule or ContinuousVP()
+
+    def forward(self, u: Tensor, labels: Tensor) -> Tensor:
+        """u0_hat at u_t (N, C, H, W) and labels 1000 t (N,)."""
+        t = labels.double() / 1000
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return self.denoiser(u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(u.dtype))

@@ -1,0 +1,230 @@
+"""purify.wrap: every architecture family of RobustBench, names, sizes, stochastic models, and the ImageNet path."""
+
+import pkgutil
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import SmoothNet, TinyClassifier, smooth_model
+from networks import LAYOUTS, random_weights
+from torch import nn
+from torchvision.transforms import Normalize, Resize
+
+import purify
+from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure, load_score_model, wrap
+from purify.compat import import_robustbench
+
+FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}
+IDS = [0, 1]
+
+
+def colour_model(size=32):
+    return smooth_model(channels=3, size=size)
+
+
+def forward_and_gradient(defended, size):
+    """Logits and the gradient of their first column, under keyed noise."""
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = defended(x, sample_ids=IDS)
+    (g,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    return logits.detach(), g
+
+
+# --- architecture families ----------------------------------------------------------------------------------------
+
+
+def test_every_family_that_robustbench_ships_is_here():
+    package = import_robustbench().model_zoo.architectures
+    shipped = {m.name for m in pkgutil.iter_modules(package.__path__)}
+    assert shipped == {f for files, _, _ in families.FAMILIES.values() if files for f in files.split()}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in families.FAMILIES]
+)
+def test_families_behind_a_purifier(name):
+    size = families.FAMILIES[name][1]
+    classifier = families.build(name).eval()
+    dataset = "imagenet" if size == 224 else "cifar10"
+    defended = wrap(classifier, dataset, score_model=colour_model(), t_star=0.2, steps=2, reverse="ddpm")
+    defended(torch.rand(1, 3, size, size))  # BoostingWideResNet normalises its last layer at each call
+    logits, g = forward_and_gradient(defended, size)
+    assert logits.shape[0] == 2
+    assert logits.isfinite().all()
+    assert g.isfinite().all()
+    assert (g.flatten(1).norm(dim=1) > 0).all()
+    assert not any(p.requires_grad for p in defended.parameters())
+    # what is defended is the classifier's answer on the purified images
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    purified = defended.purifier(x, sample_ids=IDS)
+    torch.testing.assert_close(classifier(purified).detach(), logits, rtol=1e-4, atol=1e-5)
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def test_a_robustbench_model_by_name(tmp_path, monkeypatch):
+    """A file with random weights where RobustBench looks for it."""
+    monkeypatch.chdir(tmp_path)
+    entries = import_robustbench().model_zoo.model_dicts
+    constructor = next(
+        m["Wong2020Fast"]["model"] for d, t in entries.items() if d.value == "cifar10"
+        for k, m in t.items() if k.value == "Linf"
+    )  # fmt: skip
+    model = constructor()
+    file = Path("models/cifar10/Linf/Wong2020Fast.pt")
+    file.parent.mkdir(parents=True)
+    torch.save(model.state_dict(), file)
+    defended = wrap("Wong2020Fast", score_model=colour_model(), t_star=0.1, steps=2)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(defended.classifier(x), model.eval()(x))
+    assert defended(x).shape == (2, 10)
+
+
+def test_a_robustbench_file_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    monkeypatch.chdir(tmp_path)
+    file = Path("models/cifar10/Linf/Wong2020Fast.pt")
+    file.parent.mkdir(parents=True)
+    torch.save({"state_dict": Evil()}, file)
+    with pytest.raises(ValueError, match="RobustBench's Wong2020Fast could not be loaded"):
+        wrap("Wong2020Fast", score_model=colour_model())
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "where"),
+    [
+        ("Standard", "cifar10", "Google Drive id 1t98aEuzeTL8P7Kpd5DIrCoCL21BNZUhC at models/cifar10/Linf/Standard.pt"),
+        ("Chen2020Adversarial", "cifar10", r"at models/cifar10/Linf/Chen2020Adversarial.pt_m0.pt and that of"),
+        ("Standard_R50", "imagenet", "the file that it downloads into .*checkpoints"),
+    ],
+)
+def test_offline_says_which_file_to_put_where(name, dataset, where, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("robustbench.utils.download_gdrive_new", no_network)
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{name} could not be loaded \(no network\); without a.*{where}") as error:
+        wrap(name, dataset, score_model=colour_model())
+    assert "\n" not in str(error.value)
+
+
+def test_embedded_models_and_the_data_sets_own_score_network():
+    defended = wrap("digits-standard", "digits", t_star=0.18, steps=10, reverse="ddpm", purifications=2)
+    score_model, classifier = purify.zoo.score_model("digits"), purify.zoo.classifier("digits-standard")
+    expected = DefendedClassifier(classifier, diffpure(score_model, 0.18, 10, "ddpm"), purifications=2)
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(defended(x, sample_ids=range(3)), expected(x, sample_ids=range(3)))
+
+
+def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
+    monkeypatch.setenv("PURIFY_CACHE", str(tmp_path))
+    purifier = Purifier(smooth_model(), 0.2, "ddpm", 3)
+    assert torch.equal(
+        wrap(TinyClassifier(), purifier=purifier)(images, sample_ids=range(7)),
+        DefendedClassifier(TinyClassifier(), purifier)(images, sample_ids=range(7)),
+    )
+    for message, call in {
+        "score-sde-cifar10 is not here; run `purify download": lambda: wrap("Standard"),
+        "No score network of cifar100 is known": lambda: wrap("Standard", "cifar100"),
+        "Unknown purifier 'magic'; known: diffpure": lambda: wrap("Standard", purifier="magic"),
+        "This purifier is complete; leave t_star, score_model out": lambda: wrap(
+            TinyClassifier(), purifier=purifier, t_star=0.2, score_model="digits"
+        ),
+        "in train mode": lambda: wrap(TinyClassifier().train(), purifier=purifier),
+        "RobustBench has no cifar10 Linf model 'Nothing'": lambda: wrap("Nothing", score_model=colour_model()),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# --- other sizes, stochastic models -------------------------------------------------------------------------------
+
+
+def test_classifiers_that_need_another_size_and_preprocessing():
+    inner = families.build("torchvision resnet").model
+    chain = nn.Sequential(Resize((224, 224), antialias=False), Normalize(families.MEAN, families.STD), inner).eval()
+    logits, g = forward_and_gradient(wrap(chain, score_model=colour_model(), t_star=0.2, steps=2), 32)
+    assert logits.shape == (2, 1000)
+    assert (g.flatten(1).norm(dim=1) > 0).all()
+
+
+class NoisyClassifier(nn.Module):
+    """Draws at each call, like randomized smoothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = TinyClassifier()
+
+    def forward(self, x):
+        return self.inner(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_classifier_that_is_already_stochastic_draws_fresh_noise_at_each_call(images):
+    defended = wrap(NoisyClassifier().eval(), purifier=Purifier(smooth_model(), 0.2, "ddpm", 3))
+    x = images.requires_grad_()
+    first, second = defended(x, sample_ids=range(7)), defended(x, sample_ids=range(7))
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    first = defended(x, sample_ids=range(7))
+    torch.manual_seed(1)
+    second = defended(x, sample_ids=range(7))
+    assert torch.equal(first, second)
+    (g,) = torch.autograd.grad(first.sum(), x)
+    assert (g.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_eval_mode_is_still_demanded_where_it_matters():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Dropout()).eval()
+    model[2].train()
+    with pytest.raises(ValueError, match="in train mode"):
+        DefendedClassifier(model, Purifier(smooth_model(), 0.2))
+
+
+# --- ImageNet -----------------------------------------------------------------------------------------------------
+
+
+def narrow(shapes, factor):
+    """The layout of guided-diffusion's ImageNet network, its widths divided by ``factor``."""
+    image = {"input_blocks.0.0.weight": 1, "out.2.weight": 0, "out.2.bias": 0}  # a dimension that counts colours
+
+    def divided(key, shape):
+        return [n if n <= 3 or image.get(key) == i else n // factor for i, n in enumerate(shape)]
+
+    return {key: divided(key, shape) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("factor", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_network_for_256_in_front_of_a_classifier_for_224(factor, tmp_path):
+    """One purification step on random weights, in float32 and under bfloat16."""
+    path = tmp_path / "256x256_diffusion_uncond.pt"
+    torch.save(random_weights(narrow(LAYOUTS["full"]["guided"]["shapes"], factor)), path)
+    classifier = families.build("meansparse resnet").eval()
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    answers = {}
+    for autocast in (None, "bfloat16"):
+        model = load_score_model(path, head_channels=64 // factor, autocast=autocast)
+        assert model.image_shape == (3, 256, 256)
+        defended = wrap(classifier, "imagenet", score_model=model, t_star=0.15, steps=1, reverse="ddpm")
+        z = x.clone().requires_grad_()
+        logits = defended(z, sample_ids=[0])
+        (g,) = torch.autograd.grad(logits[0, 0], z)
+        assert g.isfinite().all()
+        answers[autocast] = logits.detach(), g
+    for half, full in zip(answers["bfloat16"], answers[None], strict=True):
+        assert half.dtype == torch.float32
+        assert 0 < (half - full).norm() / full.norm() < 0.1
+
+
+def test_wrap_does_not_resize_where_no_size_is_known(images):
+    model = ScoreModel(SmoothNet(), ContinuousVP())
+    assert not wrap(TinyClassifier(), score_model=model).purifier.resize
+    assert wrap(TinyClassifier(), score_model=smooth_model()).purifier.resize
