@@ -135,7 +135,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
     for message, call in {
         "score-sde-cifar10 is not here; run `purify download": lambda: wrap("Standard"),
         "No score network of cifar100 is known": lambda: wrap("Standard", "cifar100"),
-        "Unknown purifier 'magic'; known: diffpure": lambda: wrap("Standard", purifier="magic"),
+        "Unknown purifier 'magic'; known: agdm, diffpure": lambda: wrap("Standard", purifier="magic"),
         "This purifier is complete; leave t_star, score_model out": lambda: wrap(
             TinyClassifier(), purifier=purifier, t_star=0.2, score_model="digits"
         ),

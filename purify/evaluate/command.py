@@ -53,7 +53,7 @@ EXAMPLES = """examples:
   %(prog)s --noise-level ssni-l,ssni-n --t-star 0.25 --ssni-tau 2
   %(prog)s --purifier diffpure,gdmp,agdm --noise-level constant,ssni-n --set gdmp.scale=300
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
-  %(prog)s --dataset cifar10 --model Standard --score-model my.safetensors --preset paper --device cuda
+  %(prog)s --dataset cifar10 --model Standard --score-model score-sde-cifar10 --preset paper --device cuda
 """
 
 
@@ -74,8 +74,12 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--n-examples", type=int, help="test images to attack")
     g = p.add_argument_group("defence")
-    names = ", ".join(PURIFIERS)
-    g.add_argument("--purifier", default="diffpure", help=f"comma-separated: {names} (default: diffpure)")
+    g.add_argument(
+        "--purifier",
+        default="diffpure",
+        help=f"comma-separated: {', '.join(PURIFIERS)}; ssni-l and ssni-n are diffpure at that noise level "
+        "(default: diffpure)",
+    )
     g.add_argument(
         "--set",
         action="append",
@@ -94,13 +98,16 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--ssni-t-max", type=float, help="greatest level (default: t* + b)")
     g.add_argument("--ssni-tau", type=float, default=1.0, help="temperature of ssni-n (default: 1)")
     g.add_argument("--tau-unit", default="std", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: std)")
-    g.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
+    g.add_argument("--steps", type=int, help="reverse steps (default: 10 on embedded data, otherwise --dt 1e-3)")
     g.add_argument(
         "--dt",
         type=float,
         help="step length: t* then decides how many steps run, instead of --steps; half of --max-rows at a time",
     )
-    g.add_argument("--reverse", default="ddpm", help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm)")
+    g.add_argument(
+        "--reverse",
+        help=f"one of {', '.join(REVERSE_RULES)} (default: ddpm; for diffpure on other than embedded data sde)",
+    )
     g.add_argument("--purifications", type=int, default=1, help="purifications per answer (default: 1)")
     g.add_argument("--aggregate", default="logits", help=f"how they are combined: {', '.join(AGGREGATES)}")
     g = p.add_argument_group("threat and attack")
@@ -340,6 +347,15 @@ def build_level(name: str, t_star: float, args: argparse.Namespace) -> NoiseLeve
     return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
 
 
+def build_plan(args: argparse.Namespace, published: bool) -> int | FixedDt:
+    """Reverse steps as the command line says; without, few on embedded data and DiffPure's dt elsewhere."""
+    if args.steps is not None and args.dt is not None:
+        raise ValueError("--steps and --dt exclude each other; give one.")
+    if args.dt is None and (args.steps is not None or not published):
+        return 10 if args.steps is None else args.steps
+    return FixedDt(1e-3 if args.dt is None else args.dt, batch=max(1, args.max_rows // 2))
+
+
 def purifier_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What --set says of this purifier, on top of what is usual on the data set."""
     preset = choose(name, PURIFIERS, "purifier")
@@ -379,8 +395,10 @@ def build_purified(
     options = purifier_options(purifier, args)
     usual_level = options.pop("t_star", DATASETS[args.dataset].t_star)
     level = build_level(name, usual_level if args.t_star is None else args.t_star, args)
-    plan = args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 2))
-    built = PURIFIERS[purifier](score_model, level, plan, args.reverse, gradient_config(args), **options)
+    published = args.dataset not in zoo.calibrations()
+    reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
+    plan = build_plan(args, published)
+    built = PURIFIERS[purifier](score_model, level, plan, reverse, gradient_config(args), **options)
     if score_model.image_shape not in (None, DATASETS[args.dataset].shape):
         built = built.with_resize()
     device = next(score_model.parameters()).device
@@ -403,11 +421,12 @@ def build_defences(
     score_model = load_score(args.score_model or args.dataset).to(device)
     embedded = args.dataset in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
-    purified = [
-        build_purified(p.strip(), n.strip(), bare, score_model, args, allowed, attacks)
-        for p in args.purifier.split(",")
-        for n in names
+    pairs = [
+        (purifier, level)
+        for p in map(str.strip, args.purifier.split(","))
+        for purifier, level in ([("diffpure", p)] if p in LEVELS else [(p, n.strip()) for n in names])
     ]
+    purified = [build_purified(p, n, bare, score_model, args, allowed, attacks) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))

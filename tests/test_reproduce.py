@@ -1,0 +1,80 @@
+"""The documented way to published settings, on files of their formats: CIFAR-10, a checkpoint of score_sde, a model."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from conftest import DATA
+from torchvision.datasets import CIFAR10
+
+from purify.__main__ import main as purify_command
+from purify.evaluate.command import main
+
+CHECKPOINT = str(DATA / "networks" / "score_sde_training_state.pth")
+MODEL = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
+"""
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Arguments that stand for what a researcher has: a folder of CIFAR-10, a checkpoint, a model."""
+    base = tmp_path / "data" / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    g = np.random.default_rng(0)
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        content = {"data": g.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [3, 8, 1]}
+        (base / name).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    (tmp_path / "model.py").write_text(MODEL)
+    data = ["--dataset", "cifar10", "--data-dir", str(tmp_path / "data"), "--score-model", CHECKPOINT]
+    assert purify_command(["calibrate", *data, "--images", "6", "--out", str(tmp_path / "norms.json")]) == 0
+    model = ["--model", f"{tmp_path / 'model.py'}:make", "--calibration", str(tmp_path / "norms.json")]
+    return [*data, *model, "--n-examples", "2", "--preset", "paper"]
+
+
+def test_a_dry_run_at_published_settings(published, capsys):
+    assert main([*published, "--purifier", "ssni-n", "--t-star", "0.003", "--max-rows", "4", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "cifar10, 2 samples; files, models and shapes are in order" in out
+    assert "diffpure ssni-n" in out
+
+
+def test_published_settings_are_the_defaults(published, tmp_path, capsys):
+    """Without further options: DiffPure's SDE in steps of 1e-3, eps 8/255."""
+    budget = ["--attack-steps", "1", "--eot", "1", "--judge-draws", "1", "--attacks", "pgd-eot"]
+    short = ["--t-star", "0.002", "--out", str(tmp_path / "run")]
+    assert main([*published, *budget, *short, "--purifier", "diffpure,ssni-n"]) == 0
+    config = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]
+    purifier = config["defences"]["diffpure"]["purifier"]
+    assert purifier["reverse"]["kind"] == "sde"
+    assert purifier["steps"]["kind"] == "fixed_dt"
+    assert purifier["steps"]["dt"] == 1e-3
+    assert config["defences"]["diffpure ssni-n"]["purifier"]["level"]["kind"] == "ssni-n"
+    assert config["attacks"]["diffpure"][0]["eps"] == 8 / 255
+    records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert {r["network_calls"] for r in records if r["defence"] == "diffpure"} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--score-model", "checkpoint_9.pth"], "There is no score network 'checkpoint_9.pth'"),
+        (["--score-model", "score-sde-cifar10"], "run `purify download score-sde-cifar10`"),
+        (["--model", "Standard"], "could not be loaded"),
+        (["--n-examples", "512"], "cifar10 has 3 test images"),
+        (["--steps", "3", "--dt", "0.01"], "exclude each other"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_runs(published, changed, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PURIFY_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main([*published, *changed, "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
