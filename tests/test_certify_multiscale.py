@@ -102,14 +102,14 @@ def test_one_scale_is_cohen(images):
 
 def test_strict_bounds_by_hand():
     """Two scales, three events at alpha / 3; two other classes share the upper level."""
-    counts = [np.array([200, 450, 350]), np.array([980, 15, 5])]
+    counts = [np.array([250, 400, 350]), np.array([980, 15, 5])]
     found = run(counts, [1, 0], [1.0, 0.5], 0.003)
     low = stats.beta.ppf(0.001, 980, 21)
-    high = stats.beta.ppf(1 - 0.0005, 451, 550)
+    high = stats.beta.ppf(1 - 0.0005, 401, 600)
     expected = min(0.5 * stats.norm.ppf(low), -1.0 * stats.norm.ppf(high))
     assert (found.answer, found.stage) == (0, 1)
     assert found.radius == pytest.approx(expected, rel=1e-12)
-    assert high == pytest.approx(float(upper_bound(450, 1000, 0.0005)))
+    assert high == pytest.approx(float(upper_bound(400, 1000, 0.0005)))
 
 
 def test_the_class_itself_needs_no_bound_at_passed_scales():
@@ -129,13 +129,13 @@ def test_only_images_that_pass_a_scale_are_asked_again():
 
     x = torch.tensor([0.0, 0.5, 1.0]).reshape(3, 1, 1, 1)
     small, large = (Smooth(Band().eval(), s) for s in (0.02, 0.4))
-    found = Cascade((small, large)).certify(x, Draws(50, 1000), seed=0)
+    found = Cascade((small, large)).certify(x, Draws(50, 5000), seed=0)
     assert found.classes.tolist() == [0, 2, 1]
     assert found.stages.tolist() == [0, 1, 0]
-    assert found.draws.tolist() == [1050, 2100, 1050]
+    assert found.draws.tolist() == [5050, 10100, 5050]
     assert float(found.radii[1]) < 0.05
     # Scales share no noise: each certificate is made of the draws of its own sigma.
-    alone = small.certify(x, Draws(50, 1000), seed=0)
+    alone = small.certify(x, Draws(50, 5000), seed=0)
     assert torch.equal(found.counts[1], alone.counts[1])
 
 
@@ -200,7 +200,7 @@ def test_no_change_inside_the_radius():
         if found.answer != ABSTAIN:
             assert holds(f, x, found, sigmas, p0)
             answered, later = answered + 1, later + (found.stage > 0)
-    assert later > 100  # the passed scales mattered
+    assert later > 50  # the passed scales mattered
 
 
 def test_radii_are_not_needlessly_small():

@@ -15,7 +15,7 @@ from torch import nn
 from purify import Noise, zoo
 from purify.certify import ABSTAIN, DSSN, SSN, Draws, to_grid
 from purify.certify.bounds import lower_bound
-from purify.certify.splitting import SplittingLevels, Splitting, answer_and_steps, split
+from purify.certify.splitting import Splitting, SplittingLevels, answer_and_steps, offsets, split
 from purify.data import load_dataset
 
 
@@ -55,7 +55,11 @@ def test_levels_against_the_original():
 
 
 def test_dssn_noise_against_the_original():
-    for case in cases("dssn_noise"):
+    *small, cifar = cases("dssn_noise")
+    template = offsets(cifar["levels"], cifar["dim"], cifar["seed"])
+    assert template[:20].tolist() == cifar["template_head"]
+    assert int(template.sum()) == cifar["template_sum"]
+    for case in small:
         perturb = SplittingLevels(case["lam"], case["seed"])
         assert perturb.levels == case["levels"]
         for x_int, rows, mean in zip(case["x_int"], case["out"], case["out_mean_over_all_j"], strict=True):

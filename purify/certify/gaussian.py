@@ -11,6 +11,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from purify.certify.base import RandomizedSmoothing
+from purify.certify.counts import check_classifier
 from purify.noise import Noise
 from purify.schedule import check_sigma
 from purify.score import ScoreModel, per_sample
@@ -72,23 +73,25 @@ class OneShotDenoised(nn.Module):
     clipped to [-1, 1], goes to the classifier. Differentiable, weights frozen.
 
     Raises:
-        ValueError: sigma is not positive, or beyond the schedule's end.
+        ValueError: sigma is not positive, or beyond the schedule's end; the classifier is in train mode.
     """
 
     def __init__(self, classifier: nn.Module, score_model: ScoreModel, sigma: float) -> None:
         super().__init__()
+        check_classifier(classifier, None)
         self.time = score_model.schedule.time_of_sigma(2 * sigma)
         self.classifier = classifier.requires_grad_(False)
-        self.score_model = score_model.eval().requires_grad_(False)
+        self.score_model = score_model.requires_grad_(False)
+        self.eval()
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Noisy images (N, C, H, W) around [0, 1] -> logits (N, K)."""
-        return self.classifier(denoise(self.score_model, noisy, self.time))
+        t = torch.full((len(noisy),), self.time, dtype=torch.float64, device=noisy.device)
+        return self.classifier(denoise(self.score_model, noisy, t))
 
 
-def denoise(score_model: ScoreModel, noisy: Tensor, time: float) -> Tensor:
-    """u0_hat of x + sigma z in [0, 1] units, (N, C, H, W); ``time`` is that of 2 sigma."""
-    t = torch.full((len(noisy),), time, dtype=torch.float64, device=noisy.device)
+def denoise(score_model: ScoreModel, noisy: Tensor, t: Tensor) -> Tensor:
+    """Images in [0, 1] from x + sigma z, (N, C, H, W); ``t`` float64 (N,): the times of 2 sigma."""
     u_t = per_sample(score_model.schedule.alpha(t), noisy) * (2 * noisy - 1)
     return (score_model.denoise(u_t, t).clamp(-1, 1) + 1) / 2
 

@@ -88,7 +88,6 @@ def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
     bins = sorted(np.delete(counts, answer).tolist(), reverse=True)
     while len(bins) > 1 and bins[-1] < least:
         bins[-2:] = [bins[-2] + bins[-1]]
-        bins.sort(reverse=True)
     return [int(counts[answer]), *bins]
 
 

@@ -53,7 +53,7 @@ class Splitting:
 @lru_cache(maxsize=32)
 def offsets(levels: int, size: int, seed: int) -> Tensor:
     """DSSN's fixed integer offset of each pixel, in [0, levels)."""
-    return torch.from_numpy(np.random.RandomState(seed).randint(levels, size=size))  # noqa: NPY002 - the published one
+    return torch.from_numpy(np.random.RandomState(seed).randint(levels, size=size))
 
 
 @dataclass(frozen=True)
