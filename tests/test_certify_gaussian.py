@@ -64,7 +64,7 @@ def test_times_of_sigma_against_the_original():
         denoised = OneShotDenoised(TinyClassifier(), model, case["sigma"])
         t = torch.tensor([denoised.time]).double()
         assert round(denoised.time * case["steps"]) - 1 == case["t_multiscale"]
-        assert schedule.alpha(t).item() == pytest.approx(case["sqrt_alphas_cumprod"], rel=1e-9)
+        assert schedule.alpha(t).item() == pytest.approx(case["sqrt_alphas_cumprod"], rel=1e-7)  # a float32 table
         assert (schedule.sigma(t) / schedule.alpha(t)).item() / 2 == pytest.approx(case["sigma_at_t"], rel=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_nan_and_bad_input_are_refused(images):
     with pytest.raises(ValueError, match="no images"):
         Smooth(TinyClassifier(), 0.5).certify(images[:0])
     for bad in ({"n0": 0}, {"n": 0}, {"alpha": 0.0}, {"alpha": 1.0}, {"n": 7, "stop": EarlyStop()}):
-        with pytest.raises(ValueError, match="must|need"):
+        with pytest.raises(ValueError, match=r"must|need"):
             Draws(**bad)
     with pytest.raises(ValueError, match="certify at most"):
         Smooth(TinyClassifier(), 0.5).certify(images, Draws(10, 100, stop=EarlyStop(5.0)))

@@ -187,9 +187,8 @@ def test_one_level_is_the_plain_classifier():
 
 
 def test_ssn_radius_and_failure_rate():
-    """One pixel at x, class 1 where the cell's centre exceeds 1/2: P(class 1) is known, and falls by delta / (2 lam)."""
+    """One pixel, class 1 where its cell's centre exceeds 1/2: the exact probability gives the exact radius."""
     lam, value, trials, alpha = 0.6, 0.75, 3000, 0.05
-    # The centre is (1[x > s] + min(s, 1)) / 2 > 1/2 iff x > s (and s > 0), or s > 1: up to x, and beyond 1.
     s = torch.linspace(0, 2 * lam, 200_001, dtype=torch.float64)
     p = (split(torch.full_like(s, value), s, 2 * lam) > 0.5).double().mean().item()
     exact = 2 * lam * (p - 0.5)

@@ -3,7 +3,7 @@
 A certificate sees only a function that maps noisy images to class counts.
 """
 
-from purify.certify.base import ABSTAIN, Certificate, Draws, EarlyStop
+from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, EarlyStop
 from purify.certify.counts import NoisyCounts, NoisyModel
 from purify.certify.gaussian import OneShotDenoised, Smooth, denoised_smoothing
 from purify.certify.multiscale import Cascade
@@ -15,6 +15,7 @@ __all__ = [
     "SSN",
     "Cascade",
     "Certificate",
+    "Certifier",
     "Draws",
     "EarlyStop",
     "NoisyCounts",

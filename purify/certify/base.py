@@ -116,6 +116,10 @@ class Certifier(ABC):
     def config(self) -> dict[str, Any]:
         """Plain data that describes it apart from its networks."""
 
+    def covered(self, perturbed: Tensor, image: Tensor, radius: float) -> Tensor:
+        """An image (1, C, H, W) near ``perturbed``, within ``radius`` of ``image``, of which the certificate speaks."""
+        return perturbed
+
 
 @dataclass(frozen=True)
 class RandomizedSmoothing(Certifier):

@@ -84,7 +84,7 @@ MODES: dict[str, Mode] = {"strict": Strict(), "reference": Reference()}
 
 
 def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
-    """Counts of the answer, then of the others in falling order, the smallest added up until none is below ``least``."""
+    """Counts of the answer, then of the others in falling order, the last added up until it is at least ``least``."""
     bins = sorted(np.delete(counts, answer).tolist(), reverse=True)
     while len(bins) > 1 and bins[-1] < least:
         bins[-2:] = [bins[-2] + bins[-1]]

@@ -35,7 +35,7 @@ def split(x: Tensor, s: Tensor, width: float) -> Tensor:
 
 
 def straight_through(values: Tensor, x: Tensor) -> Tensor:
-    """``values`` with the gradient of ``x``: a cell's middle is constant almost everywhere, which would only hide it."""
+    """``values`` with the gradient of ``x``: their own is zero almost everywhere, which would only hide the model."""
     return values.detach() + (x - x.detach())
 
 
@@ -180,6 +180,17 @@ class DSSN(Certifier):
         counts = counter(images, noise, range(self.perturb.levels)).cpu()
         classes, steps = answer_and_steps(counts)
         return Certificate(classes, steps.double() / GRID, counts, counts.sum(1))
+
+    def covered(self, perturbed: Tensor, image: Tensor, radius: float) -> Tensor:
+        """The image on the grid: steps are rounded towards ``image``, and what is left of the radius goes to the pixels
+        that lost most."""
+        delta = GRID * (perturbed - image).double().flatten()
+        steps = delta.trunc()
+        lost = delta - steps
+        left = max(int(round(GRID * radius) - float(steps.abs().sum())), 0)
+        most = lost.abs().argsort(descending=True)[:left]
+        steps[most] += lost[most].sign()
+        return to_grid(image + (steps / GRID).reshape(image.shape).to(image.dtype))
 
     def noisy_models(self) -> dict[str, NoisyModel]:
         return {"splitting levels": NoisyModel(self.classifier, self.perturb)}

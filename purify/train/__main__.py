@@ -81,8 +81,10 @@ def measure(module: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor) -
     """What the model card reports, by the kind of network and what it was trained for."""
     loss = recipe.loss
     if isinstance(module, ScoreModel):
-        denoised = isinstance(loss, DiffusionCalibration)
-        return measure_score(module, images) | (measure_denoised(module, loss, images, labels) if denoised else {})
+        found = measure_score(module, images)
+        if isinstance(loss, DiffusionCalibration):
+            found |= measure_denoised(module, loss, images, labels)
+        return found
     if isinstance(loss, SplittingLoss):
         return measure_splitting(module, loss, images, labels)
     return measure_classifier(module, images, labels, DATASETS[recipe.dataset].eps["Linf"])
