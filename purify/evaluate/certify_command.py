@@ -17,7 +17,7 @@ from torch import nn
 from purify import zoo
 from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
 from purify.certify.multiscale import MODES
-from purify.checks import choose
+from purify.checks import check_count, choose
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.command import default_folder, environment, fingerprint_of_samples, load_samples, numbers
@@ -29,7 +29,7 @@ from purify.evaluate.runner import Samples
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
   %(prog)s --method cohen,multiscale --preset standard
-  %(prog)s --dataset fashion_mnist --method multiscale --sigma 0.25,0.5,1 --n 10000
+  %(prog)s --dataset fashion_mnist --method multiscale --sigma 0.25,0.5,1 --draws 10000
   %(prog)s --method dssn --model runs/train/digits-dssn.safetensors
   torchrun --nproc-per-node=4 %(prog)s --threads 1 --preset standard
 """
@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--lam", type=float, help="lambda (default: the one that the classifier was trained with)")
     g = p.add_argument_group("budget (a preset, or its parts)")
     g.add_argument("--preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
-    g.add_argument("--n0", type=int, help="draws that choose the class")
-    g.add_argument("--n", type=int, help="draws that bound its probability")
+    g.add_argument("--selection-draws", type=int, help="n0, draws that choose the class")
+    g.add_argument("--draws", type=int, help="n, draws that bound its probability")
     g.add_argument("--alpha", type=float, default=0.001, help="probability of failure (default: 0.001)")
     g.add_argument("--stop-radius", type=float, help="stop drawing once it is settled whether this radius holds")
     g.add_argument("--looks", type=int, default=4, help="looks at the bound under --stop-radius (default: 4)")
@@ -142,14 +142,12 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 def build_budget(args: argparse.Namespace) -> tuple[Draws, Inside, int]:
     """The preset with the user's changes: draws, the cross-check, samples."""
-    n0, n, samples, attacked = choose(args.preset, PRESETS, "preset")
+    asked = (args.selection_draws, args.draws, args.n_examples, args.attack_examples)
+    usual = choose(args.preset, PRESETS, "preset")
+    n0, n, samples, attacked = (u if a is None else a for a, u in zip(asked, usual, strict=True))
+    check_count(samples, "n-examples")
     stop = None if args.stop_radius is None else EarlyStop(args.stop_radius, args.looks)
-    draws = Draws(args.n0 or n0, args.n or n, args.alpha, stop)
-    examples = samples if args.n_examples is None else args.n_examples
-    if examples < 1:
-        raise ValueError(f"n-examples must be a whole number of at least 1, got {examples}.")
-    inside = Inside(attacked if args.attack_examples is None else args.attack_examples, args.attack_steps, args.eot)
-    return draws, inside, examples
+    return Draws(n0, n, args.alpha, stop), Inside(attacked, args.attack_steps, args.eot), samples
 
 
 @dataclass(frozen=True)
