@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=4, help="images (default: 4)")
     p.add_argument("--draws", type=int, default=2000, help="n (default: 2000); n0 is 100")
     p.add_argument("--plain-batch", type=int, default=1000, help="batch of the plain loop (default: 1000, as Cohen's)")
-    p.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 128; on a GPU 8192)")
+    p.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 256; on a GPU 8192)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, help="CPU threads for torch")

@@ -72,7 +72,7 @@ def test_strict_never_certifies_more_than_the_reference_where_scales_were_passed
 
 
 def test_threshold_above_one_half_is_smaller_in_strict_mode():
-    """The fixture with p0 > 1/2, where the published program is wrong in one branch."""
+    """The fixture with p0 > 1/2."""
     (case,) = (c for c in cases("cascade") if c["p0"] > 0.5)
     assert 0 < run_case(case, "strict").radius < run_case(case, "reference").radius
 

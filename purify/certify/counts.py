@@ -17,9 +17,9 @@ from purify.noise import Noise
 
 Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
 
-# Rows per network call unless told otherwise. On a CPU a hundred or so stay in its caches
+# Rows per network call unless told otherwise. On a CPU a few hundred stay in its caches
 # (benchmarks/certify_speed.py --max-rows).
-ROWS = {"cpu": 128, "cuda": 8192}
+ROWS = {"cpu": 256, "cuda": 8192}
 
 # A row whose two best logits are closer than this share of its largest logit is decided in float64 by a referee.
 NEAR_TIE = 1e-3
@@ -32,7 +32,7 @@ class NoisyCounts:
     Args:
         classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode.
         perturb: makes noisy images from images and their keyed noise.
-        max_rows: noisy images in the classifier at once; default 128 on a CPU, 8192 on a GPU.
+        max_rows: noisy images in the classifier at once; default 256 on a CPU, 8192 on a GPU.
         referee: the classifier in float64 (see :func:`float64_twin`). If given, it decides rows that are nearly tied
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """

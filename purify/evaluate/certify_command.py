@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
     g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     g.add_argument("--batch-size", type=int, default=16, help="samples certified at once (default: 16)")
-    g.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 128; on a GPU 8192)")
+    g.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 256; on a GPU 8192)")
     g.add_argument("--threads", type=int, help="CPU threads for torch")
     g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
     return p
