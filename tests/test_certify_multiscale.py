@@ -8,6 +8,7 @@ import torch
 from conftest import DATA, TinyClassifier
 from scipy import stats
 
+from purify import Noise, derive_seed
 from purify.certify import ABSTAIN, Cascade, Draws, EarlyStop, Smooth
 from purify.certify.bounds import upper_bound
 from purify.certify.multiscale import decide, mixed_logits, pool, reached
@@ -137,6 +138,23 @@ def test_only_images_that_pass_a_scale_are_asked_again():
     # Scales share no noise: each certificate is made of the draws of its own sigma.
     alone = small.certify(x, Draws(50, 5000), seed=0)
     assert torch.equal(found.counts[1], alone.counts[1])
+
+
+def test_prediction_against_all_stages_at_once(images):
+    """Image by image: counts of every scale, the first that reaches p0, and the mixed logits."""
+    scales, logits = tuple(Smooth(TinyClassifier(), s) for s in (2.0, 1.0, 0.1)), torch.randn(7, 5).mul(0.3)
+    cascade, stages = Cascade(scales, p0=0.6), []
+    got = cascade.predict(images, logits, 200, seed=6)
+    for i in range(7):
+        counts = [
+            s.counts(images[i : i + 1], Noise.keyed(derive_seed(6, "predict", s.stream), [i]), range(200))[0].numpy()
+            for s in cascade.scales
+        ]
+        stage, answer = reached(counts, 0.6)
+        clean = logits[i].double().numpy()
+        assert got[i] == (clean if answer == ABSTAIN else mixed_logits(counts[stage], clean)).argmax()
+        stages.append(stage)
+    assert len(set(stages)) > 1
 
 
 def test_bad_input_is_refused(images):

@@ -22,7 +22,7 @@ from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
-from purify.checks import choose
+from purify.checks import check_count, choose
 from purify.noise import derive_seed
 
 
@@ -226,6 +226,36 @@ class Cascade(Certifier):
             (stages + 1) * (draws.n0 + draws.n),
             stages,
         )
+
+    def predict(
+        self,
+        images: Tensor,
+        logits: Tensor,
+        n: int = 1000,
+        uniform: float = 0.1,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """The published program's answers without a certificate, int64 (N,).
+
+        The largest of the clean ``logits`` (N, C), to which the scale that is :func:`reached` with n draws adds its
+        class shares (:func:`mixed_logits`); of the clean logits alone where none is. Never abstains.
+        """
+        check_count(n, "n")
+        keys(images, sample_ids, seed)
+        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        outputs, waiting = logits.detach().double().cpu().numpy().copy(), list(range(len(images)))
+        for scale in self.scales:
+            if not waiting:
+                break
+            noise = keys(images[waiting], ids[waiting], derive_seed(seed, "predict", scale.stream))
+            found = scale.counts(images[waiting], noise, range(n)).cpu().numpy()
+            halts = [reached([own], self.p0)[1] != ABSTAIN for own in found]
+            for i, own, halt in zip(waiting, found, halts, strict=True):
+                outputs[i] = mixed_logits(own, outputs[i], uniform) if halt else outputs[i]
+            waiting = [i for i, halt in zip(waiting, halts, strict=True) if not halt]
+        return torch.from_numpy(outputs.argmax(1))
 
     def noisy_models(self) -> dict[str, NoisyModel]:
         return {name: model for s in self.scales for name, model in s.noisy_models().items()}
