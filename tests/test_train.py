@@ -1,24 +1,30 @@
 """The training loop: resume equals an undisturbed run, EMA by hand, losses fall, attacks stay in their ball."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import SmoothNet
+from conftest import SmoothNet, TinyClassifier
 from torch import nn
 
-from purify import ContinuousVP, ScoreModel
-from purify.train.__main__ import main
+from purify import ContinuousVP, Noise, ScoreModel, zoo
+from purify.certify.splitting import Splitting, SplittingLevels
+from purify.data import load_dataset
+from purify.train.__main__ import build, main
 from purify.train.loop import Hyper, learning_rate, train, update_ema
 from purify.train.losses import (
     CrossEntropy,
+    DiffusionCalibration,
     EpsLoss,
+    SplittingLoss,
     Trades,
     ascend,
     divergence,
     shifted,
     training_times,
 )
+from purify.train.recipes import RECIPES
 from purify.zoo.architectures import SmallCNN, build_network
 
 HYPER = Hyper(steps=12, batch_size=8, lr=1e-2, warmup=3, ema=0.9)
@@ -176,3 +182,114 @@ def test_command(tmp_path, capsys):
     assert "clean_accuracy" in (tmp_path / "digits-standard.md").read_text()
     assert main(["nothing"]) == 2
     assert "Unknown recipe 'nothing'; known: digits" in capsys.readouterr().err
+
+
+# --- splitting noise and diffusion calibration --------------------------------------------------------------------
+
+
+def split_by_hand(images, seed, lam, kind):
+    """What the loss draws from a generator: a seed for SSN's noise, and a level for DSSN's."""
+    g = torch.Generator().manual_seed(seed)
+    rows, draw = [], (torch.randint(2**62, (), generator=g), torch.randint(int(510 * lam), (len(images),), generator=g))
+    for i, x in enumerate(images):
+        noise = Noise.keyed(int(draw[0]), [i], int(draw[1][i]))
+        rows.append((SplittingLevels(lam) if kind == "dssn" else Splitting(lam))(x[None], noise))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kind", ["ssn", "dssn"])
+def test_splitting_loss_by_hand(kind):
+    images, labels = data()
+    network = TinyClassifier()
+    got = SplittingLoss(0.2, kind)(network, images, labels, torch.Generator().manual_seed(7))
+    logits = network(split_by_hand(images, 7, 0.2, kind))
+    expected = torch.stack([-logits[i].log_softmax(0)[y] for i, y in enumerate(labels)]).mean()
+    torch.testing.assert_close(got, expected)
+
+
+def test_stability_loss_by_hand():
+    """-log p(y|x1) + 6 KL(p(x1) || p(x2))."""
+    images, labels = data()
+    network, loss = TinyClassifier(), SplittingLoss(0.2, stability=6.0)
+    g = torch.Generator().manual_seed(7)
+    p1, p2 = (network(loss.split(images, g)).softmax(1) for _ in range(2))
+    assert not torch.equal(p1, p2)
+    divergence = (p1 * (p1.log() - p2.log())).sum(1)
+    expected = (-p1[torch.arange(40), labels].log() + 6 * divergence).mean()
+    torch.testing.assert_close(loss(network, images, labels, torch.Generator().manual_seed(7)), expected)
+
+
+def test_splitting_loss_refuses_unknown_noise():
+    with pytest.raises(ValueError, match="Unknown splitting noise 'gaussian'; known: dssn, ssn"):
+        SplittingLoss(0.2, "gaussian")
+
+
+def calibration_parts(module, classifier, images, labels, sigmas, choice, generator):
+    """L_brier and L_anti image by image, from the formulas."""
+    shares = []
+    for _ in range(2):
+        z = torch.randn(images.shape, generator=generator)
+        rows = []
+        for i, x in enumerate(images):
+            sigma = 2 * sigmas[choice[i]]  # in [-1, 1] space
+            t = torch.tensor([module.schedule.time_of_sigma(sigma)]).double()
+            alpha = 1 / (1 + sigma**2) ** 0.5
+            u_t = alpha * (2 * x[None] - 1 + sigma * z[i])
+            u0 = ((u_t - sigma * alpha * module.eps(u_t, t)) / alpha).clamp(-1, 1)
+            rows.append(classifier((u0 + 1) / 2).softmax(1))
+        shares.append(torch.cat(rows))
+    brier = anti = 0.0
+    for i, y in enumerate(labels.tolist()):
+        onehot = torch.zeros(shares[0].shape[1])
+        onehot[y] = 1
+        brier = brier + ((shares[0][i] - onehot) ** 2).sum()
+        y1 = int(shares[0][i].argmax())
+        if y1 != y:
+            anti = anti - torch.log(1 - shares[1][i, y1])
+    return brier / len(labels), anti / len(labels)
+
+
+def test_diffusion_calibration_by_hand(monkeypatch):
+    """Both terms, the sum, and their gradient against the formulas; the classifier gets no gradient."""
+    images, labels = data()
+    classifier = TinyClassifier(classes=3)
+    monkeypatch.setattr(zoo, "classifier", lambda name: classifier.requires_grad_(False))
+    loss = DiffusionCalibration("tiny", (0.25, 0.5), weight=0.7, anti=0.4)
+    module = network()
+    g = torch.Generator().manual_seed(3)
+    diffusion = EpsLoss()(module, images, labels, g)
+    choice = torch.randint(2, (40,), generator=g)
+    brier, anti = calibration_parts(module, classifier, images, labels, loss.sigmas, choice, g)
+    assert anti.item() > 0
+    expected = diffusion + 0.7 * (brier + 0.4 * anti)
+    got = loss(module, images, labels, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    parameters = list(module.parameters())
+    for a, b in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_calibration_without_weight_is_the_diffusion_loss():
+    images, labels = load_dataset("digits", "train")
+    images, labels = images[:8], labels[:8]
+    module = zoo.score_model("digits")
+    loss = DiffusionCalibration("digits-standard", weight=0.0)
+    plain = EpsLoss()(module, images, labels, torch.Generator().manual_seed(0))
+    assert loss(module, images, labels, torch.Generator().manual_seed(0)) == plain
+
+
+def test_calibration_starts_at_the_embedded_weights_and_moves_them(tmp_path):
+    module = build(RECIPES["digits-calibrated"])
+    assert equal(module, zoo.score_model("digits"))
+    assert all(p.requires_grad for p in module.parameters())
+    assert main(["digits-calibrated", "--steps", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
+    entry = json.loads((tmp_path / "digits-calibrated.json").read_text())
+    assert entry["start"] == "digits"
+    assert {"denoised_accuracy_sigma0.25", "denoised_accuracy_sigma1"} < set(entry["measured"])
+    assert not equal(zoo.score_model(tmp_path / "digits-calibrated.safetensors"), zoo.score_model("digits"))
+
+
+def test_command_trains_for_splitting_noise(tmp_path):
+    assert main(["digits-dssn", "--steps", "2", "--threads", "1", "--out", str(tmp_path)]) == 0
+    assert "split_accuracy" in (tmp_path / "digits-dssn.md").read_text()
+    assert json.loads((tmp_path / "digits-dssn.json").read_text())["loss"]["lam"] == 1.0

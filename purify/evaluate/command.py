@@ -194,7 +194,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
         "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
     }
-    folder = RunFolder(args.out or default_folder(args, config), config, environment(device, command, ranks), ranks)
+    name = f"{args.dataset}-{args.purifier.replace(',', '+')}-{args.preset}"
+    folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
         print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
     evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows, worst_only=args.worst_only)
@@ -468,16 +469,16 @@ def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samp
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
 
 
-def default_folder(args: argparse.Namespace, config: dict[str, Any]) -> Path:
+def default_folder(name: str, config: dict[str, Any]) -> Path:
     """A folder below runs/ that only this configuration has."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / f"{args.dataset}-{args.purifier.replace(',', '+')}-{args.preset}-{digest}"
+    return Path("runs") / f"{name}-{digest}"
 
 
 def environment(device: torch.device, command: str, ranks: Ranks) -> dict[str, Any]:
     """Versions, revision, device and command, for the manifest."""
     names = ["torch", "torchvision", "numpy", "scipy", "scikit-learn", "torchdiffeq", "diffusers", "torchattacks"]
-    names += ["robustbench", "pyautoattack", "autoattack"]
+    names += ["statsmodels", "robustbench", "pyautoattack", "autoattack"]
     versions = {}
     for name in names:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from purify import zoo
 from purify.checks import check_count, choose
@@ -17,7 +17,8 @@ from purify.data import DATASETS, load_dataset
 from purify.schedule import ContinuousVP
 from purify.score import ScoreModel
 from purify.train.loop import train
-from purify.train.measure import measure_classifier, measure_score
+from purify.train.losses import DiffusionCalibration, SplittingLoss
+from purify.train.measure import measure_classifier, measure_denoised, measure_score, measure_splitting
 from purify.train.recipes import RECIPES, Recipe
 from purify.zoo.architectures import build_network
 
@@ -39,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def build(recipe: Recipe) -> nn.Module:
-    """The untrained module that the recipe's loss takes."""
+    """The module that the recipe's loss takes, untrained or as the recipe's start."""
+    if recipe.start is not None:
+        return zoo.score_model(recipe.start).requires_grad_(True)
     network = build_network(recipe.architecture, recipe.hyper.seed)
     if recipe.kind == "classifier":
         return network
@@ -57,6 +60,8 @@ def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> d
         "architecture": recipe.architecture,
         "loss": {"kind": type(recipe.loss).__name__, **dataclasses.asdict(recipe.loss)},
     }
+    if recipe.start is not None:
+        identity["start"] = recipe.start
     module = train(build(recipe), recipe.loss, images, labels, recipe.hyper, out / f"{name}.checkpoint", identity)
     entry = {
         **identity,
@@ -65,15 +70,24 @@ def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> d
         "torch": torch.__version__,
     }
     if isinstance(module, ScoreModel):
-        entry |= {"score_model": module.config(), "measured": measure_score(module, test_images)}
-        network = module.network
-    else:
-        eps = DATASETS[recipe.dataset].eps["Linf"]
-        entry["measured"] = measure_classifier(module, test_images, test_labels, eps)
-        network = module
-    zoo.save(out / name, network, entry)
+        entry |= {"score_model": module.config()}
+    entry["measured"] = measure(module, recipe, test_images, test_labels)
+    zoo.save(out / name, module.network if isinstance(module, ScoreModel) else module, entry)
     (out / f"{name}.md").write_text(card(name, entry))
     return entry
+
+
+def measure(module: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """What the model card reports, by the kind of network and what it was trained for."""
+    loss = recipe.loss
+    if isinstance(module, ScoreModel):
+        found = measure_score(module, images)
+        if isinstance(loss, DiffusionCalibration):
+            found |= measure_denoised(module, loss, images, labels)
+        return found
+    if isinstance(loss, SplittingLoss):
+        return measure_splitting(module, loss, images, labels)
+    return measure_classifier(module, images, labels, DATASETS[recipe.dataset].eps["Linf"])
 
 
 def card(name: str, entry: dict[str, Any]) -> str:

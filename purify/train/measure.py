@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from purify.attacks import PGD
 from purify.score import ScoreModel, per_sample
+from purify.train.losses import DiffusionCalibration, SplittingLoss
 
 TIMES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -56,3 +57,24 @@ def measure_classifier(
         "clean_accuracy": accuracy(model, images, labels),
         f"robust_accuracy_eps{eps:g}": held.double().mean().item(),
     }
+
+
+@torch.no_grad()
+def measure_splitting(model: nn.Module, loss: SplittingLoss, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy on images under the loss's splitting noise, one draw each."""
+    return {"split_accuracy": accuracy(model, loss.split(images, torch.Generator().manual_seed(0)), labels)}
+
+
+@torch.no_grad()
+def measure_denoised(
+    model: ScoreModel, loss: DiffusionCalibration, images: Tensor, labels: Tensor
+) -> dict[str, float]:
+    """Accuracy of the loss's classifier on the first 2000 images, denoised in one step, at each sigma."""
+    found = {}
+    for k, sigma in enumerate(loss.sigmas):
+        generator, right = torch.Generator().manual_seed(0), []
+        for x, y in zip(images[:2000].split(500), labels[:2000].split(500), strict=True):
+            shares = loss.log_shares(model, x, torch.full((len(x),), k), generator)
+            right.append(shares.argmax(1) == y)
+        found[f"denoised_accuracy_sigma{sigma:g}"] = torch.cat(right).double().mean().item()
+    return found

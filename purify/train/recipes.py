@@ -6,20 +6,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from purify.train.loop import Hyper
-from purify.train.losses import AdversarialCrossEntropy, CrossEntropy, EpsLoss, Trades
+from purify.train.losses import (
+    AdversarialCrossEntropy,
+    CrossEntropy,
+    DiffusionCalibration,
+    EpsLoss,
+    SplittingLoss,
+    Trades,
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A zoo entry before training: what to build and how to train it."""
+    """A zoo entry before training: what to build, or which score model to start from, and how to train it."""
 
     kind: str  # score or classifier
     dataset: str
     architecture: dict[str, Any]
-    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy | Trades
+    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy | Trades | SplittingLoss | DiffusionCalibration
     hyper: Hyper
+    start: str | None = None  # zoo name of the score model that is fine-tuned
 
 
+DIGITS_UNET = {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1}
+FASHION_UNET = {"kind": "patch-unet", "channels": 1, "size": 28, "patch": 2, "widths": [24, 64], "layers": 1}
 DIGITS_CNN = {"kind": "small-cnn", "channels": 1, "widths": [32, 64], "num_classes": 10}
 FASHION_CNN = {"kind": "small-cnn", "channels": 1, "widths": [16, 32, 64], "num_classes": 10}
 
@@ -28,7 +38,7 @@ RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         "score",
         "digits",
-        {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1},
+        DIGITS_UNET,
         EpsLoss(),
         Hyper(steps=8_000, batch_size=128, lr=2e-3, ema=0.9995),
     ),
@@ -45,7 +55,7 @@ RECIPES: dict[str, Recipe] = {
     "fashion_mnist": Recipe(
         "score",
         "fashion_mnist",
-        {"kind": "patch-unet", "channels": 1, "size": 28, "patch": 2, "widths": [24, 64], "layers": 1},
+        FASHION_UNET,
         EpsLoss(),
         Hyper(steps=16_000, batch_size=64, lr=1.5e-3, ema=0.9995),
     ),
@@ -77,5 +87,43 @@ RECIPES: dict[str, Recipe] = {
         FASHION_CNN,
         Trades(eps=0.1, attack_steps=5),
         Hyper(steps=2_000, batch_size=128, weight_decay=1e-4, lr=2e-3),
+    ),
+    # Calibrated score models for denoised smoothing, from the ones above.
+    "digits-calibrated": Recipe(
+        "score",
+        "digits",
+        DIGITS_UNET,
+        DiffusionCalibration("digits-standard"),
+        Hyper(steps=2_000, batch_size=128, lr=2e-4, ema=0.999),
+        start="digits",
+    ),
+    "fashion_mnist-calibrated": Recipe(
+        "score",
+        "fashion_mnist",
+        FASHION_UNET,
+        DiffusionCalibration("fashion_mnist-standard"),
+        Hyper(steps=4_000, batch_size=64, lr=2e-4, ema=0.999),
+        start="fashion_mnist",
+    ),
+    # Classifiers for splitting noise.
+    "digits-ssn": Recipe(
+        "classifier", "digits", DIGITS_CNN, SplittingLoss(1.0, "ssn"), Hyper(steps=6_000, batch_size=128)
+    ),
+    "digits-dssn": Recipe(
+        "classifier", "digits", DIGITS_CNN, SplittingLoss(1.0, "dssn"), Hyper(steps=6_000, batch_size=128)
+    ),
+    "fashion_mnist-ssn": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        SplittingLoss(2.0, "ssn"),
+        Hyper(steps=8_000, batch_size=128, weight_decay=1e-4, lr=2e-3),
+    ),
+    "fashion_mnist-dssn": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        SplittingLoss(2.0, "dssn"),
+        Hyper(steps=8_000, batch_size=128, weight_decay=1e-4, lr=2e-3),
     ),
 }

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""How fast denoised smoothing is certified: against a plain loop over images, and against the bare forward passes.
+
+All in one process, at equal draws, alternating; ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from purify import zoo
+from purify.certify import Draws, Smooth, denoised_smoothing
+from purify.certify.bounds import lower_bound
+from purify.certify.counts import ROWS
+from purify.checks import check_count, choose
+from purify.data import DATASETS, load_dataset
+from purify.evaluate.models import check_device
+from purify.evaluate.ranks import set_threads
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="benchmarks/certify_speed.py", description=__doc__)
+    p.add_argument("--dataset", default="digits", help="digits or fashion_mnist (default: digits)")
+    p.add_argument("--sigma", type=float, default=0.25)
+    p.add_argument("--samples", type=int, default=4, help="images (default: 4)")
+    p.add_argument("--draws", type=int, default=2000, help="n (default: 2000); n0 is 100")
+    p.add_argument("--plain-batch", type=int, default=1000, help="batch of the plain loop (default: 1000, as Cohen's)")
+    p.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 256; on a GPU 8192)")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--threads", type=int, help="CPU threads for torch")
+    p.add_argument("--out", type=Path, help="JSON file to write")
+    return p
+
+
+@torch.no_grad()
+def plain_loop(smooth: Smooth, images: Tensor, draws: Draws, batch: int) -> list[int]:
+    """One image after the other, fresh noise by torch.randn, counts on the CPU: what a first program does."""
+
+    def sample(x: Tensor, n: int) -> np.ndarray:
+        counts = np.zeros(10, dtype=int)
+        while n > 0:
+            size = min(batch, n)
+            n -= size
+            repeated = x.repeat(size, 1, 1, 1)
+            answers = smooth.classifier(repeated + smooth.sigma * torch.randn_like(repeated)).argmax(1)
+            for answer in answers.cpu().numpy():
+                counts[answer] += 1
+        return counts
+
+    found = []
+    for x in images:
+        chosen = int(sample(x, draws.n0).argmax())
+        hits = sample(x, draws.n)[chosen]
+        found.append(chosen if lower_bound(hits, draws.n, draws.alpha) >= 0.5 else -1)
+    return found
+
+
+@torch.no_grad()
+def forward_passes(classifier: nn.Module, noisy: Tensor, rows: int) -> int:
+    """Nothing but the network, as many rows as the certificates take; ``noisy`` is used again and again."""
+    last = 0
+    while rows > 0:
+        size = min(len(noisy), rows)
+        rows -= size
+        last = int(classifier(noisy[:size]).argmax(1)[-1])  # waits for the device
+    return last
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the three, and their ratios."""
+    choose(args.dataset, {k: v for k, v in DATASETS.items() if k in zoo.names("score")}, "embedded data set")
+    for what in ("samples", "draws", "repeats", "plain_batch"):
+        check_count(getattr(args, what), what)
+    set_threads(args.threads)
+    device = check_device(args.device)
+    draws, rows = Draws(100, args.draws), args.max_rows or ROWS[device.type]
+    score, classifier = zoo.score_model(args.dataset).to(device), zoo.classifier(f"{args.dataset}-standard").to(device)
+    smooth = denoised_smoothing(classifier, score, args.sigma, rows)
+    images = load_dataset(args.dataset, "test")[0][: args.samples].to(device)
+    noisy = images[:1] + args.sigma * torch.randn(rows, *images.shape[1:], device=device)
+    works: dict[str, Callable[[], object]] = {
+        "plain loop": lambda: plain_loop(smooth, images, draws, args.plain_batch),
+        "ours": lambda: smooth.certify(images, draws),
+        "forward passes": lambda: forward_passes(smooth.classifier, noisy, len(images) * (draws.n0 + draws.n)),
+    }
+    smooth.certify(images[:1], Draws(10, rows))  # warm up
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(args.repeats):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        **{f"{name}, seconds per image": t / len(images) for name, t in middle.items()},
+        "images per second, ours to plain loop": middle["plain loop"] / middle["ours"],
+        "time, ours to forward passes": middle["ours"] / middle["forward passes"],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, write; bad input is one line on stderr and status 2."""
+    args = parser().parse_args(argv)
+    try:
+        found = measure(args)
+        if args.out is not None:
+            args.out.write_text(json.dumps(found, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, value in found.items():
+        print(f"{name}: {value:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

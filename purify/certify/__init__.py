@@ -1,0 +1,27 @@
+"""Certificates: radii within which the answer of a smoothed classifier provably does not change.
+
+A certificate sees only a function that maps noisy images to class counts.
+"""
+
+from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, EarlyStop
+from purify.certify.counts import NoisyCounts, NoisyModel
+from purify.certify.gaussian import OneShotDenoised, Smooth, denoised_smoothing
+from purify.certify.multiscale import Cascade
+from purify.certify.splitting import DSSN, SSN, to_grid
+
+__all__ = [
+    "ABSTAIN",
+    "DSSN",
+    "SSN",
+    "Cascade",
+    "Certificate",
+    "Certifier",
+    "Draws",
+    "EarlyStop",
+    "NoisyCounts",
+    "NoisyModel",
+    "OneShotDenoised",
+    "Smooth",
+    "denoised_smoothing",
+    "to_grid",
+]

@@ -1,0 +1,136 @@
+"""Class counts of a classifier on noisy copies of images: all that a certificate sees.
+
+Noise is keyed by (seed, sample, draw), so it does not depend on batch, order or sharding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from purify.checks import check_count, check_images
+from purify.noise import Noise
+
+Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
+
+# Rows per network call unless told otherwise. On a CPU a few hundred stay in its caches
+# (benchmarks/certify_speed.py --max-rows).
+ROWS = {"cpu": 256, "cuda": 8192}
+
+# A row whose two best logits are closer than this share of its largest logit is decided in float64 by a referee.
+NEAR_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class NoisyCounts:
+    """Counts the classes that ``classifier`` gives to noisy copies of images.
+
+    Args:
+        classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode.
+        perturb: makes noisy images from images and their keyed noise.
+        max_rows: noisy images in the classifier at once; default 256 on a CPU, 8192 on a GPU.
+        referee: the classifier in float64 (see :func:`float64_twin`). If given, it decides rows that are nearly tied
+            in float32, where rounding depends on batch and machine; counts then are the same everywhere.
+    """
+
+    classifier: nn.Module
+    perturb: Perturbation
+    max_rows: int | None = None
+    referee: nn.Module | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, noise: Noise, draws: range) -> Tensor:
+        """int64 (N, K) on the images' device: how often each image got each class over ``draws``.
+
+        ``noise`` holds seed and sample ids, (N,); draw d of an image has the noise under (seed, id, d).
+
+        Raises:
+            ValueError: the classifier returned no logits (N, K), or NaN.
+        """
+        n, m, device = len(images), len(draws), images.device
+        size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
+        counts, unclear = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.zeros((), device=device).bool()
+        for rows in torch.arange(n * m, device=device).split(size):
+            sample, draw = rows // m, draws.start + rows % m
+            noisy = self.perturb(images[sample], Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id))
+            logits = self._logits(noisy)
+            if counts.shape[1] == 0:
+                counts = counts.new_zeros(n, logits.shape[1])
+            unclear |= logits.isnan().any()
+            counts.view(-1).index_add_(0, sample * logits.shape[1] + logits.argmax(1), torch.ones_like(sample))
+        if bool(unclear):
+            raise ValueError("The classifier returned NaN on noisy images; check its precision and weights.")
+        return counts
+
+    def _logits(self, noisy: Tensor) -> Tensor:
+        logits = self.classifier(noisy)
+        if logits.ndim != 2 or len(logits) != len(noisy):
+            raise ValueError(
+                f"The classifier must return logits (N, K), it returned shape {tuple(logits.shape)} for {len(noisy)} "
+                "images."
+            )
+        if self.referee is None or logits.shape[1] < 2:
+            return logits
+        best, second = logits.topk(2, dim=1).values.unbind(1)
+        close = best - second < NEAR_TIE * logits.abs().amax(1)
+        if bool(close.any()):
+            logits = logits.double()
+            logits[close] = self.referee(noisy[close].double())
+        return logits
+
+
+class NoisyModel(nn.Module):
+    """The noisy classifier as a module that an attack takes: logits of one noisy copy per row, keyed or fresh.
+
+    The gradient is that of the noisy copy, so attacks average it over draws (Salman et al. 2019).
+    """
+
+    accepts_keys = True
+
+    def __init__(self, classifier: nn.Module, perturb: Perturbation) -> None:
+        super().__init__()
+        self.classifier, self.perturb = classifier, perturb
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        draw: int | Tensor = 0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Logits (N, K) of a noisy copy of each image (N, C, H, W) in [0, 1]; keys as in ``Purifier.forward``."""
+        noise = Noise.fresh(len(x), x.device) if sample_ids is None else Noise.keyed(seed, sample_ids, draw)
+        return self.classifier(self.perturb(x, noise))
+
+
+def float64_twin(classifier: nn.Module) -> nn.Module:
+    """A copy of the classifier in float64."""
+    return copy.deepcopy(classifier).double()
+
+
+def keys(images: Tensor, sample_ids: Tensor | Sequence[int] | None, seed: int) -> Noise:
+    """Checked keys of a batch (default ids: 0..N-1).
+
+    Raises:
+        ValueError: images that are no float batch in [0, 1]; ids or seed out of range, or not one id per image.
+    """
+    check_images(images)
+    if len(images) == 0:
+        raise ValueError("There are no images to certify.")
+    ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+    if ids.shape != (len(images),):
+        raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
+    return Noise.keyed(seed, ids.to(images.device))
+
+
+def check_classifier(classifier: nn.Module, max_rows: int | None) -> None:
+    """Raise ValueError unless the classifier is in eval mode and ``max_rows`` a count."""
+    if any(m.training for m in classifier.modules()):
+        raise ValueError("The classifier is in train mode; call classifier.eval() before certifying it.")
+    if max_rows is not None:
+        check_count(max_rows, "max_rows")

@@ -1,0 +1,29 @@
+"""What a set of certificates is worth: certified accuracy at radii, average certified radius, abstentions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from purify.certify.base import ABSTAIN
+
+
+def correct_radii(classes: np.ndarray, radii: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Radius of each image that is answered right, and -1 of others, float64 (N,)."""
+    return np.where(np.asarray(classes) == np.asarray(labels), radii, -1.0)
+
+
+def certified_accuracy(correct: np.ndarray, radii: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Share of images right and certified at least to each of ``radii``; ``correct`` from :func:`correct_radii`."""
+    return (np.asarray(correct)[None] >= np.asarray(radii)[:, None]).mean(1)
+
+
+def average_certified_radius(correct: np.ndarray) -> float:
+    """Mean radius over all images, 0 where wrong or abstained (ACR; Zhai et al. 2020)."""
+    return float(np.maximum(correct, 0).mean())
+
+
+def abstentions(classes: np.ndarray) -> float:
+    """Share of images without an answer."""
+    return float((np.asarray(classes) == ABSTAIN).mean())

@@ -1,0 +1,264 @@
+"""Multi-scale smoothing (Jeong & Shin 2023, arXiv 2310.16779): a cascade of Gaussian scales, the largest first.
+
+At an image, the cascade of true probabilities answers with the class that reaches p0 at the largest scale where one
+does. It answers c at every image within the radius if c keeps p0 at its scale and no other class reaches p0 at a larger
+one. Both hold for p0 >= 1/2 only: below, two classes may reach p0 at one scale.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from statsmodels.stats.proportion import multinomial_proportions_confint
+from torch import Tensor
+
+from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws
+from purify.certify.bounds import lower_bound, upper_bound
+from purify.certify.counts import NoisyModel, keys
+from purify.certify.gaussian import Smooth
+from purify.checks import check_count, choose
+from purify.noise import derive_seed
+
+
+class Mode(ABC):
+    """How alpha is spent on the bounds of K scales. Stage 0 is the largest scale."""
+
+    @abstractmethod
+    def level(self, alpha: float, stage: int, scales: int) -> float:
+        """The level at which ``stage`` is decided."""
+
+    @abstractmethod
+    def highest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        """Upper bound of the selected class's probability, from counts (K,)."""
+
+    @abstractmethod
+    def highest_other(self, counts: np.ndarray, answer: int, level: float) -> float:
+        """Upper bound of the probability of every class but ``answer``."""
+
+
+class Strict(Mode):
+    """2K - 1 events are decided on beforehand and each gets alpha / (2K - 1): at each scale a lower bound of the
+    selected class, at each but the smallest upper bounds of all classes but the answer.
+
+    Bounds are Clopper-Pearson's, upper ones with Bonferroni over the C - 1 classes. Scales have independent noise, so
+    the answer that the smaller scales find is independent of the counts here, and C - 1 classes are enough.
+    """
+
+    def level(self, alpha: float, stage: int, scales: int) -> float:
+        return alpha / (2 * scales - 1)
+
+    def highest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        return float(upper_bound(counts[selected], counts.sum(), level / max(len(counts) - 1, 1)))
+
+    def highest_other(self, counts: np.ndarray, answer: int, level: float) -> float:
+        others = np.delete(counts, answer)
+        return 0.0 if len(others) == 0 else float(upper_bound(others.max(), counts.sum(), level / len(others)))
+
+
+class Reference(Mode):
+    """The published program: stage s tests at alpha / (s + 1), and earlier stages' upper bounds of other classes are
+    Goodman's simultaneous ones at the last stage's level, bins below 5 pooled.
+
+    Not a union bound, and Goodman's interval is asymptotic: alpha is not guaranteed. For comparison.
+    """
+
+    def level(self, alpha: float, stage: int, scales: int) -> float:
+        return alpha / (stage + 1)
+
+    def highest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        return float(upper_bound(counts[selected], counts.sum(), level))
+
+    def highest_other(self, counts: np.ndarray, answer: int, level: float) -> float:
+        bins = pool(counts, answer)
+        # The interval is two-sided: 2 level leaves level above it.
+        return float(multinomial_proportions_confint(bins, 2 * level, method="goodman")[1:, 1].max())
+
+
+MODES: dict[str, Mode] = {"strict": Strict(), "reference": Reference()}
+
+
+def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
+    """Counts of the answer, then of the others in falling order, the last added up until it is at least ``least``."""
+    bins = sorted(np.delete(counts, answer).tolist(), reverse=True)
+    while len(bins) > 1 and bins[-1] < least:
+        bins[-2:] = [bins[-2] + bins[-1]]
+    return [int(counts[answer]), *bins]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the cascade says of one image: class (or ABSTAIN), L2 radius, the stage that decided, and why."""
+
+    answer: int
+    radius: float
+    stage: int
+    why: str
+
+
+def decide(
+    counts: Sequence[np.ndarray],
+    selected: Sequence[int],
+    sigmas: Sequence[float],
+    alpha: float = 0.001,
+    p0: float = 0.5,
+    mode: str = "strict",
+) -> Decision | None:
+    """The decision at the last of the stages seen so far, or None: go on to the next smaller scale.
+
+    Args:
+        counts: of each stage seen, from the largest scale: class counts (C,) over its fresh draws.
+        selected: of each stage seen: the class that its selection draws chose.
+        sigmas: all K scales, falling.
+        alpha, p0, mode: see :class:`Cascade`.
+    """
+    rule, stage = MODES[mode], len(counts) - 1
+    level, answer, own = rule.level(alpha, stage, len(sigmas)), selected[-1], counts[-1]
+    low = float(lower_bound(own[answer], own.sum(), level))
+    if low < p0:
+        if rule.highest(own, answer, level) >= p0:
+            return Decision(ABSTAIN, 0.0, stage, "undecided")
+        return None if stage + 1 < len(sigmas) else Decision(ABSTAIN, 0.0, stage, "exhausted")
+    radii = [sigmas[stage] * (norm.ppf(low) - norm.ppf(p0))]
+    for sigma, passed in zip(sigmas[:stage], counts[:-1], strict=True):
+        radii.append(sigma * (norm.ppf(p0) - norm.ppf(rule.highest_other(passed, answer, level))))
+    radius = float(min(radii))
+    return Decision(answer, radius, stage, "answered") if radius >= 0 else Decision(ABSTAIN, 0.0, stage, "contested")
+
+
+def mixed_logits(counts: np.ndarray, logits: np.ndarray, uniform: float = 0.1) -> np.ndarray:
+    """The un-certified prediction of the published program: clean logits (C,) plus the log of a stage's class shares,
+    mixed with ``uniform`` parts of the uniform distribution."""
+    shares = counts / counts.sum()
+    return logits + np.log((1 - uniform) * shares + uniform / len(counts))
+
+
+def reached(counts: Sequence[np.ndarray], p0: float = 0.5) -> tuple[int, int]:
+    """The first stage where a class's share reaches p0, and that class; the last stage and ABSTAIN if none does."""
+    for stage, found in enumerate(counts):
+        if found.max() >= p0 * found.sum():
+            return stage, int(found.argmax())
+    return len(counts) - 1, ABSTAIN
+
+
+@dataclass(frozen=True)
+class Cascade(Certifier):
+    """Smoothed classifiers at several scales, visited from the largest.
+
+    If the lower bound of the selected class reaches p0, the cascade answers; else, if its upper bound still does,
+    nothing can be told and the whole cascade abstains; else the next smaller scale is asked. Falling off the end
+    abstains. The radius of an answer c at scale k is the least of sigma_k (Phi^-1(low_c) - Phi^-1(p0)) and, over the
+    larger scales j and classes c' != c, of sigma_j (Phi^-1(p0) - Phi^-1(high_c')).
+
+    Args:
+        scales: the smoothed classifiers, usually one diffusion model at several sigmas, in any order.
+        p0: threshold in [1/2, 1).
+        mode: ``strict`` (default): fails with probability at most alpha; ``reference``: the published program's bounds.
+
+    One scale and p0 = 1/2 give :meth:`Smooth.certify`, draw for draw.
+
+    Raises:
+        ValueError: p0 below 1/2 (the certificate would be false), scales missing or repeated, unknown mode.
+    """
+
+    scales: tuple[Smooth, ...]
+    p0: float = 0.5
+    mode: str = "strict"
+
+    norm: ClassVar[str] = "L2"
+
+    def __post_init__(self) -> None:
+        choose(self.mode, MODES, "cascade mode")
+        if not 0.5 <= self.p0 < 1:
+            raise ValueError(f"p0 must lie in [1/2, 1), got {self.p0}: below 1/2 the cascade's certificate is false.")
+        ordered = tuple(sorted(self.scales, key=lambda s: -s.sigma))
+        if len({s.sigma for s in ordered}) < max(len(ordered), 1):
+            raise ValueError("A cascade needs at least one scale, and different sigmas.")
+        object.__setattr__(self, "scales", ordered)
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The scales, falling."""
+        return [s.sigma for s in self.scales]
+
+    def certify(
+        self,
+        images: Tensor,
+        draws: Draws | None = None,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Certificate:
+        """Certificates of images (N, C, H, W) in [0, 1]; only images that pass a scale are asked at the next.
+
+        ``counts`` are those of the stage that decided. Arguments and errors as in :meth:`Smooth.certify`.
+        """
+        draws = draws or Draws()
+        if draws.stop is not None:
+            raise ValueError("A cascade makes all its draws; leave early stopping out.")
+        keys(images, sample_ids, seed)
+        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        counts: list[list[np.ndarray]] = [[] for _ in images]
+        selected: list[list[int]] = [[] for _ in images]
+        decisions: list[Decision | None] = [None] * len(images)
+        for scale in self.scales:
+            rows = [i for i, decision in enumerate(decisions) if decision is None]
+            if not rows:
+                break
+            noise = keys(images[rows], ids[rows], derive_seed(seed, "certify", scale.stream))
+            chosen = scale.counts(images[rows], noise, range(draws.n0)).argmax(1).tolist()
+            found = scale.counts(images[rows], noise, range(draws.n0, draws.n0 + draws.n)).cpu().numpy()
+            for i, c, own in zip(rows, chosen, found, strict=True):
+                counts[i].append(own)
+                selected[i].append(c)
+                decisions[i] = decide(counts[i], selected[i], self.sigmas, draws.alpha, self.p0, self.mode)
+        made = [d for d in decisions if d is not None]
+        stages = torch.tensor([d.stage for d in made])
+        return Certificate(
+            torch.tensor([d.answer for d in made]),
+            torch.tensor([d.radius for d in made], dtype=torch.float64),
+            torch.from_numpy(np.stack([c[-1] for c in counts])),
+            (stages + 1) * (draws.n0 + draws.n),
+            stages,
+        )
+
+    def predict(
+        self,
+        images: Tensor,
+        logits: Tensor,
+        n: int = 1000,
+        uniform: float = 0.1,
+        *,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """The published program's answers without a certificate, int64 (N,).
+
+        The largest of the clean ``logits`` (N, C), to which the scale that is :func:`reached` with n draws adds its
+        class shares (:func:`mixed_logits`); of the clean logits alone where none is. Never abstains.
+        """
+        check_count(n, "n")
+        keys(images, sample_ids, seed)
+        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        outputs, waiting = logits.detach().double().cpu().numpy().copy(), list(range(len(images)))
+        for scale in self.scales:
+            if not waiting:
+                break
+            noise = keys(images[waiting], ids[waiting], derive_seed(seed, "predict", scale.stream))
+            found = scale.counts(images[waiting], noise, range(n)).cpu().numpy()
+            halts = [reached([own], self.p0)[1] != ABSTAIN for own in found]
+            for i, own, halt in zip(waiting, found, halts, strict=True):
+                outputs[i] = mixed_logits(own, outputs[i], uniform) if halt else outputs[i]
+            waiting = [i for i, halt in zip(waiting, halts, strict=True) if not halt]
+        return torch.from_numpy(outputs.argmax(1))
+
+    def noisy_models(self) -> dict[str, NoisyModel]:
+        return {name: model for s in self.scales for name, model in s.noisy_models().items()}
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "multiscale", "scales": [s.config() for s in self.scales], "p0": self.p0, "mode": self.mode}

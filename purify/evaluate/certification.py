@@ -1,0 +1,258 @@
+"""Certify systems sample by sample, attack inside the certified radii, and sum up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from purify.attacks import PGD
+from purify.attacks.norms import BALLS
+from purify.certify.base import ABSTAIN, Certifier, Draws
+from purify.certify.metrics import abstentions, average_certified_radius, certified_accuracy, correct_radii
+from purify.checks import check_count, check_images, check_labels
+from purify.evaluate.metrics import LEVEL, Estimate, wilson
+from purify.evaluate.records import RunFolder
+from purify.evaluate.runner import Samples, batches, share
+from purify.noise import derive_seed
+
+CERTIFICATE = "certificate"
+CHECK_DRAWS = 1000  # draws that judge an image attacked inside its radius, at most
+
+
+@dataclass(frozen=True)
+class Inside:
+    """PGD inside the certified radius, towards any other class, on each noisy model of the system in turn.
+
+    Attributes:
+        samples: how many samples are attacked, the first ones.
+        steps, eot: of PGD.
+    """
+
+    samples: int = 16
+    steps: int = 20
+    eot: int = 16
+
+    def __post_init__(self) -> None:
+        check_count(self.samples, "attacked samples", 0)
+        check_count(self.steps, "attack steps")
+        check_count(self.eot, "EOT draws")
+
+
+@dataclass(frozen=True)
+class System:
+    """A certifier under test.
+
+    Attributes:
+        name: how records and tables call it.
+        certifier: the certifier.
+        draws: its budget.
+        attack: the empirical cross-check.
+        config: plain data that describes the certifier and its networks.
+    """
+
+    name: str
+    certifier: Certifier
+    draws: Draws
+    attack: Inside
+    config: dict[str, Any]
+
+    def stages(self) -> list[str]:
+        """What is recorded: the certificates, then an attack on each noisy model."""
+        models = self.certifier.noisy_models() if self.attack.samples else {}
+        return [CERTIFICATE, *(attack_name(model) for model in models)]
+
+
+def attack_name(model: str) -> str:
+    """How records call the attack on a noisy model."""
+    return f"pgd inside, {model}"
+
+
+def certify_all(
+    folder: RunFolder,
+    systems: Sequence[System],
+    samples: Samples,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> None:
+    """Certify and attack what the folder does not hold yet, writing each sample as its batch finishes.
+
+    Args:
+        folder: where records go; finished (system, stage, sample) triples are skipped.
+        systems: what is certified.
+        samples: images in [0, 1] with labels and ids.
+        seed: keys all randomness together with sample ids.
+        batch_size: samples certified at once: those whose ids have the same quotient by it, so that not even rounding
+            depends on what was done before a kill, or by which process.
+
+    Raises:
+        ValueError: bad images or labels, before anything runs.
+    """
+    check_images(samples.images)
+    check_labels(samples.labels, len(samples))
+    check_count(batch_size, "batch size")
+    own = samples[share(samples.ids, batch_size, folder.ranks)]
+    parts = {s.name: own[torch.isin(own.ids, attacked(samples, s).ids)] for s in systems}
+    total = sum(len(own) + (len(s.stages()) - 1) * len(parts[s.name]) for s in systems)
+    shown = progress and folder.ranks.first
+    with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
+        for system in systems:
+            for stage in system.stages():
+                bar.set_description(f"{system.name}, {stage}")
+                chosen = own if stage == CERTIFICATE else parts[system.name]
+                run(folder, system, stage, chosen, seed, batch_size, bar)
+    folder.merge()
+
+
+def attacked(samples: Samples, system: System) -> Samples:
+    """The samples that the cross-check attacks."""
+    return samples[torch.arange(min(system.attack.samples, len(samples)))]
+
+
+def run(
+    folder: RunFolder, system: System, stage: str, samples: Samples, seed: int, batch_size: int, bar: tqdm
+) -> None:
+    """One stage of one system: what is not on disk yet.
+
+    Groups of samples are the same in all stages, so that a process attacks those that it has certified.
+    """
+    done = torch.tensor([(system.name, stage, int(i)) in folder for i in samples.ids], dtype=torch.bool)
+    bar.update(int(done.sum()))
+    for rows in batches(samples.ids, torch.ones_like(done), batch_size):
+        wanted = rows[~done[rows]]
+        if not len(wanted):
+            continue
+        if stage == CERTIFICATE:
+            found = {record["sample"]: record for record in certificates(system, samples[rows], seed)}
+        for row in wanted:
+            sample = int(samples.ids[row])
+            if stage == CERTIFICATE:
+                folder.append(found[sample])
+            else:
+                certificate = folder.get(system.name, CERTIFICATE, sample)
+                folder.append(*attack(system, stage, samples[row[None]], certificate, seed))
+            bar.update(1)
+
+
+def certificates(system: System, batch: Samples, seed: int) -> Iterator[dict[str, Any]]:
+    """The records of a batch's certificates."""
+    start = time.perf_counter()
+    found = system.certifier.certify(batch.images, system.draws, sample_ids=batch.ids, seed=seed)
+    seconds = (time.perf_counter() - start) / len(batch)
+    for i, sample in enumerate(batch.ids.tolist()):
+        yield {
+            "defence": system.name,
+            "attack": CERTIFICATE,
+            "sample": sample,
+            "label": int(batch.labels[i]),
+            "predictions": [int(found.classes[i])],
+            "radius": float(found.radii[i]),
+            "counts": found.counts[i].tolist(),
+            "draws": int(found.draws[i]),
+            **({} if found.stages is None else {"stage": int(found.stages[i])}),
+            "seconds": round(seconds, 4),
+        }
+
+
+def attack(
+    system: System, stage: str, one: Samples, certificate: dict[str, Any], seed: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """PGD inside the radius of one sample's certificate, and the system's answer to what it found.
+
+    The loss is that of the certified class, right or wrong. Where there is no radius, nothing is attacked.
+    """
+    (model,) = (m for name, m in system.certifier.noisy_models().items() if attack_name(name) == stage)
+    certified, radius, image = certificate["predictions"][0], certificate["radius"], one.images
+    answer = certified
+    if certified != ABSTAIN and radius > 0:
+        pgd = PGD(system.certifier.norm, radius * (1 - 1e-6), steps=system.attack.steps, eot=system.attack.eot)
+        target = torch.full_like(one.labels, certified)
+        attack_seed = derive_seed(seed, "inside", stage)
+        image = pgd(model, one.images, target, sample_ids=one.ids, seed=attack_seed).images
+        image = system.certifier.covered(image, one.images, radius)
+        draws = replace(system.draws, n=min(system.draws.n, CHECK_DRAWS), stop=None)
+        found = system.certifier.certify(image, draws, sample_ids=one.ids, seed=derive_seed(seed, "check"))
+        answer = int(found.classes[0])
+    record = {
+        "defence": system.name,
+        "attack": stage,
+        "sample": int(one.ids[0]),
+        "label": int(one.labels[0]),
+        "predictions": [answer],
+        "certified": certified,
+        "radius": radius,
+        "distance": float(BALLS[system.certifier.norm].distance((image - one.images).double())[0]),
+        "refuted": answer not in (certified, ABSTAIN),
+    }
+    return record, image[0].cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a system's certificates are worth, over N samples.
+
+    Attributes:
+        radii, certified: certified accuracy at each radius, with Wilson's 95 % intervals.
+        acr: average certified radius, with a bootstrap interval.
+        abstained: share without an answer.
+        draws: mean noisy images classified per sample.
+        attacked, refuted: certificates attacked inside their radius, and how many answers that changed.
+        correct: radius of each sample, -1 where wrong or abstained.
+    """
+
+    radii: list[float]
+    certified: list[Estimate]
+    acr: Estimate
+    abstained: Estimate
+    draws: float
+    attacked: int
+    refuted: int
+    correct: np.ndarray
+
+
+def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequence[float]) -> Summary:
+    """Sum up a finished system.
+
+    Raises:
+        ValueError: a record does not belong to these samples.
+    """
+    records = [folder.get(system.name, CERTIFICATE, int(i)) for i in samples.ids]
+    labels = samples.labels.cpu().numpy()
+    for record, label in zip(records, labels, strict=True):
+        if record["label"] != label or "radius" not in record:
+            what = f"sample {record['sample']} ({system.name})"
+            raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
+    classes = np.array([r["predictions"][0] for r in records])
+    correct = correct_radii(classes, np.array([r["radius"] for r in records]), labels)
+    n = len(records)
+    stages, ids = system.stages()[1:], attacked(samples, system).ids.tolist()
+    attacks = [folder.get(system.name, stage, i) for stage in stages for i in ids]
+    return Summary(
+        radii=list(radii),
+        certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
+        acr=bootstrap(np.maximum(correct, 0), average_certified_radius(correct)),
+        abstained=wilson(round(abstentions(classes) * n), n),
+        draws=float(np.mean([r["draws"] for r in records])),
+        attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),
+        refuted=sum(r["refuted"] for r in attacks),
+        correct=correct,
+    )
+
+
+def bootstrap(values: np.ndarray, mean: float) -> Estimate:
+    """A mean with its percentile bootstrap interval over samples."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Estimate(mean, mean, mean)
+    result = stats.bootstrap(
+        (values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=0
+    )
+    return Estimate(mean, *map(float, result.confidence_interval))
+
+

@@ -1,0 +1,259 @@
+"""The certification benchmark: kills, shards, tables by hand; attacks inside the radius fail, outside they do not."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from purify import zoo
+from purify.attacks.norms import BALLS
+from purify.certify import ABSTAIN, DSSN, SSN, Cascade, Certifier, Draws, denoised_smoothing, to_grid
+from purify.data import load_dataset
+from purify.evaluate import RunFolder, Samples
+from purify.evaluate.certification import CERTIFICATE, Inside, System, attack, certificates, certify_all, summarize
+from purify.evaluate.certify_command import main
+from purify.train.loop import Hyper, train
+from purify.train.losses import SplittingLoss
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_certify.py"
+TINY = [
+    *("--method", "cohen,multiscale", "--sigma", "0.1,0.25", "--n-examples", "20", "--selection-draws", "10"),
+    *("--draws", "50", "--batch-size", "4", "--attack-examples", "10", "--attack-steps", "2", "--eot", "2"),
+    *("--threads", "1"),
+]
+
+
+def digits(n):
+    images, labels = load_dataset("digits", "test")
+    return Samples(to_grid(images[:n]), labels[:n], torch.arange(n))
+
+
+@pytest.fixture(scope="module")
+def splitting_classifier():
+    """A linear classifier trained on splitting noise for a moment."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module[1].reset_parameters()
+    return train(module, SplittingLoss(0.5), *load_dataset("digits", "train"), Hyper(steps=400, lr=1e-2, warmup=10))
+
+
+def lines(path: Path):
+    """Records without their timings, sorted."""
+    found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
+
+
+def count(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records*.jsonl"))
+
+
+# --- attacks inside the radius ------------------------------------------------------------------------------------
+
+
+def systems(classifier) -> list[Certifier]:
+    standard, score = zoo.classifier("digits-standard"), zoo.score_model("digits")
+    scales = [denoised_smoothing(standard, score, s) for s in (0.1, 0.25)]
+    return [scales[1], Cascade(tuple(scales)), SSN(classifier, 0.5), DSSN(classifier, 0.5)]
+
+
+def test_pgd_inside_the_radius_never_succeeds_and_outside_it_does(splitting_classifier):
+    """Within each certificate's radius no answer changes; the same attack four times as far changes many."""
+    samples, inside = digits(6), Inside(6, 8, 8)
+    for certifier in systems(splitting_classifier):
+        system = System("s", certifier, Draws(50, 300), inside, {})
+        records = list(certificates(system, samples, seed=0))
+        positive = [i for i, r in enumerate(records) if r["radius"] > 0]
+        assert len(positive) >= 3, certifier.config()
+        changed = 0
+        for i in positive:
+            for stage in system.stages()[1:]:
+                found, image = attack(system, stage, samples[torch.tensor([i])], records[i], seed=0)
+                assert not found["refuted"]
+                assert found["distance"] <= records[i]["radius"] * (1 + 1e-6)
+                assert found["distance"] > 0.5 * records[i]["radius"] or certifier.norm == "L1"
+                assert np.abs(image).max() <= 1
+            further = {**records[i], "radius": 4 * records[i]["radius"]}
+            changed += attack(system, stage, samples[torch.tensor([i])], further, seed=0)[0]["predictions"] != [
+                records[i]["predictions"][0]
+            ]
+        assert changed >= len(positive) / 4, certifier.config()
+
+
+def test_a_false_certificate_is_refuted():
+    """The cross-check can fail: a system whose radii are ten times too large."""
+    scale = denoised_smoothing(zoo.classifier("digits-standard"), zoo.score_model("digits"), 0.1)
+
+    class Boast(Certifier):
+        norm = "L2"
+
+        def certify(self, images, draws=None, **keys):
+            found = scale.certify(images, draws, **keys)
+            return replace(found, radii=10 * found.radii)
+
+        def noisy_models(self):
+            return scale.noisy_models()
+
+        def config(self):
+            return {}
+
+    system, samples = System("boast", Boast(), Draws(50, 500), Inside(6, 10, 8), {}), digits(6)
+    records = list(certificates(system, samples, seed=0))
+    stage = system.stages()[1]
+    found = [attack(system, stage, samples[torch.tensor([i])], r, seed=0)[0]["refuted"] for i, r in enumerate(records)]
+    assert sum(found) >= 3
+
+
+def test_dssn_images_stay_on_the_grid_and_in_the_ball(splitting_classifier):
+    dssn, image = DSSN(splitting_classifier, 0.5), digits(1).images
+    g = torch.Generator().manual_seed(0)
+    for steps in (0, 1, 7, 60):
+        radius = steps / 255
+        near = BALLS["L1"].project(image + 0.1 * torch.randn(image.shape, generator=g), image, radius)
+        found = dssn.covered(near, image, radius)
+        moved = 255 * (found - image).double()
+        assert float((moved - moved.round()).abs().max()) < 1e-3
+        assert steps - 1 <= round(float(moved.abs().sum())) <= steps
+
+
+# --- the runner ---------------------------------------------------------------------------------------------------
+
+
+def test_records_and_summary_by_hand(tmp_path, splitting_classifier):
+    samples = digits(10)
+    system = System("dssn", DSSN(splitting_classifier, 0.5), Draws(), Inside(3, 2, 2), {})
+    folder = RunFolder(tmp_path, {}, {})
+    certify_all(folder, [system], samples, batch_size=4, progress=False)
+    assert len(lines(tmp_path)) == 10 + 3
+    exact = system.certifier.certify(samples.images)
+    for i in range(6):
+        record = folder.get("dssn", CERTIFICATE, i)
+        assert record["predictions"] == [int(exact.classes[i])]
+        assert record["radius"] == float(exact.radii[i])
+        assert record["counts"] == exact.counts[i].tolist()
+    right = (exact.classes == samples.labels).double()
+    found = summarize(folder, system, samples, [0.0, 0.2])
+    assert found.certified[0].value == pytest.approx(right.mean().item())
+    assert found.certified[1].value == pytest.approx((right * (exact.radii >= 0.2)).mean().item())
+    assert found.acr.value == pytest.approx((right * exact.radii).mean().item())
+    assert found.acr.low <= found.acr.value <= found.acr.high
+    assert found.abstained.value == 0
+    assert found.draws == 255
+    assert (found.attacked, found.refuted) == (int((exact.radii[:3] > 0).sum()), 0)
+    folder.get("dssn", CERTIFICATE, 3)["label"] += 1
+    with pytest.raises(ValueError, match=r"sample 3 \(dssn\) .* changed by hand"):
+        summarize(folder, system, samples, [0.0])
+
+
+def test_batches_do_not_change_records(tmp_path):
+    for size in (1, 7):
+        arguments = [*TINY, "--n-examples", "8", "--batch-size", str(size), "--out", str(tmp_path / str(size))]
+        assert main(arguments) == 0
+    assert lines(tmp_path / "1") == lines(tmp_path / "7")
+
+
+def test_four_kills_leave_the_same_records(tmp_path):
+    """SIGKILL at random moments, each time the same command again, and at last in peace."""
+    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["purify.evaluate.certify_command"])
+    g = np.random.default_rng(0)
+    for _ in range(4):
+        process = context.Process(target=main, args=([*TINY, "--out", str(tmp_path / "killed")],))
+        process.start()
+        aim = count(tmp_path / "killed") + int(g.integers(0, 10))
+        while count(tmp_path / "killed") < aim and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(g.random() / 100)
+        assert process.is_alive()  # there is work left
+        process.kill()
+        process.join()
+    assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
+    assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    whole, killed = (json.loads((tmp_path / f / "result.json").read_text())["results"] for f in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_torchrun_shares_the_samples_out(tmp_path):
+    """The same records as one process gives, in one file."""
+    assert main([*TINY, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], check=True, capture_output=True)
+    assert lines(tmp_path / "many") == lines(tmp_path / "one")
+    assert [p.name for p in (tmp_path / "many").glob("records*")] == ["records.jsonl"]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_and_draws_curves(tmp_path, capsys):
+    assert main([*TINY, "--n-examples", "6", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for word in ("cohen 0.1", "cohen 0.25", "multiscale", "ACR", "abstained", "REDUCED", "changed by PGD inside"):
+        assert word in text
+    assert "FAILED" not in text
+    assert (tmp_path / "certified-L2.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    result = json.loads((tmp_path / "result.json").read_text())["results"]["cohen 0.1"]
+    assert result["norm"] == "L2"
+    assert result["certified"][0]["value"] > 0.5
+    assert main([*TINY, "--n-examples", "6", "--seed", "1", "--out", str(tmp_path)]) == 2
+    assert "differs in seed" in capsys.readouterr().err
+
+
+def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_path, capsys):
+    small = ["--n-examples", "3", "--selection-draws", "10", "--draws", "64", "--threads", "1"]
+    small += ["--attack-examples", "0"]
+    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert "cohen 0.1, digits" in text
+    assert "cohen 0.1, none" in text
+    assert {r["draws"] for r in lines(tmp_path / "a")} <= {26, 42, 74}
+    model = ["--method", "ssn,dssn", "--model", "digits-standard"]
+    assert main([*small, *model, "--lam", "0.05", "--out", str(tmp_path / "b")]) == 0
+    assert "dssn" in capsys.readouterr().out
+    assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "magic"], "Unknown method 'magic'; known: cohen, dssn, multiscale, ssn"),
+        (["--dataset", "mnist"], "Unknown data set 'mnist'"),
+        (["--preset", "huge"], "Unknown preset 'huge'; known: paper, quick, standard"),
+        (["--sigma", "0"], "sigma must be a positive number"),
+        (["--sigma", "x"], "--sigma takes numbers separated by commas"),
+        (["--method", "multiscale", "--p0", "0.4"], "p0 must lie in [1/2, 1)"),
+        (["--method", "multiscale", "--mode", "lax"], "Unknown cascade mode"),
+        (["--method", "multiscale", "--stop-radius", "0"], "leave --stop-radius out"),
+        (["--method", "ssn", "--model", "digits-standard"], "does not say for which lambda it was trained; pass --lam"),
+        (["--method", "cohen,ssn", "--model", "digits-standard"], "One --model cannot serve"),
+        (["--method", "dssn", "--model", "digits-standard", "--lam", "0.001"], "less than one level"),
+        (["--score-model", "nothing"], "There is no score network 'nothing'"),
+        (["--model", "resnet"], "Unknown model 'resnet'"),
+        (["--alpha", "0"], "alpha must lie in (0, 0.5)"),
+        (["--draws", "-1"], "n must be a whole number"),
+        (["--selection-draws", "0"], "n0 must be a whole number"),
+        (["--attack-examples", "-1"], "attacked samples must be a whole number"),
+        (["--max-rows", "0"], "max_rows must be a whole number"),
+        (["--n-examples", "0"], "n-examples must be a whole number"),
+        (["--n-examples", "501"], "has 500 test images"),
+        (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
+        (["--out", "/proc/nothing"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
