@@ -46,7 +46,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(norm, images):
 def test_apgd_steps_carry_momentum(images, labels):
     """The third iterate by hand: a quarter of the last displacement is in the next one."""
     model, attack = TinyClassifier(), APGD("L2", 5.0, steps=50, eot=1, step_size=0.005, random_start=False)
-    run = attack._iterates(attack.evaluator(model, 0), images, labels, IDS, 0, 0)
+    run = attack._iterates(attack.evaluator(model, 0), images, labels, IDS, 0, 0, None)
     points = [next(run)[0] for _ in range(3)]
     v = points[1].clone().requires_grad_()
     (g,) = torch.autograd.grad(LOSSES["margin"](model(v), labels).sum(), v)

@@ -9,7 +9,7 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
-from purify.attacks import PGD, FirstOrderPGD, GuideTransfer
+from purify.attacks import PGD, FirstOrderPGD, GuideStartPGD, GuideTransfer
 from purify.fingerprint import weights_digest
 from purify.gradients import Surrogate
 from purify.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
@@ -339,12 +339,31 @@ def test_guide_transfer_is_pgd_on_the_auxiliary_network(images):
     assert torch.equal(found, Renamed("Linf", 0.1, steps=3, eot=1)(model.purifier.auxiliary, images, labels).images)
 
 
+def test_guide_start_begins_with_what_deceives_the_auxiliary_network(images):
+    labels = torch.zeros(7, dtype=torch.long)
+    model = DefendedClassifier(TinyClassifier(), guided_in_float32())
+    attack = GuideStartPGD("Linf", 0.1, steps=3, eot=2)
+    ids = torch.arange(7)
+    start = attack.first(model, images, labels, ids, 5)
+    assert torch.equal(start, GuideTransfer("Linf", 0.1, steps=3).run(model, images, labels, ids, 5).images)
+    found = attack.run(model, images, labels, ids, 5)
+    assert (found.images - images).abs().max() <= 0.1 + 1e-6
+    (loss,), draws = attack.evaluator(model, 5)(start.repeat_interleave(2, 0), *rows(labels, ids)), 2
+    assert (found.loss >= loss.reshape(7, draws).mean(1) - 1e-5).all()  # the start is one of its iterates
+
+
+def rows(labels, ids):
+    """Labels, ids and the first two draws, two rows each."""
+    return labels.repeat_interleave(2), ids.repeat_interleave(2), torch.arange(2).repeat(7)
+
+
 def test_attacks_about_guidance_say_what_they_need(images):
     plain = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 4))
     gdmp = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=MSEGuidance(1.0)))
     assert FirstOrderPGD("Linf", 0.1).applies_to(gdmp)
     assert not GuideTransfer("Linf", 0.1).applies_to(gdmp)  # no network
-    for attack in (FirstOrderPGD("Linf", 0.1), GuideTransfer("Linf", 0.1)):
+    assert not GuideStartPGD("Linf", 0.1).applies_to(gdmp)
+    for attack in (FirstOrderPGD("Linf", 0.1), GuideTransfer("Linf", 0.1), GuideStartPGD("Linf", 0.1)):
         assert not attack.applies_to(plain)
         with pytest.raises(ValueError, match="guides its reverse steps"):
             attack(plain, images, torch.zeros(7).long())

@@ -8,7 +8,7 @@ from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, 
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
-from purify.attacks.transfer import GuideTransfer, Transfer
+from purify.attacks.transfer import GuideStartPGD, GuideTransfer, Transfer
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
@@ -27,6 +27,7 @@ ATTACKS: dict[str, type[Attack]] = {
         ConstantLevelAutoAttackRand,
         Transfer,
         GuideTransfer,
+        GuideStartPGD,
         Square,
     )
 }
@@ -43,6 +44,7 @@ __all__ = [
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
     "FirstOrderPGD",
+    "GuideStartPGD",
     "GuideTransfer",
     "LowFrequencyPGD",
     "NormPGD",

@@ -35,9 +35,9 @@ class APGD(PGD):
     name: ClassVar[str] = "apgd-margin-eot"
 
     def _iterates(
-        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
+        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        z = previous = self._start(x, ids, seed, restart)
+        z = previous = self._start(x, ids, seed, restart, first)
         pace = _Pace(len(x), 2 * self.mean_step(x), x.device)
         marks = checkpoints(self.steps)
         for step in range(self.steps + 1):

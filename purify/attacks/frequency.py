@@ -63,5 +63,5 @@ class LowFrequencyPGD(PGD):
         inside = x + delta * (self.eps / length).clamp_max(1).reshape(-1, 1, 1, 1)
         return BALLS[self.norm].project(inside, x, self.eps)
 
-    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
-        return self.project(super()._start(x, ids, seed, restart), x)
+    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
+        return self.project(super()._start(x, ids, seed, restart, first), x)

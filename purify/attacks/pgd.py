@@ -94,14 +94,19 @@ class PGD(Attack):
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         evaluate = self.evaluator(self.attacked(model), seed)
+        first = self.first(model, x, y, ids, seed)
         best = x.clone()
         best_loss = torch.full((len(x),), -math.inf, device=x.device)
         for restart in range(self.restarts):
-            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart):
+            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
         return AttackResult(best, best_loss)
+
+    def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
+        """Where the first run starts; None: at random, like all others."""
+        return None if self.random_start else x
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
         """What is asked at each iterate, and differentiated."""
@@ -137,10 +142,10 @@ class PGD(Attack):
         return parts
 
     def _iterates(
-        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int
+        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
-        z = self._start(x, ids, seed, restart)
+        z = self._start(x, ids, seed, restart, first)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
@@ -150,9 +155,9 @@ class PGD(Attack):
                 size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
                 z = self.project(z + size * self.direction(gradients, z), x)
 
-    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
-        if restart == 0 and not self.random_start:
-            return x
+    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
+        if restart == 0 and first is not None:
+            return first
         uniform = Noise.keyed(seed, ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
         return BALLS[self.norm].start(x, self.eps, uniform)
 

@@ -55,3 +55,20 @@ class GuideTransfer(Transfer):
 
     def attacked(self, model: Any) -> nn.Module:
         return model.purifier.auxiliary
+
+
+@dataclass(frozen=True)
+class GuideStartPGD(PGD):
+    """PGD+EOT that starts where :class:`GuideTransfer` ends.
+
+    Strong guidance makes the gradient of the whole rough; what deceives the auxiliary network is beyond the roughness.
+    """
+
+    name: ClassVar[str] = "pgd-eot-guide-start"
+    needs_guidance: ClassVar[bool] = True
+
+    def applies_to(self, model: Any) -> bool:
+        return super().applies_to(model) and model.purifier.auxiliary is not None
+
+    def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
+        return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images

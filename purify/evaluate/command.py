@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-first-order",
+        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-guide-start",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
