@@ -205,7 +205,8 @@ def test_eps_zero_returns_the_image(images, labels):
 def test_start_at_the_clean_image(images, labels):
     attack = PGD("Linf", 0.1, steps=1, eot=1, random_start=False)
     evaluate = attack.evaluator(TinyClassifier(), 0)
-    first, _ = next(attack._iterates(evaluate, images, labels, torch.arange(7), 0, 0))
+    start = attack.first(TinyClassifier(), images, labels, torch.arange(7), 0)
+    first, _ = next(attack._iterates(evaluate, images, labels, torch.arange(7), 0, 0, start))
     assert torch.equal(first, images)
 
 

@@ -82,7 +82,8 @@ def test_the_norm_attack_lowers_or_raises_the_statistic(images, labels):
 
     def statistic(weight):
         attack = NormPGD(**{**BUDGET, "steps": 12}, norm_weight=weight)
-        last = list(attack._iterates(attack.evaluator(model, 0), images, labels, torch.arange(7), 0, 0))[-1][0]
+        ids = torch.arange(7)
+        last = list(attack._iterates(attack.evaluator(model, 0), images, labels, ids, 0, 0, images))[-1][0]
         return model.details(last, sample_ids=range(7), draw=50).statistic.mean(1)
 
     low, neutral, high = (statistic(w) for w in (5.0, 0.0, -5.0))
@@ -94,8 +95,7 @@ def test_the_norm_attack_starts_clean_and_keeps_to_the_ball(images, labels):
     for norm, eps in (("Linf", 0.1), ("L2", 0.5), ("L1", 1.0)):
         attack = NormPGD(norm, eps, steps=3, eot=2)
         assert attack.mean_step(images) == pytest.approx(eps * (4 if norm == "Linf" else 1) / 6)
-        first, *_ = attack._iterates(attack.evaluator(defended(), 0), images, labels, torch.arange(7), 0, 0)
-        assert torch.equal(first[0], images)
+        assert attack.first(defended(), images, labels, torch.arange(7), 0) is images
         delta = (attack(defended(), images, labels).images - images).flatten(1)
         size = {"Linf": delta.abs().amax(1), "L2": delta.norm(dim=1), "L1": delta.abs().sum(1)}[norm]
         assert (size <= eps + 1e-5).all()
