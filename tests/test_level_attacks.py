@@ -135,11 +135,11 @@ def test_weights_have_labels_of_their_own():
 # --- on the command line ------------------------------------------------------------------------------------------
 
 DIGITS = str(zoo.CALIBRATIONS / "digits.json")
-SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--steps", "3"]
+SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2"]
 
 
 def test_the_benchmark_shows_diffpure_and_ssni_side_by_side(tmp_path, capsys):
-    levels = ["--noise-level", "constant,ssni-l,ssni-n", "--norm-weights", "0.3,1"]
+    levels = ["--noise-level", "constant,ssni-l,ssni-n", "--norm-weights", "0.3,1", "--steps", "3"]
     assert main([*SMALL, *levels, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     rows = ["diffpure ", "diffpure ssni-l", "diffpure ssni-n", "adversarial training", "pgd-eot-norm(1)", "mean t*"]
