@@ -12,7 +12,7 @@ from purify.leaderboard import read_runs, write_leaderboard
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of run_autoattack.py or run_certify.py")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of finished runs")
     p.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="folder (default: %(default)s)")
     return p
 

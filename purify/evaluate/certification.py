@@ -233,7 +233,9 @@ def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequen
     return sum_up(records, [folder.get(system.name, stage, i) for stage in stages for i in ids], radii)
 
 
-def sum_up(certificates: Sequence[dict[str, Any]], attacks: Sequence[dict[str, Any]], radii: Sequence[float]) -> Summary:
+def sum_up(
+    certificates: Sequence[dict[str, Any]], attacks: Sequence[dict[str, Any]], radii: Sequence[float]
+) -> Summary:
     """Sum up the records of a system's certificates, and of the attacks inside their radii."""
     classes = np.array([r["predictions"][0] for r in certificates])
     labels = np.array([r["label"] for r in certificates])
