@@ -72,7 +72,7 @@ class UnitPGD(NormPGD):
     """The norm attack where there is no norm: steps of unit L2 length from the clean image."""
 
     name = "pgd-eot-unit"
-    needs_level = False
+    needs = None
     label = name
     evaluator = PGD.evaluator
 

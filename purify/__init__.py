@@ -3,6 +3,7 @@
 from purify import compat
 from purify.checkpoints import load_score_model
 from purify.defended import DefendedClassifier
+from purify.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
 from purify.levels import Constant, SSNILinear, SSNISigmoid
 from purify.networks.edm import EDMDenoiser
 from purify.noise import Noise, derive_seed
@@ -29,8 +30,10 @@ __all__ = [
     "EDMDenoiser",
     "FixedDt",
     "FixedSteps",
+    "MSEGuidance",
     "Noise",
     "Purifier",
+    "SSIMGuidance",
     "SSNILinear",
     "SSNISigmoid",
     "ScoreModel",

@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 
 from purify.checks import check_count, check_images, choose
 from purify.gradients import GradientEngine
+from purify.plans import FixedSteps
 from purify.purifier import Purifier
 
 
@@ -137,6 +138,16 @@ class DefendedClassifier(nn.Module):
     def guided(self) -> bool:
         """Whether something guides the purifier's reverse steps."""
         return self.purifier.guidance is not None
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        """The network that guides them, if there is one."""
+        return self.purifier.auxiliary
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all samples take the same number of reverse steps."""
+        return isinstance(self.purifier.plan, FixedSteps)
 
     def with_gradient(
         self,

@@ -7,9 +7,11 @@ no Sigma_t; there the score becomes score - s_t grad_{u_t} D (their algorithm 2)
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ GROWTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda alpha, sigma: torch.ones_like(sigma),
     "noise-to-signal": lambda alpha, sigma: sigma / alpha,
 }
+ROUNDING = 1e-9  # by which a step's time may miss the number that was meant
 POINTS = ("u_t", "u0_hat")
 REFERENCES = ("diffused", "input")
 
@@ -54,6 +57,12 @@ class Guidance(ABC):
     second_order: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("scale", "t_min", "t_max"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} of the guidance must be a number, got {getattr(self, name)!r}.")
+        for name in ("through_score", "second_order"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} of the guidance must be true or false, got {getattr(self, name)!r}.")
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"The guidance scale must be a number of at least 0, got {self.scale}.")
         choose(self.growth, GROWTHS, "growth of the guidance scale")
@@ -84,10 +93,29 @@ class Guidance(ABC):
         """What the steps need of the images that came in: their representation, made once, if that is the reference."""
         return self.represent(images) if self.reference == "input" else images
 
+    def check(self, model: ScoreModel) -> None:
+        """Raise ValueError if images of the score model's shape and type cannot be compared."""
+        if model.image_shape is None or self.scale == 0:
+            return
+        parameter = next(model.network.parameters(), torch.empty(0))
+        u = torch.zeros(1, *model.image_shape, dtype=parameter.dtype, device=parameter.device).requires_grad_()
+        try:
+            with torch.enable_grad():
+                distance = self.distance(self.represent(u), self.represent(u))
+        except RuntimeError as error:  # torch's word for shapes, types and devices that do not fit
+            raise ValueError(
+                f"The guidance cannot compare images of shape {model.image_shape} and type {u.dtype}: {error}"
+            ) from error
+        if not distance.requires_grad:
+            warnings.warn(
+                "The guidance has no gradient: its network ignores the image, or switches gradients off.", stacklevel=3
+            )
+
     def strength(self, model: ScoreModel, t: Tensor) -> Tensor:
         """s_t at times t: float64 (N,)."""
         strength = self.scale * GROWTHS[self.growth](model.schedule.alpha(t), model.schedule.sigma(t))
-        return torch.where((t > self.t_min) & (t <= self.t_max), strength, 0.0)
+        inside = (t > self.t_min + ROUNDING) & (t <= self.t_max + ROUNDING)
+        return torch.where(inside, strength, 0.0)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and th
 
 
 ROUND_INDICES = 2**16  # noise indices of a round: its diffusion has the first, its steps have those that follow
+MOST_ROUNDS = 2**24 // ROUND_INDICES  # noise has so many steps
 
 
 def look_away(step: ReverseStep, u: Tensor) -> None:

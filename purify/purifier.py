@@ -20,7 +20,7 @@ from purify.guidance import GUIDANCES, Guidance
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
-from purify.process import ROUND_INDICES, Deviation, Process, Watch, look_away
+from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, look_away
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
@@ -67,7 +67,7 @@ class Purifier(nn.Module):
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
         guidance: what bends the reverse steps towards the image that came in, a
-            :class:`~purify.guidance.Guidance`, or its name or config if it has no network; default: nothing.
+            :class:`~purify.guidance.Guidance`, or its config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
         resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
@@ -90,7 +90,7 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | None = None,
         clip: bool = True,
         through_level: bool = True,
-        guidance: Guidance | str | Mapping[str, Any] | None = None,
+        guidance: Guidance | Mapping[str, Any] | None = None,
         rounds: int | Sequence[float] = 1,
         resize: bool = False,
     ) -> None:
@@ -107,6 +107,9 @@ class Purifier(nn.Module):
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
         _check_end(t_end, self.plan, self.level.highest * min(self.rounds))
+        most = int(self.plan.counts(torch.tensor([self.level.highest], dtype=torch.float64))[0])
+        if len(self.rounds) > MOST_ROUNDS or most >= ROUND_INDICES:
+            raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
@@ -115,6 +118,8 @@ class Purifier(nn.Module):
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
             self.auxiliary = self.guidance.network.eval().requires_grad_(False)
+        if self.guidance is not None:
+            self.guidance.check(score_model)
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         self.engine.check(self.task)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
@@ -153,14 +158,16 @@ class Purifier(nn.Module):
         """As :meth:`forward`, with the noise levels and what they cost; with the deviation, if asked for.
 
         Raises:
-            ValueError: the deviation of a process whose samples are not in step.
+            ValueError: the deviation of a process whose samples are not in step; guidance in inference mode.
         """
+        if self.guidance is not None and torch.is_inference_mode_enabled():
+            raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
         shape = self.score_model.image_shape
         check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
-        u = self._sized(2 * x - 1, shape)
+        u = 2 * self.resized(x) - 1
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
@@ -179,6 +186,10 @@ class Purifier(nn.Module):
     def task(self) -> Task:
         """What a gradient engine is asked to differentiate."""
         return Task(self.plan, len(self.rounds), self.guidance is not None)
+
+    def resized(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] as the networks of the purifier see them: of the score model's size under ``resize``."""
+        return self._sized(x, self.score_model.image_shape)
 
     def _sized(self, u: Tensor, shape: Sequence[int] | None) -> Tensor:
         if not self.resize or shape is None or u.shape[2:] == tuple(shape[1:]):
@@ -345,7 +356,10 @@ def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:
     if isinstance(rounds, int):
         check_count(rounds, "rounds")
         return (1.0,) * rounds
-    shares = tuple(float(share) for share in rounds)
+    try:
+        shares = tuple(float(share) for share in rounds)
+    except TypeError:
+        shares = ()
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"rounds must be a number, or shares of t* in (0, 1], got {rounds}.")
+        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {rounds}.")
     return shares

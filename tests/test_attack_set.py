@@ -203,6 +203,9 @@ def test_bad_settings(make, message):
 
 
 def test_attacks_about_purifiers_refuse_bare_classifiers(images, labels):
-    for kind in (StepsPGD, Transfer):
-        with pytest.raises(ValueError, match="for a model that has a purifier"):
+    for kind, needed in ((Transfer, "has a purifier"), (StepsPGD, "steps all samples together")):
+        with pytest.raises(ValueError, match=f"for a model that {needed}"):
             kind("Linf", 0.1)(TinyClassifier(), images, labels)
+    packed = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, FixedDt(0.1), "ddpm"))
+    assert not StepsPGD("Linf", 0.1).applies_to(packed)
+    assert Transfer("Linf", 0.1).applies_to(packed)

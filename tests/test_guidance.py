@@ -9,7 +9,7 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
-from purify.attacks import PGD, FirstOrderPGD, GuideStartPGD, GuideTransfer
+from purify.attacks import PGD, FirstOrderPGD, GuidePGD, GuideTransfer
 from purify.fingerprint import weights_digest
 from purify.gradients import Surrogate
 from purify.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
@@ -91,6 +91,7 @@ class Blind(nn.Module):
         return 0 * x.flatten(1)[:, :3] + 1
 
 
+@pytest.mark.filterwarnings("ignore:The guidance has no gradient")
 @pytest.mark.parametrize("network", [Deaf(), Blind()])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_constant_network_is_no_guidance_bit_for_bit(rule, network, images):
@@ -175,6 +176,16 @@ def test_only_the_window_is_guided(images):
     assert not torch.equal(purified(t_min=0.39, t_max=1.0), purified(t_min=0.25, t_max=1.0))
 
 
+def test_edges_of_the_window_are_meant_exactly():
+    """Steps start at 0.1 (100 - j) / 100, some a rounding error above k/1000."""
+    model, guidance = smooth_model(), MSEGuidance(1.0, growth="constant", t_min=0.04, t_max=0.07)
+    times = torch.tensor([[0.1], [0.2], [0.299]], dtype=torch.float64) * ((100 - torch.arange(100)).double() / 100)
+    for row, t_star in zip(times, (0.1, 0.2, 0.299), strict=True):
+        inside = guidance.strength(model, row) > 0
+        thousandths = [round(t_star * 1000) * (100 - j) / 100 for j in range(100)]
+        assert inside.tolist() == [40 + 1e-6 < k <= 70 + 1e-6 for k in thousandths]
+
+
 def test_a_layer_by_its_name(images):
     guidance = AdversarialGuidance(1.0, auxiliary=TinyClassifier(), layer="layers.2")
     network = TinyClassifier()
@@ -252,6 +263,21 @@ def test_dropping_the_second_order_term_holds_the_push_constant(kind, images):
     assert torch.nn.functional.cosine_similarity(expected.flatten(), gradient(guided, x).flatten(), 0) < 0.999
     assert not first_order.exact
     assert guided.guidance.exact
+
+
+def test_inference_mode_is_refused_and_a_network_without_gradients_is_noticed(images):
+    """Both would drop the guidance silently."""
+    guided = make("mse")
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"use torch\.no_grad"):
+        guided(images.double(), sample_ids=IDS)
+
+    class Frozen(TinyClassifier):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match="switches gradients off"):
+        Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=AdversarialGuidance(5.0, auxiliary=Frozen()))
 
 
 def test_nothing_is_attached_without_gradients(images):
@@ -339,17 +365,31 @@ def test_guide_transfer_is_pgd_on_the_auxiliary_network(images):
     assert torch.equal(found, Renamed("Linf", 0.1, steps=3, eot=1)(model.purifier.auxiliary, images, labels).images)
 
 
-def test_guide_start_begins_with_what_deceives_the_auxiliary_network(images):
-    labels = torch.zeros(7, dtype=torch.long)
+def test_the_guide_attack_begins_with_what_deceives_the_auxiliary_network(images):
+    labels, ids = torch.zeros(7, dtype=torch.long), torch.arange(7)
     model = DefendedClassifier(TinyClassifier(), guided_in_float32())
-    attack = GuideStartPGD("Linf", 0.1, steps=3, eot=2)
-    ids = torch.arange(7)
+    attack = GuidePGD("Linf", 0.1, steps=3, eot=2)
     start = attack.first(model, images, labels, ids, 5)
     assert torch.equal(start, GuideTransfer("Linf", 0.1, steps=3).run(model, images, labels, ids, 5).images)
     found = attack.run(model, images, labels, ids, 5)
     assert (found.images - images).abs().max() <= 0.1 + 1e-6
-    (loss,), draws = attack.evaluator(model, 5)(start.repeat_interleave(2, 0), *rows(labels, ids)), 2
-    assert (found.loss >= loss.reshape(7, draws).mean(1) - 1e-5).all()  # the start is one of its iterates
+    whole, auxiliary = attack.evaluator(model, 5)(start.repeat_interleave(2, 0), *rows(labels, ids))
+    assert (found.loss >= whole.reshape(7, 2).mean(1) - 1e-5).all()  # the start is one of its iterates
+    other = model.purifier.auxiliary(start)
+    torch.testing.assert_close(auxiliary[::2], other[:, 1:].amax(1) - other[:, 0])
+    with pytest.raises(ValueError, match="guide_weight must be a finite number"):
+        GuidePGD("Linf", 0.1, guide_weight=float("nan"))
+
+
+def test_the_guide_is_attacked_at_the_size_that_it_sees(images):
+    """With resizing, the auxiliary network gets images of the score model's size."""
+    guidance = AdversarialGuidance(5.0, auxiliary=TinyClassifier())
+    purifier = Purifier(smooth_model(), 0.3, "ddpm", 2, guidance=guidance, resize=True)
+    model = DefendedClassifier(TinyClassifier(size=6), purifier)
+    large = torch.rand(2, 1, 6, 6)
+    found = GuideTransfer("Linf", 0.1, steps=2)(model, large, torch.zeros(2).long()).images
+    assert found.shape == large.shape
+    assert (found - large).abs().amax((1, 2, 3)).min() > 0.05
 
 
 def rows(labels, ids):
@@ -362,10 +402,12 @@ def test_attacks_about_guidance_say_what_they_need(images):
     gdmp = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=MSEGuidance(1.0)))
     assert FirstOrderPGD("Linf", 0.1).applies_to(gdmp)
     assert not GuideTransfer("Linf", 0.1).applies_to(gdmp)  # no network
-    assert not GuideStartPGD("Linf", 0.1).applies_to(gdmp)
-    for attack in (FirstOrderPGD("Linf", 0.1), GuideTransfer("Linf", 0.1), GuideStartPGD("Linf", 0.1)):
+    assert not GuidePGD("Linf", 0.1).applies_to(gdmp)
+    with pytest.raises(ValueError, match="for a model that is guided by an auxiliary network"):
+        GuidePGD("Linf", 0.1)(gdmp, images, torch.zeros(7).long())
+    for attack in (FirstOrderPGD("Linf", 0.1), GuideTransfer("Linf", 0.1), GuidePGD("Linf", 0.1)):
         assert not attack.applies_to(plain)
-        with pytest.raises(ValueError, match="guides its reverse steps"):
+        with pytest.raises(ValueError, match=r"for a model that (guides its reverse steps|is guided by)"):
             attack(plain, images, torch.zeros(7).long())
 
 
@@ -405,6 +447,10 @@ def test_another_auxiliary_network_is_refused():
             Purifier.from_config(purifier.config(), purifier.score_model, network)
 
 
+def agdm_of(network):
+    return Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=AdversarialGuidance(1.0, auxiliary=network))
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -424,7 +470,14 @@ def test_another_auxiliary_network_is_refused():
         (lambda: make(rounds=2, gradient=Surrogate(1, (2,))), "they are 0 to 1"),
         (lambda: make(rounds=2, gradient=Surrogate((1, 2, 3))), "3 numbers of steps"),
         (lambda: make("mse")(torch.rand(1, 1, 4, 4)), "float64"),
-        (lambda: SSIMGuidance(1.0).distance(*torch.rand(2, 1, 1, 4, 4)), "lower sigma"),
+        (lambda: Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=SSIMGuidance(1.0)), "lower sigma"),
+        (lambda: MSEGuidance("abc"), "scale of the guidance must be a number"),
+        (lambda: MSEGuidance(1.0, through_score="False"), "must be true or false"),
+        (lambda: agdm_of(TinyClassifier(size=6)), "cannot compare images of shape"),
+        (lambda: agdm_of(TinyClassifier().double()), "cannot compare images of shape"),
+        (lambda: make(rounds=0.5), "whole number, or shares"),
+        (lambda: make(rounds=257), "256 rounds"),
+        (lambda: make(steps=2**16), "65535 steps at most"),
     ],
 )
 def test_bad_settings(build, message):

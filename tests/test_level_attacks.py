@@ -34,7 +34,7 @@ def labels():
 
 def renamed(kind, name):
     """The attack under another name, and so another derived seed."""
-    return type("Renamed", (kind,), {"name": name, "needs_level": False})
+    return type("Renamed", (kind,), {"name": name, "needs": None})
 
 
 @pytest.mark.parametrize(

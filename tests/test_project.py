@@ -246,3 +246,10 @@ def test_above_the_curve_by_hand():
     assert found.value == pytest.approx(0.05)
     assert found.low < 0.05 < found.high
     assert script.above_curve(point(True, 0.95, 0.25), constants) is None
+
+
+def test_what_the_package_offers_is_there():
+    import purify
+
+    assert all(hasattr(purify, name) for name in purify.__all__)
+    assert purify.__all__ == sorted(purify.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))

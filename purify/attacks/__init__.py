@@ -8,7 +8,7 @@ from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, 
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
-from purify.attacks.transfer import GuideStartPGD, GuideTransfer, Transfer
+from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
@@ -27,7 +27,7 @@ ATTACKS: dict[str, type[Attack]] = {
         ConstantLevelAutoAttackRand,
         Transfer,
         GuideTransfer,
-        GuideStartPGD,
+        GuidePGD,
         Square,
     )
 }
@@ -44,7 +44,7 @@ __all__ = [
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
     "FirstOrderPGD",
-    "GuideStartPGD",
+    "GuidePGD",
     "GuideTransfer",
     "LowFrequencyPGD",
     "NormPGD",

@@ -41,11 +41,8 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
-    # What the attack is about, and says nothing without: a purifier's gradient; a noise level chosen for each image;
-    # guided reverse steps.
-    needs_purifier: ClassVar[bool] = False
-    needs_level: ClassVar[bool] = False
-    needs_guidance: ClassVar[bool] = False
+    # What the attack is about, and says nothing without; see FEATURES.
+    needs: ClassVar[str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
 
     def __post_init__(self) -> None:
@@ -78,10 +75,8 @@ class Attack(ABC):
         ids, seed = ids.to(images.device), derive_seed(seed, self.name)
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
         if not self.applies_to(model):
-            what = "has a purifier"
-            what = "chooses a noise level for each image" if self.needs_level else what
-            what = "guides its reverse steps" if self.needs_guidance else what
-            raise ValueError(f"{self.name} is for a model that {what}; this one does not, use pgd-eot on it.")
+            assert self.needs is not None
+            raise ValueError(f"{self.name} is for a model that {FEATURES[self.needs]}; this one does not, use pgd-eot.")
         return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
@@ -95,12 +90,7 @@ class Attack(ABC):
 
     def applies_to(self, model: nn.Module) -> bool:
         """Whether the attack says something about ``model`` that others do not."""
-        needs = {
-            "with_gradient": self.needs_purifier,
-            "level_varies": self.needs_level,
-            "guided": self.needs_guidance,
-        }
-        return all(getattr(model, feature, False) for feature, needed in needs.items() if needed)
+        return self.needs is None or getattr(model, self.needs, None) not in (None, False)
 
     def attacked(self, model: nn.Module) -> nn.Module:
         """The model that is differentiated; its forward values are those of ``model``."""
@@ -125,6 +115,14 @@ class Attack(ABC):
         return {"attack": self.label, **asdict(self)}
 
 
+# Attributes of models that attacks may need, and what to call them.
+FEATURES = {
+    "purifier": "has a purifier",
+    "level_varies": "chooses a noise level for each image",
+    "guided": "guides its reverse steps",
+    "auxiliary": "is guided by an auxiliary network",
+    "in_step": "steps all samples together (a number of steps, not --dt)",
+}
 NORMS = ("Linf", "L2", "L1")
 
 

@@ -24,7 +24,7 @@ class ConstantLevelPGD(PGD):
     """
 
     name: ClassVar[str] = "pgd-eot-constant-t"
-    needs_level: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "level_varies"
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, through_level=False)
@@ -35,7 +35,7 @@ class ConstantLevelAutoAttackRand(AutoAttackRand):
     """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
 
     name: ClassVar[str] = "autoattack-rand-constant-t"
-    needs_level: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "level_varies"
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, through_level=False)
@@ -59,7 +59,7 @@ class NormPGD(PGD):
     norm_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-norm"
-    needs_level: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "level_varies"
 
     def __post_init__(self) -> None:
         super().__post_init__()

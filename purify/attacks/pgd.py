@@ -201,7 +201,7 @@ class BPDA(PGD):
     """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""
 
     name: ClassVar[str] = "bpda-eot"
-    needs_purifier: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "purifier"
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, gradient="bpda")
@@ -214,7 +214,7 @@ class SurrogatePGD(PGD):
     surrogate_steps: int = 5
 
     name: ClassVar[str] = "surrogate-eot"
-    needs_purifier: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "purifier"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -229,7 +229,7 @@ class FirstOrderPGD(PGD):
     """PGD+EOT that takes what guides the reverse steps for constant in its gradient, as published attacks did."""
 
     name: ClassVar[str] = "pgd-eot-first-order"
-    needs_guidance: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "guided"
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, second_order=False)

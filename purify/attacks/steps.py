@@ -25,7 +25,7 @@ class StepsPGD(PGD):
     step_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-steps"
-    needs_purifier: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "in_step"
 
     def __post_init__(self) -> None:
         super().__post_init__()

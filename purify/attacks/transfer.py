@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from purify.attacks.base import AttackResult
-from purify.attacks.pgd import PGD
+from purify.attacks.base import AttackResult, keyed
+from purify.attacks.norms import BALLS
+from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Transfer(PGD):
     """
 
     name: ClassVar[str] = "transfer"
-    needs_purifier: ClassVar[bool] = True
+    needs: ClassVar[str | None] = "purifier"
     black_box: ClassVar[bool] = True
 
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
@@ -40,6 +43,17 @@ class Transfer(PGD):
         return {**super().budget(), "eot": 1}
 
 
+class Auxiliary(nn.Module):
+    """The network that guides a model's reverse steps, as a classifier of the model's images."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.purifier = model.purifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.purifier.auxiliary(self.purifier.resized(x))
+
+
 @dataclass(frozen=True)
 class GuideTransfer(Transfer):
     """PGD on the auxiliary network that guides the reverse steps, judged behind the purifier.
@@ -48,27 +62,47 @@ class GuideTransfer(Transfer):
     """
 
     name: ClassVar[str] = "guide-transfer"
-    needs_guidance: ClassVar[bool] = True
-
-    def applies_to(self, model: Any) -> bool:
-        return super().applies_to(model) and self.attacked(model) is not None
+    needs: ClassVar[str | None] = "auxiliary"
 
     def attacked(self, model: Any) -> nn.Module:
-        return model.purifier.auxiliary
+        return Auxiliary(model)
 
 
 @dataclass(frozen=True)
-class GuideStartPGD(PGD):
-    """PGD+EOT that starts where :class:`GuideTransfer` ends.
+class GuidePGD(PGD):
+    """PGD+EOT on a guided purifier and on the network that guides it: where :class:`GuideTransfer` ends, it begins.
 
-    Strong guidance makes the gradient of the whole rough; what deceives the auxiliary network is beyond the roughness.
+    It climbs along the gradient of the whole plus ``guide_weight`` times that of the auxiliary network's loss, each of
+    unit L2 norm: strong guidance makes the former rough, and the latter is smooth. The best iterate is chosen by the
+    loss of the whole.
+
+    Args:
+        step_size: mean step length in the norm; default eps / 4, because it starts where it should be.
     """
 
-    name: ClassVar[str] = "pgd-eot-guide-start"
-    needs_guidance: ClassVar[bool] = True
+    guide_weight: float = 1.0
 
-    def applies_to(self, model: Any) -> bool:
-        return super().applies_to(model) and model.purifier.auxiliary is not None
+    name: ClassVar[str] = "pgd-eot-guide"
+    needs: ClassVar[str | None] = "auxiliary"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.guide_weight):
+            raise ValueError(f"guide_weight must be a finite number, got {self.guide_weight}.")
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images
+
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        whole, auxiliary, loss = keyed(model, seed), Auxiliary(model), LOSSES[self.loss]
+
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return loss(whole(images, ids, draws), y), loss(auxiliary(images), y)
+
+        return evaluate
+
+    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+        return BALLS[self.norm].direction(mixed(gradients, z, self.guide_weight), z)
+
+    def mean_step(self, x: Tensor) -> float:
+        return self.eps / 4 if self.step_size is None else self.step_size

@@ -125,7 +125,7 @@ def run(
     """
     done = torch.tensor([(system.name, stage, int(i)) in folder for i in samples.ids], dtype=torch.bool)
     bar.update(int(done.sum()))
-    for rows in batches(samples.ids, torch.ones_like(done), batch_size):
+    for rows in batches(samples.ids, batch_size):
         wanted = rows[~done[rows]]
         if not len(wanted):
             continue

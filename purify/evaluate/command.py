@@ -29,11 +29,10 @@ from purify.evaluate import report
 from purify.evaluate.budgets import PRESETS, Budget, budget
 from purify.evaluate.dryrun import dry_run, duration
 from purify.evaluate.dryrun import table as dry_run_table
-from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import check_device, fingerprint, load_calibration, load_classifier, load_score
 from purify.evaluate.ranks import Ranks, join, leave, set_threads
-from purify.evaluate.records import RunFolder
-from purify.evaluate.runner import Defence, Samples, evaluate, results, worst_only_results
+from purify.evaluate.records import RunFolder, check_folder
+from purify.evaluate.runner import WORST_ONLY, Defence, Samples, evaluate, results, worst_only_results
 from purify.evaluate.selfchecks import self_checks
 from purify.evaluate.usual import usual
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
@@ -115,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-guide-start",
+        default="random-noise,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-guide",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
@@ -137,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--worst-only",
         metavar="CRITERION",
-        help=f"report the worst case under one of {', '.join(CRITERIA)} only: broken samples meet no further attack",
+        help=f"report the worst case under one of {', '.join(WORST_ONLY)} only: broken samples meet no further attack",
     )
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
@@ -171,6 +170,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     ranks, device = join(check_device(args.device))
     dataset = choose(args.dataset, DATASETS, "data set")
     allowed = resolve_budget(args)
+    if args.worst_only is not None:
+        choose(args.worst_only, dict.fromkeys(WORST_ONLY), "criterion of --worst-only")
     choose(args.threat_model, dict.fromkeys(NORMS), "threat model")
     if args.eps is None and args.threat_model not in dataset.eps:
         raise ValueError(f"There is no usual {args.threat_model} radius for {args.dataset}; pass --eps.")
@@ -182,8 +183,6 @@ def run(args: argparse.Namespace, command: str) -> int:
     check_count(args.max_rows, "max-rows")
     samples = load_samples(args, allowed.n_examples, device)
     defences = build_defences(args, allowed, attacks, device)
-    if args.dry_run:
-        return show_dry_run(defences, samples, args)
     config = {
         "dataset": args.dataset,
         "data": fingerprint_of_samples(samples),
@@ -194,6 +193,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
         "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
     }
+    if args.dry_run:
+        if args.out is not None:
+            check_folder(args.out, config)
+        return show_dry_run(defences, samples, args)
     name = f"{args.dataset}-{args.purifier.replace(',', '+')}-{args.preset}"
     folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
@@ -253,7 +256,7 @@ def show(
             "paper before quoting any."
         )
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
-    print(f"Wrote {', '.join(str(p) for p in (folder.path / 'result.json', *pictures))}.")
+    print(f"Wrote {', '.join(str(p) for p in (folder.path / 'result.json', *pictures) if p)}.")
 
 
 CRITERIA_TEXTS = {
@@ -365,22 +368,37 @@ def purifier_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
     for text in args.set:
         key, separator, value = text.partition("=")
         purifier, _, option = key.rpartition(".")
-        if not separator or (purifier and purifier not in PURIFIERS):
-            raise ValueError(f"--set takes NAME=VALUE or PURIFIER.NAME=VALUE, got {text!r}.")
+        if not separator or (purifier and purifier not in args.purifier.split(",")):
+            raise ValueError(
+                f"--set takes NAME=VALUE or PURIFIER.NAME=VALUE, with a purifier of this run, got {text!r}."
+            )
         if purifier not in ("", name):
             continue
-        if option not in known and "options" not in known:
-            raise ValueError(f"{name} has no parameter {option!r}; known: {', '.join(known) or 'none'}.")
+        unknown = option not in known and "options" not in known
+        if unknown or option in SHARED_OPTIONS or option == "kind":
+            raise ValueError(f"{name} has no parameter {option!r} for --set; known: {', '.join(known) or 'none'}.")
         options[option] = plain_value(value)
     return options
 
 
 def plain_value(text: str) -> Any:
-    """A number, list, true or false as JSON writes them; anything else is the text itself."""
+    """A number, list, true or false as JSON or Python write them; anything else is the text itself."""
     try:
-        return json.loads(text)
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
+
+
+def usual_level(purifier: str, options: dict[str, Any], args: argparse.Namespace) -> float:
+    """t*: of the command line, usual on the data set, or the purifier's own; taken out of ``options``."""
+    usual = options.pop("t_star", None)
+    if args.t_star is not None:
+        return args.t_star
+    if usual is not None:
+        return usual
+    if purifier == "diffpure":
+        return DATASETS[args.dataset].t_star
+    return inspect.signature(PURIFIERS[purifier]).parameters["t_star"].default
 
 
 def build_purified(
@@ -394,8 +412,7 @@ def build_purified(
 ) -> Defence:
     """The classifier behind ``purifier`` with the noise level ``name``."""
     options = purifier_options(purifier, args)
-    usual_level = options.pop("t_star", DATASETS[args.dataset].t_star)
-    level = build_level(name, usual_level if args.t_star is None else args.t_star, args)
+    level = build_level(name, usual_level(purifier, options, args), args)
     published = args.dataset not in zoo.calibrations()
     reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
     plan = build_plan(args, published)
@@ -408,7 +425,8 @@ def build_purified(
     title = f"{purifier} {name}" if level.varies else purifier
     if not applicable:
         raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
-    config = {**model.config(), "classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    networks = {"classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    config = {**model.config(), **networks, "exact": built.exact}
     return Defence(title, model, applicable, allowed.judge_draws, config)
 
 

@@ -58,10 +58,10 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     try:
         per_forward, per_gradient = seconds(forward, x) / rows, seconds(gradient, x) / rows
     except RuntimeError as error:
-        raise ValueError(
-            f"{defence.name} cannot do a gradient of {rows} rows ({str(error).splitlines()[0]}); lower --max-rows or "
-            "--memory-budget."
-        ) from error
+        text = str(error).splitlines()[0]
+        full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
+        advice = "lower --max-rows or --memory-budget" if full else "check its networks"
+        raise ValueError(f"{defence.name} cannot do a gradient of {rows} rows ({text}); {advice}.") from error
     n = len(samples)
     total = sum(a.gradients * per_gradient + a.forwards * per_forward for a in defence.attacks) * n
     total += len(defence.stages()) * defence.draws * per_forward * n

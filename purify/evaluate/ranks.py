@@ -36,7 +36,7 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
     gloo on CPUs, nccl on GPUs, where rank i of a node takes GPU i. Waits for slower processes as long as it takes.
 
     Raises:
-        ValueError: there are more processes on this node than GPUs.
+        ValueError: there are more processes on this node than GPUs; several nodes share a store that outlives restarts.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks(), device
@@ -47,13 +47,26 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        timeout = timedelta(days=30)
-        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store over restarts, with the addresses of processes that are gone.
-        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        _meet("nccl" if device.type == "cuda" else "gloo")
     return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def _meet(backend: str) -> None:
+    """Join the process group of this attempt.
+
+    torchrun keeps one store over restarts, with the addresses of processes that are gone. On one node the number of the
+    restart tells attempts apart; on several each node counts its own.
+    """
+    timeout = timedelta(days=30)  # ranks wait for the slowest
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise ValueError(
+                "On several nodes processes that are restarted would not find each other; set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every node."
+            )
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def leave() -> None:

@@ -57,9 +57,9 @@ class RunFolder:
         manifest = self.path / "manifest.json"
         sessions: list[dict[str, Any]] = []
         if manifest.exists():
-            sessions = self._check(manifest, config)
-        elif any(p for p in self.path.iterdir() if p.name != LOCK and p.suffix != ".partial"):
-            raise ValueError(f"{self.path} holds other files and no run; choose another --out.")
+            sessions = _sessions(manifest, config)
+        else:
+            _check_empty(self.path)
         if environment not in sessions:
             write_json(manifest, {"config": config, "sessions": [*sessions, environment]})
         for file in self._files():
@@ -98,20 +98,6 @@ class RunFolder:
                     ) from error
                 time.sleep(0.1)
         return lock
-
-    def _check(self, manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
-        """The sessions so far, if the stored configuration is ``config``."""
-        try:
-            stored = json.loads(manifest.read_text())
-            before, sessions = stored["config"], stored["sessions"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{manifest} is damaged; restore it or choose another --out.") from error
-        different = list(differences(before, config))
-        if different:
-            raise ValueError(
-                f"{self.path} holds another run, which differs in {', '.join(different[:8])}; choose another --out."
-            )
-        return sessions
 
     def _read(self, path: Path) -> None:
         merged = set(self._records)
@@ -184,6 +170,37 @@ class RunFolder:
         except OSError as error:
             raise ValueError(FULL.format(error)) from error
         os.replace(partial, path)
+
+
+def _sessions(manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sessions so far of the run in this folder, if its configuration is ``config``."""
+    try:
+        stored = json.loads(manifest.read_text())
+        before, sessions = stored["config"], stored["sessions"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is damaged; restore it or choose another --out.") from error
+    different = list(differences(before, config))
+    if different:
+        raise ValueError(
+            f"{manifest.parent} holds another run, which differs in {', '.join(different[:8])}; choose another --out."
+        )
+    return sessions
+
+
+def _check_empty(path: Path) -> None:
+    if any(p for p in path.iterdir() if p.name != LOCK and p.suffix != ".partial"):
+        raise ValueError(f"{path} holds other files and no run; choose another --out.")
+
+
+def check_folder(path: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if a run of this configuration could not go on, or begin, in ``path``; changes nothing."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"{path} cannot be written; choose another --out.")
+    if (path / "manifest.json").exists():
+        _sessions(path / "manifest.json", json.loads(json.dumps(config)))
+    elif path.exists():
+        _check_empty(path)
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

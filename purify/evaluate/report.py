@@ -56,16 +56,19 @@ def level_table(folder: RunFolder, defences: Sequence[Defence], samples: Samples
 
 
 @torch.no_grad()
-def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: Samples) -> Path:
+def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: Samples) -> Path | None:
     """PNG of up to eight samples: original, perturbation, adversarial and purified, each with its prediction.
 
     Samples that are broken come first in the order of the data, mixed with held ones, so that both are seen.
-    Only samples that met the attack are shown. Returns the path, samples-DEFENCE.png in the run's folder.
+    Only samples that met the attack are shown. Returns the path, samples-DEFENCE.png in the run's folder, or None if
+    there are no such samples.
     """
     assert isinstance(defence.model, DefendedClassifier)
     path = folder.path / f"samples-{defence.name.replace(' ', '-')}.png"
     attack = stage_name(next((a for a in defence.attacks if not a.black_box), defence.attacks[0]))
     samples = samples[torch.tensor([(defence.name, attack, int(i)) in folder for i in samples.ids])]
+    if len(samples) == 0:
+        return None
     chosen = _both_kinds(folder, defence, attack, samples, 8)
     shown = samples[chosen]
     adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])

@@ -24,6 +24,7 @@ from purify.evaluate.records import RunFolder
 from purify.noise import derive_seed
 
 CLEAN = "clean"
+WORST_ONLY = ("any_of_r", "majority")  # criteria whose worst case needs no attack on samples that failed
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def evaluate(
         batch_size: samples attacked at once: those whose ids have the same quotient by it. So a sample always has the
             same batch-mates, and not even rounding depends on what was done before a kill, or by which process.
         max_rows: samples times draws judged at once.
-        worst_only: a criterion (``mean``, ``any_of_r``, ``majority``) if only the worst case under it is asked for:
-            a sample whose value is 0 already meets no further attack.
+        worst_only: one of ``WORST_ONLY`` if only the worst case under this criterion is asked for: a sample that fails
+            it meets no further attack. (For the mean the draws that judge would also decide who is spared.)
 
     Raises:
         ValueError: bad images, or labels that some model does not know, before anything runs.
@@ -103,7 +104,7 @@ def evaluate(
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
     if worst_only is not None:
-        choose(worst_only, CRITERIA, "criterion")
+        choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
     groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
     samples = samples[share(samples.ids, math.lcm(batch_size, *groups), folder.ranks)]
     total = sum(len(d.stages()) for d in defences) * len(samples)
@@ -138,11 +139,13 @@ class _Stage:
         bar.set_description(f"{self.defence.name}, {self.name}")
         bar.update(int((done | ~left).sum()))
         right, finished = 0.0, 0
-        size = (self.attack.group_size if self.attack else None) or batch_size
-        for rows in batches(samples.ids, left, size):
-            if bool(done[rows].all()):
+        group = self.attack.group_size if self.attack else None
+        for rows in batches(samples.ids, group or batch_size):
+            rows = rows if group else rows[left[rows]]  # a library's randomness is that of its whole group
+            wanted = left[rows] & ~done[rows]
+            if not bool(wanted.any()):
                 continue
-            for record in self._batch(samples[rows], ~done[rows]):
+            for record in self._batch(samples[rows], wanted):
                 right += float(np.mean(np.array(record["predictions"]) == record["label"]))
                 finished += 1
                 bar.update(1)
@@ -228,11 +231,11 @@ def share(ids: Tensor, unit: int, ranks: Ranks) -> Tensor:
     return torch.stack(own).any(0).nonzero()[:, 0] if own else torch.empty(0, dtype=torch.int64)
 
 
-def batches(ids: Tensor, left: Tensor, size: int) -> Iterator[Tensor]:
-    """Row indices of those that are ``left``, by groups of ids (id // size)."""
+def batches(ids: Tensor, size: int) -> Iterator[Tensor]:
+    """Row indices by groups of ids (id // size)."""
     groups = ids // size
-    for group in groups[left].unique():
-        yield ((groups == group) & left).nonzero()[:, 0]
+    for group in groups.unique():
+        yield (groups == group).nonzero()[:, 0]
 
 
 def breaking(

@@ -127,7 +127,6 @@ def _row(
     attacks = {stage: value for stage, value in found.items() if stage not in (CLEAN, NOISE)}
     strongest = min(attacks, key=lambda a: attacks[a]["mean"].value)
     draws = predictions[CLEAN].shape[1]
-    purifier = config["defences"][name].get("purifier", {})
     return Row(
         name=name,
         dataset=config["dataset"],
@@ -144,18 +143,11 @@ def _row(
         draws=draws,
         seed=config["seed"],
         failed_checks=tuple(f"{c['name']}: {c['meaning']}" for c in checks if c["defence"] == name and not c["passed"]),
-        exact=_exact(purifier),
+        exact=config["defences"][name].get("exact", True),  # there is no gradient to miss without a purifier
         command=sessions[0]["command"],
         run=str(folder),
         git=sessions[0]["git"],
     )
-
-
-def _exact(purifier: dict[str, Any]) -> bool:
-    """Whether attacks had the exact gradient, by the purifier's config; there is none without a purifier."""
-    engine = purifier.get("gradient", {}).get("kind", "full")
-    guided = purifier.get("guidance") or {"second_order": True}
-    return engine in ("full", "checkpoint") and guided["second_order"] and purifier.get("through_level", True)
 
 
 def _stated(budget: dict[str, Any]) -> str:
