@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How fast denoised smoothing is certified: against a plain loop over images, and against the bare forward passes.
 
-All in one process, at equal draws through the same denoiser and classifier, alternating; ratios of medians. The plain loop
-runs twice: with batches of 1000, the default of Cohen et al.'s program, and with as many rows as ours, which tells how much
-of the difference is the batch.
+All in one process, at equal draws through the same denoiser and classifier, alternating; ratios of medians. The
+plain loop runs twice: with batches of 1000, the default of Cohen et al.'s program, and with as many rows as ours,
+which tells how much of the difference is the batch.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
 @torch.no_grad()
 def plain_loop(smooth: Smooth, images: Tensor, draws: Draws, batch: int) -> list[int]:
-    """One image after the other as in Cohen et al.'s program: the image repeated, fresh noise by torch.randn, classes moved
-    to the CPU and counted there one by one."""
+    """One image after the other as in Cohen et al.'s program: the image repeated, fresh noise by torch.randn, classes
+    moved to the CPU and counted there one by one."""
 
     def sample(x: Tensor, n: int) -> np.ndarray:
         counts = np.zeros(10, dtype=int)
