@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
+from purify.certify import OneShotDenoised
 from purify.evaluate import Estimate, budgets
 
 ROOT = Path(__file__).parent.parent
@@ -171,6 +172,31 @@ def test_attack_speed(tmp_path, monkeypatch):
     assert calls[script.PEER] == [(3, True, False)] * 8
     assert calls[script.PEER_WEIGHTS] == [(3, True, True)] * 8
     assert script.main(["--batches", "0"]) == 2
+
+
+def test_certify_speed(tmp_path, monkeypatch):
+    """Ours, the plain loop and the bare passes classify equally many noisy images, and give the same answers."""
+    script = load_script("certify_speed")
+    seen = []
+    forward = OneShotDenoised.forward
+    monkeypatch.setattr(OneShotDenoised, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    out = tmp_path / "t.json"
+    arguments = ["--samples", "2", "--draws", "300", "--plain-batch", "250", "--max-rows", "128", "--repeats", "1"]
+    assert script.main([*arguments, "--sigma", "0.1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    ratio = found["plain loop, seconds per image"] / found["ours, seconds per image"]
+    assert found["images per second, ours to plain loop"] == pytest.approx(ratio)
+    answers, rows = {}, {}
+    for name, work in script.build_works(script.parser().parse_args([*arguments, "--sigma", "0.1"])).items():
+        seen.clear()
+        answers[name], rows[name] = work(), list(seen)
+    assert rows[script.PLAIN] == [100, 250, 50] * 2
+    assert rows[script.SAME_BATCH] == [100, 128, 128, 44] * 2
+    assert max(rows[script.OURS]) == max(rows[script.BARE]) == 128
+    assert {sum(r) for r in rows.values()} == {800}
+    labels = script.load_dataset("digits", "test")[1][:2].tolist()
+    assert answers[script.OURS] == answers[script.PLAIN] == answers[script.SAME_BATCH] == labels
+    assert script.main(["--samples", "0"]) == 2
 
 
 def test_library_attacks(tmp_path, capsys):

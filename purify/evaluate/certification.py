@@ -229,17 +229,23 @@ def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequen
         if record["label"] != label or "radius" not in record:
             what = f"sample {record['sample']} ({system.name})"
             raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
-    classes = np.array([r["predictions"][0] for r in records])
-    correct = correct_radii(classes, np.array([r["radius"] for r in records]), labels)
-    n = len(records)
     stages, ids = system.stages()[1:], attacked(samples, system).ids.tolist()
-    attacks = [folder.get(system.name, stage, i) for stage in stages for i in ids]
+    return sum_up(records, [folder.get(system.name, stage, i) for stage in stages for i in ids], radii)
+
+
+def sum_up(
+    certificates: Sequence[dict[str, Any]], attacks: Sequence[dict[str, Any]], radii: Sequence[float]
+) -> Summary:
+    """Sum up the records of a system's certificates, and of the attacks inside their radii."""
+    classes = np.array([r["predictions"][0] for r in certificates])
+    labels = np.array([r["label"] for r in certificates])
+    correct, n = correct_radii(classes, np.array([r["radius"] for r in certificates]), labels), len(certificates)
     return Summary(
         radii=list(radii),
         certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
         acr=bootstrap(np.maximum(correct, 0), average_certified_radius(correct)),
         abstained=wilson(round(abstentions(classes) * n), n),
-        draws=float(np.mean([r["draws"] for r in records])),
+        draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),
         refuted=sum(r["refuted"] for r in attacks),
         correct=correct,

@@ -6,11 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from purify.certify.metrics import certified_accuracy
+from purify.leaderboard.certified import CertifiedRow
 from purify.leaderboard.rows import Row
 
 INK = "#808890"  # contrast on white and on near-black
 COLOURS = ["#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800"]
 MARKERS = "osD^vP*X"
+LINES = ["-", "--", "-.", ":"]
 
 
 def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
@@ -43,14 +51,31 @@ def calls(row: Row) -> float | None:
     return row.network_calls
 
 
-def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, str]]:
+    """Draw certified accuracy against radius for each data set and norm; returns file and description of each."""
+    drawn = []
+    for dataset, norm in dict.fromkeys((r.dataset, r.norm) for r in rows):
+        shown = [r for r in rows if (r.dataset, r.norm) == (dataset, norm)]
+        file, title = f"{dataset}-certified-{norm}.svg", f"Certified accuracy against radius: {dataset}, {norm}"
+        _draw_curves(folder / file, shown, title)
+        drawn.append({"file": file, "title": title})
+    return drawn
 
-    fig = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="none")
-    FigureCanvasSVG(fig)
-    ax = fig.subplots()
-    ax.set_facecolor("none")
+
+def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
+    fig, ax = _axes(f"{rows[0].norm} radius", "certified accuracy, %", title)
+    top = 1.05 * max(max(float(r.found.correct.max()) for r in rows), 1e-3)
+    grid = np.linspace(0, top, 400)
+    for i, row in enumerate(rows):
+        shares = 100 * certified_accuracy(row.found.correct, grid)
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)]}
+        ax.step(grid, shares, where="post", label=f"{row.name}, ACR {row.found.acr.value:.3f}", **style)
+    ax.set_xlim(0, top)
+    _save(fig, ax, path)
+
+
+def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
+    fig, ax = _axes(label, "robust accuracy, worst case, %", title)
     names = list(dict.fromkeys(r.name for r in rows))
     for i, name in enumerate(names):
         chosen = [r for r in rows if r.name == name]
@@ -59,13 +84,26 @@ def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: s
         sides = [[100 * (e.value - e.low) for e in worst], [100 * (e.high - e.value) for e in worst]]
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.errorbar([where(r) for r in chosen], y, yerr=sides, label=name, ls="", capsize=2, **style)
-    ax.set_xlabel(label, color=INK)
-    ax.set_ylabel("robust accuracy, worst case, %", color=INK)
+    _save(fig, ax, path)
+
+
+def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
+    """An empty plot without a background."""
+    fig = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="none")
+    FigureCanvasSVG(fig)
+    ax = fig.subplots()
+    ax.set_facecolor("none")
+    ax.set_xlabel(x, color=INK)
+    ax.set_ylabel(y, color=INK)
     ax.set_title(title, color=INK, fontsize=10)
     ax.tick_params(colors=INK)
     for spine in ax.spines.values():
         spine.set_color(INK)
     ax.grid(alpha=0.25, color=INK)
+    return fig, ax
+
+
+def _save(fig: Figure, ax: Axes, path: Path) -> None:
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8, labelcolor=INK, facecolor="none", edgecolor=INK)
     fig.savefig(path, format="svg", metadata={"Date": None})

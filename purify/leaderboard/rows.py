@@ -71,18 +71,19 @@ def read_run(folder: str | Path) -> list[Row]:
         ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
     """
     folder = Path(folder)
-    config, sessions = _json(folder / "manifest.json", "config", "sessions")
-    (checks,) = _json(folder / "result.json", "self_checks")
+    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    (checks,) = load_json(folder / "result.json", "self_checks")
     if config.get("worst_only"):
         raise ValueError(
             f"{folder} was made with --worst-only; a leaderboard needs every attack on every sample: run its command "
             "without that option."
         )
-    records = _records(folder / "records.jsonl")
+    records = load_records(folder / "records.jsonl")
     return [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
 
 
-def _json(path: Path, *keys: str) -> list[Any]:
+def load_json(path: Path, *keys: str) -> list[Any]:
+    """The values of ``keys`` in a file of a run's folder; ValueError if it is missing or damaged."""
     try:
         content = json.loads(path.read_text())
         return [content[key] for key in keys]
@@ -92,7 +93,7 @@ def _json(path: Path, *keys: str) -> list[Any]:
         raise ValueError(f"{path} is damaged or not of this version; run its command again.") from error
 
 
-def _records(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+def load_records(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Records by defence and attack, in the order of their samples."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     try:

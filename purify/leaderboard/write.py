@@ -1,9 +1,9 @@
-"""A leaderboard's files: leaderboard.json, leaderboard.md, plots and index.html."""
+"""A leaderboard's files: leaderboard.json, certified.json, leaderboard.md, plots and index.html."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,38 +12,63 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from purify.evaluate.metrics import Estimate
 from purify.evaluate.records import write_json
-from purify.leaderboard.plots import draw_plots
-from purify.leaderboard.rows import Row
+from purify.leaderboard.certified import CertifiedRow, read_certified
+from purify.leaderboard.plots import draw_curves, draw_plots
+from purify.leaderboard.rows import Row, load_json, read_run
 
 
-def write_leaderboard(rows: Sequence[Row], folder: str | Path) -> None:
+def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedRow]]:
+    """The rows of finished runs: of ``run_autoattack.py``, and of ``run_certify.py``.
+
+    Raises:
+        ValueError: a folder holds no run, or one that is not finished or was damaged.
+    """
+    rows: list[Row] = []
+    certified: list[CertifiedRow] = []
+    for folder in map(Path, folders):
+        (config,) = load_json(folder / "manifest.json", "config")
+        if "systems" in config:
+            certified += read_certified(folder)
+        else:
+            rows += read_run(folder)
+    return rows, certified
+
+
+def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequence[CertifiedRow] = ()) -> None:
     """Write all files into ``folder``, the strongest defence of each data set first.
+
+    ``leaderboard.json`` lists attacked defences; certified systems have a file of their own, ``certified.json``, so
+    that all entries of a file have the same fields.
 
     Raises:
         ValueError: no rows, or the folder cannot be written.
     """
-    if not rows:
+    if not rows and not certified:
         raise ValueError("There is nothing to rank; give the folders of finished runs.")
     folder = Path(folder)
+    rows = sorted(rows, key=lambda r: (r.dataset, r.threat_model, r.eps, -r.worst["mean"].value, r.name))
+    certified = sorted(certified, key=lambda r: (r.dataset, r.norm, -r.found.acr.value, r.name))
+    content: dict[str, list[dict[str, Any]]] = {
+        "rows": [entry(row, folder) for row in rows],
+        "certified": [certified_entry(row, folder) for row in certified],
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        rows = sorted(rows, key=lambda r: (r.dataset, r.threat_model, r.eps, -r.worst["mean"].value, r.name))
-        write_json(folder / "leaderboard.json", [entry(row, folder) for row in rows])
-        plots = draw_plots(rows, folder)
+        write_json(folder / "leaderboard.json", content["rows"])
+        write_json(folder / "certified.json", content["certified"])
+        content["plots"], content["curves"] = draw_plots(rows, folder), draw_curves(certified, folder)
         environment = Environment(
             loader=PackageLoader("purify.leaderboard"), autoescape=select_autoescape(), trim_blocks=True
         )
-        entries = [entry(row, folder) for row in rows]
+        environment.filters["radius"] = radius
         for template, name in (("page.html", "index.html"), ("table.md", "leaderboard.md")):
-            text = environment.get_template(template).render(rows=entries, plots=plots)
-            (folder / name).write_text(text)
+            (folder / name).write_text(environment.get_template(template).render(content))
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out.") from error
 
 
 def entry(row: Row, folder: Path) -> dict[str, Any]:
     """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours."""
-    manifest = os.path.relpath(Path(row.run) / "manifest.json", folder)
     return {
         "name": row.name,
         "dataset": row.dataset,
@@ -69,9 +94,49 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
         "failed_checks": list(row.failed_checks),
         "exact_gradient": row.exact,
         "command": f"python benchmarks/run_autoattack.py {row.command}".rstrip(),
-        "manifest": manifest,
+        "manifest": manifest(row, folder),
         "git": row.git,
     }
+
+
+def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:
+    """A certified system as plain data: percentages at its radii as text, and as shares below ``estimates``."""
+    found = row.found
+    certified = dict(zip(map(radius, found.radii), found.certified, strict=True))
+    return {
+        "kind": "certified",
+        "name": row.name,
+        "dataset": row.dataset,
+        "norm": row.norm,
+        "radii": found.radii,
+        "certified": texts(certified),
+        "acr": f"{found.acr.value:.3f} [{found.acr.low:.3f}, {found.acr.high:.3f}]",
+        "abstained": str(found.abstained).strip(),
+        "estimates": {
+            "certified": plain(certified),
+            **plain({"acr": found.acr, "abstained": found.abstained}),
+        },
+        "draws": found.draws,
+        "alpha": row.alpha,
+        "attacked": found.attacked,
+        "refuted": found.refuted,
+        "budget": row.budget,
+        "samples": row.samples,
+        "seed": row.seed,
+        "command": f"python benchmarks/run_certify.py {row.command}".rstrip(),
+        "manifest": manifest(row, folder),
+        "git": row.git,
+    }
+
+
+def radius(value: float) -> str:
+    """A radius as entries and pages name it."""
+    return f"{value:g}"
+
+
+def manifest(row: Row | CertifiedRow, folder: Path) -> str:
+    """Where a row's manifest is, seen from ``folder``."""
+    return os.path.relpath(Path(row.run) / "manifest.json", folder)
 
 
 def percent(found: dict[str, Estimate] | None) -> str | None:

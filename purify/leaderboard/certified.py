@@ -1,0 +1,99 @@
+"""What a leaderboard knows of a certified system: one row for each, read from the records of a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from purify.evaluate.certification import CERTIFICATE, Summary, sum_up
+from purify.leaderboard.rows import load_json, load_records
+
+EXACT = ("dssn",)  # kinds of certifiers that draw nothing and cannot fail
+
+
+@dataclass(frozen=True)
+class CertifiedRow:
+    """A certified system on a data set.
+
+    Attributes:
+        name: the system.
+        dataset, norm: what was certified, and the norm of its radii.
+        found: certified accuracy at the run's radii, ACR, abstentions, draws and the attacks inside the radius.
+        alpha: probability that a certificate is false; None where certificates are exact.
+        budget: draws, images and the attack.
+        samples, seed: how much was measured.
+        command, run, git: the command that reproduces the run, its folder, the revision that ran.
+    """
+
+    name: str
+    dataset: str
+    norm: str
+    found: Summary
+    alpha: float | None
+    budget: str
+    samples: int
+    seed: int
+    command: str
+    run: str
+    git: str | None
+
+
+def read_certified(folder: str | Path) -> list[CertifiedRow]:
+    """The rows of a finished run of ``run_certify.py``.
+
+    Raises:
+        ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
+    """
+    folder = Path(folder)
+    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    (results,) = load_json(folder / "result.json", "results")
+    records = load_records(folder / "records.jsonl")
+    rows = []
+    for name, system in config["systems"].items():
+        draws, attack, exact = system["draws"], system["attack"], system["kind"] in EXACT
+        found = _sum_up(folder, name, config["n_examples"], results.get(name, {}), records)
+        drawn = f"all {found.draws:.0f} noise levels" if exact else _stated(draws)
+        inside = f"PGD {attack['steps']} x EOT {attack['eot']} inside the radius"
+        row = CertifiedRow(
+            name=name,
+            dataset=config["dataset"],
+            norm=results[name]["norm"],
+            found=found,
+            alpha=None if exact else draws["alpha"],
+            budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
+            samples=config["n_examples"],
+            seed=config["seed"],
+            command=sessions[0]["command"],
+            run=str(folder),
+            git=sessions[0]["git"],
+        )
+        rows.append(row)
+    return rows
+
+
+def _sum_up(
+    folder: Path, name: str, n: int, result: dict[str, Any], records: dict[tuple[str, str], list[dict[str, Any]]]
+) -> Summary:
+    """A system's records summed up; the run's own result must say the same."""
+    certificates = records.get((name, CERTIFICATE), [])
+    if len(certificates) != n:
+        raise ValueError(f"{folder} is not finished: {name}, {CERTIFICATE}, lacks samples; run its command again.")
+    attacks = [r for key, part in records.items() if key[0] == name and key[1] != CERTIFICATE for r in part]
+    try:
+        found = sum_up(certificates, attacks, result["radii"])
+        same = (found.acr.value, found.attacked, found.refuted) == (
+            result["acr"]["value"], result["attacked"], result["refuted"]
+        )
+    except (KeyError, TypeError):
+        same = False
+    if not same:
+        raise ValueError(f"{folder}: the records of {name} are not those of result.json; run its command again.")
+    return found
+
+
+def _stated(draws: dict[str, Any]) -> str:
+    """Draws as text."""
+    stop = draws["stop"]
+    early = "" if stop is None else f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
+    return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}"
