@@ -156,9 +156,12 @@ class DefendedClassifier(nn.Module):
         second_order: bool | None = None,
     ) -> DefendedClassifier:
         """The same model (sharing all weights) under another gradient of its purifier; see there."""
+        return self.with_purifier(self.purifier.with_gradient(gradient, through_level, second_order))
+
+    def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
+        """The same classifier (sharing its weights) behind another purifier."""
         twin = copy.copy(self)
-        changed = self.purifier.with_gradient(gradient, through_level, second_order)
-        twin._modules = {**self._modules, "purifier": changed}
+        twin._modules = {**self._modules, "purifier": purifier}
         return twin
 
     def config(self) -> dict[str, Any]:

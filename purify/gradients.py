@@ -65,6 +65,10 @@ class GradientEngine(ABC):
         evaluate = recompute if torch.is_grad_enabled() else keep
         return plain_total([partial(evaluate, term) for term in terms], u)
 
+    def held(self, step_bytes: int, steps: int) -> int:
+        """Bytes of step graphs that a gradient through ``steps`` steps holds at once, if one has ``step_bytes``."""
+        return step_bytes
+
     def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
         """Raise ValueError if the engine cannot differentiate ``task``."""
 
@@ -153,6 +157,12 @@ class _Exact(GradientEngine):
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         process = build(None)
         return process.run(u, self._evaluate(process.batch_sizes()))
+
+    def held(self, step_bytes: int, steps: int) -> int:
+        everything = step_bytes * steps
+        if self.memory_budget is None:
+            return everything if type(self).unbounded is keep else step_bytes
+        return min(everything, self.memory_budget + step_bytes)
 
     def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
         evaluate = self._evaluate([len(u)] * len(terms))

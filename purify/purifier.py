@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from purify import registry
 from purify.checks import check_count, check_images
 from purify.fingerprint import weights_digest
-from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task
+from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
 from purify.guidance import GUIDANCES, Guidance
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
@@ -260,6 +260,21 @@ class Purifier(nn.Module):
         if second_order is not None and self.guidance is not None:
             twin.guidance = replace(self.guidance, second_order=second_order)
         return twin
+
+    def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
+        """The same purifier (sharing its weights) under another number of steps or plan."""
+        twin = copy.copy(self)
+        twin.plan = _plan(steps)
+        twin.engine.check(twin.task)
+        return twin
+
+    def graph_bytes(self, x: Tensor) -> int:
+        """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""
+        u = (2 * self.resized(x) - 1).requires_grad_()
+        t_star = torch.full((len(x),), self.level.highest, dtype=torch.float64, device=x.device)
+        noise = self.noise(len(x), x.device, range(len(x)), 0, 0)
+        one_round = self.process(t_star, noise, images=u).rounds[0]
+        return saved_bytes(one_round.reverse[0], one_round.diffuse(u))[1]
 
     @property
     def exact(self) -> bool:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
 
-from purify import DefendedClassifier, diffpure
+from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.evaluate import Defence, Samples, dryrun
 from purify.evaluate.command import main
+from purify.gradients import Checkpoint, Full, saved_bytes
 
 PLAIN = {
     "pgd-eot": lambda: PGD("Linf", 0.1, steps=3, eot=2, restarts=2),
@@ -53,24 +54,78 @@ def test_library_attacks_ask_for_at_most_what_they_say(images):
 
 
 def test_the_estimate_adds_up(images, monkeypatch):
-    """2 ms a forward row and 5 ms a gradient row: 3 steps x 2 draws, then 2 draws; 2 stages judged by 4 draws."""
-    times = iter([0.02, 0.05])
-    monkeypatch.setattr(dryrun, "seconds", lambda work, x: next(times))
-    defence = Defence("d", defended(), [PGD("Linf", 0.1, steps=3, eot=2)], 4, {})
+    """A step takes 2 ms of a forward row and 5 ms of a gradient row, the classifier 1 and 3 ms; 12 steps."""
+
+    def measured(model, samples, rows):
+        steps = model.purifier.plan.steps
+        return 0.001 + 0.002 * steps, 0.003 + 0.005 * steps
+
+    monkeypatch.setattr(dryrun, "times", measured)
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.2, 12, "ddpm"))
+    defence = Defence("d", model, [PGD("Linf", 0.1, steps=3, eot=2)], 4, {})
     cost = dryrun.estimate(defence, Samples(images, torch.zeros(7).long(), torch.arange(7)), 10)
-    assert (cost.forward, cost.gradient) == (0.002, 0.005)
-    assert cost.seconds == pytest.approx(7 * (6 * 0.005 + 2 * 0.002 + 2 * 4 * 0.002))
-    assert cost.peak > 10**7
+    assert cost.forward == pytest.approx(0.025)
+    assert cost.gradient == pytest.approx(0.063)
+    assert cost.seconds == pytest.approx(7 * (6 * 0.063 + 2 * 0.025 + 2 * 4 * 0.025))
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(2, 1), (1, 1), (5, 3)])
+def test_few_steps_and_several_rounds_add_up(steps, rounds, images, monkeypatch):
+    def measured(model, samples, rows):
+        n = len(model.purifier.rounds) * model.purifier.plan.steps
+        return 0.001 + 0.002 * n, 0.003 + 0.005 * n
+
+    monkeypatch.setattr(dryrun, "times", measured)
+    purifier = Purifier(smooth_model(), 0.2, "ddpm", steps, rounds=rounds)
+    found = dryrun.purified_times(DefendedClassifier(TinyClassifier(), purifier), None, 10)
+    assert found == pytest.approx((0.001 + 0.002 * steps * rounds, 0.003 + 0.005 * steps * rounds))
+
+
+def test_batches_grow_until_they_take_long(images, monkeypatch):
+    sizes = []
+
+    def measured(work, x):
+        sizes.append(len(x))
+        return 0.2 * len(x)
+
+    monkeypatch.setattr(dryrun, "seconds", measured)
+    samples = Samples(images, torch.zeros(7).long(), torch.arange(7))
+    assert dryrun.times(defended(), samples, 100) == pytest.approx((0.2, 0.2))
+    assert sizes[::2] == [1, 2, 4, 8]  # 8 rows take 3.2 seconds
+    sizes.clear()
+    dryrun.times(defended(), samples, 3)
+    assert sizes[::2] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("engine", "rows"),
+    [(Full(), 6), (Checkpoint(), 1), (Checkpoint(memory_budget=1), 1), (Full(memory_budget=10**9), 6)],
+)
+def test_memory_is_that_of_the_graphs_held(engine, rows, images):
+    """Six steps; measured on the whole chain under `full`."""
+    purifier = Purifier(smooth_model(), 0.2, "ddpm", 6, gradient="full", clip=False)
+    t = torch.full((7,), 0.2, dtype=torch.float64)
+    noise = purifier.noise(7, t.device, range(7), 0, 0)
+    u = (2 * images - 1).requires_grad_()
+    whole = saved_bytes(lambda v: purifier.engine(lambda n: purifier.process(t, noise, n), v), u)[1]
+    one = purifier.graph_bytes(images)
+    assert engine.held(one, 6) == pytest.approx(rows * one, abs=1)
+    assert whole == pytest.approx(6 * one, rel=0.1)
 
 
 def test_a_batch_that_does_not_fit_is_one_sentence(images, monkeypatch):
+    samples = Samples(images, torch.zeros(7).long(), torch.arange(7))
+    defence = Defence("d", defended(), [], 1, {})
+    monkeypatch.setattr(dryrun, "free_bytes", lambda x: 1000)
+    with pytest.raises(ValueError, match=r"d needs about .* the graphs of 10 rows, .* lower --max-rows, to 1 say"):
+        dryrun.estimate(defence, samples, 10)
+
     def full(work, x):
         raise torch.OutOfMemoryError("no memory left\nand more")
 
     monkeypatch.setattr(dryrun, "seconds", full)
-    defence = Defence("d", defended(), [], 1, {})
-    with pytest.raises(ValueError, match=r"gradient of 10 rows \(no memory left\); lower --max-rows"):
-        dryrun.estimate(defence, Samples(images, torch.zeros(7).long(), torch.arange(7)), 10)
+    with pytest.raises(ValueError, match=r"cannot take a gradient \(no memory left\); lower --max-rows"):
+        dryrun.estimate(defence, samples, 10)
 
 
 def test_the_command_stops_before_any_attack(tmp_path, capsys):

@@ -9,7 +9,7 @@ from conftest import DATA
 from torchvision.datasets import CIFAR10
 
 from purify.__main__ import main as purify_command
-from purify.evaluate.command import main
+from purify.evaluate.command import main, parser, usual_level
 
 CHECKPOINT = str(DATA / "networks" / "score_sde_training_state.pth")
 MODEL = """
@@ -57,7 +57,8 @@ def test_published_settings_are_the_defaults(published, tmp_path, capsys):
     assert purifier["reverse"]["kind"] == "sde"
     assert purifier["steps"]["kind"] == "fixed_dt"
     assert purifier["steps"]["dt"] == 1e-3
-    assert config["defences"]["diffpure ssni-n"]["purifier"]["level"]["kind"] == "ssni-n"
+    level = config["defences"]["diffpure ssni-n"]["purifier"]["level"]
+    assert (level["kind"], level["tau"], level["tau_unit"]) == ("ssni-n", 20.0, "norm")
     assert config["attacks"]["diffpure"][0]["eps"] == 8 / 255
     records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     assert {r["network_calls"] for r in records if r["defence"] == "diffpure"} == {2.0}
@@ -71,6 +72,7 @@ def test_published_settings_are_the_defaults(published, tmp_path, capsys):
         (["--model", "Standard"], "could not be loaded"),
         (["--n-examples", "512"], "cifar10 has 3 test images"),
         (["--steps", "3", "--dt", "0.01"], "exclude each other"),
+        (["--score-model", "digits"], "The score model takes images of shape (1, 8, 8)"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(published, changed, message, capsys, tmp_path, monkeypatch):
@@ -78,3 +80,9 @@ def test_what_is_missing_is_said_before_anything_runs(published, changed, messag
     monkeypatch.chdir(tmp_path)
     assert main([*published, *changed, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_papers_levels_are_the_defaults_on_published_data(published):
+    """GDMP at 0.036, GNS at 0.125, DiffPure at the data set's."""
+    args = parser().parse_args([*published, "--purifier", "gdmp,gns,diffpure"])
+    assert [usual_level(p, {}, args) for p in ("gdmp", "gns", "diffpure")] == [0.036, 0.125, 0.1]

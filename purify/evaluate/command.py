@@ -34,7 +34,7 @@ from purify.evaluate.ranks import Ranks, join, leave, set_threads
 from purify.evaluate.records import RunFolder, check_folder
 from purify.evaluate.runner import WORST_ONLY, Defence, Samples, evaluate, results, worst_only_results
 from purify.evaluate.selfchecks import self_checks
-from purify.evaluate.usual import usual
+from purify.evaluate.usual import usual, usual_tau
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
 from purify.levels import LEVELS, TAU_UNITS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
 from purify.plans import FixedDt
@@ -95,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--calibration", type=Path, help="JSON of `purify calibrate` for SSNI (default: the embedded one)")
     g.add_argument("--ssni-bias", type=float, default=0.0, help="b, added to the level (default: 0)")
     g.add_argument("--ssni-t-max", type=float, help="greatest level (default: t* + b)")
-    g.add_argument("--ssni-tau", type=float, default=1.0, help="temperature of ssni-n (default: 1)")
-    g.add_argument("--tau-unit", default="std", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: std)")
+    g.add_argument("--ssni-tau", type=float, help="temperature of ssni-n (default: 1 std; on CIFAR-10 20 norm)")
+    g.add_argument("--tau-unit", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: that of tau's default)")
     g.add_argument("--steps", type=int, help="reverse steps (default: 10 on embedded data, otherwise --dt 1e-3)")
     g.add_argument(
         "--dt",
@@ -210,7 +210,7 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 def show_dry_run(defences: list[Defence], samples: Samples, args: argparse.Namespace) -> int:
     """Print what the run would take."""
-    costs = dry_run(defences, samples, args.max_rows)
+    costs = dry_run(defences, samples, args.batch_size, args.max_rows)
     print(f"{args.dataset}, {len(samples)} samples; files, models and shapes are in order.\n")
     print(dry_run_table(costs).to_string())
     total = sum(cost.seconds for cost in costs.values())
@@ -345,8 +345,9 @@ def build_level(name: str, t_star: float, args: argparse.Namespace) -> NoiseLeve
         return Constant(t_star)
     calibration = load_calibration(args.calibration, args.score_model or args.dataset)
     if issubclass(kind, SSNISigmoid):
-        tau = {"tau": args.ssni_tau, "tau_unit": args.tau_unit}
-        return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max, **tau)
+        tau, unit = usual_tau(args.dataset)
+        tau, unit = (tau if args.ssni_tau is None else args.ssni_tau), args.tau_unit or unit
+        return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max, tau=tau, tau_unit=unit)
     assert issubclass(kind, SSNILinear)
     return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
 
@@ -417,7 +418,9 @@ def build_purified(
     reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
     plan = build_plan(args, published)
     built = PURIFIERS[purifier](score_model, level, plan, reverse, gradient_config(args), **options)
-    if score_model.image_shape not in (None, DATASETS[args.dataset].shape):
+    shape = DATASETS[args.dataset].shape
+    if score_model.image_shape not in (None, shape):
+        check_resize(score_model.image_shape, shape)
         built = built.with_resize()
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
@@ -428,6 +431,12 @@ def build_purified(
     networks = {"classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
     config = {**model.config(), **networks, "exact": built.exact}
     return Defence(title, model, applicable, allowed.judge_draws, config)
+
+
+def check_resize(wanted: tuple[int, ...], given: tuple[int, ...]) -> None:
+    """Raise ValueError unless images may be enlarged to the score model's size, as on ImageNet."""
+    if wanted[0] != given[0] or wanted[1] < given[1] or wanted[2] < given[2]:
+        raise ValueError(f"The score model takes images of shape {wanted}, and the data set's have {given}.")
 
 
 def build_defences(

@@ -1,19 +1,22 @@
-"""What a run will take: one gradient of full size is timed, and the rest is arithmetic."""
+"""What a run will take: a few steps are timed, and the rest is arithmetic."""
 
 from __future__ import annotations
 
-import resource
-import sys
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from purify.attacks.base import keyed
+from purify.defended import DefendedClassifier
 from purify.evaluate.runner import Defence, Samples
+
+PATIENCE = 2.0  # seconds that a measurement may take before batches stop growing
 
 
 @dataclass(frozen=True)
@@ -22,55 +25,86 @@ class Cost:
 
     Attributes:
         rows: images times draws in the model at once.
-        gradient, forward: seconds per row.
+        gradient, forward: seconds per row, at the greatest noise level.
         seconds: of all its attacks and judgements in one process.
-        peak: bytes: on a GPU what torch allocated in that gradient, on a CPU the most that the process has held so far.
+        memory: bytes that graphs of reverse steps take in a gradient of ``rows`` rows.
     """
 
     rows: int
     gradient: float
     forward: float
     seconds: float
-    peak: int
+    memory: int
 
 
 def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
-    """Time one gradient and one forward pass of ``rows`` rows and add up what all stages of the defence need.
+    """Time a few rows and steps and add up what all stages of the defence need.
 
     Raises:
-        ValueError: the model cannot take the images, or the batch does not fit into memory.
+        ValueError: the model cannot take the images, or a batch of ``rows`` rows does not fit into memory.
     """
-    index = torch.arange(rows) % len(samples)
-    x, ids = samples.images[index], samples.ids[index].to(samples.images.device)
-    call = keyed(defence.model, 0)
-    draws = torch.arange(rows, device=x.device) // len(samples)
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return call(x, ids, draws)
-
-    def gradient() -> Tensor:
-        images = x.clone().requires_grad_()
-        return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
-
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats(x.device)
+    model: Any = defence.model
     try:
-        per_forward, per_gradient = seconds(forward, x) / rows, seconds(gradient, x) / rows
+        purified = isinstance(model, DefendedClassifier)
+        forward, gradient = purified_times(model, samples, rows) if purified else times(model, samples, rows)
+        memory = graph_bytes(model, samples, rows) if purified else 0
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
         advice = "lower --max-rows or --memory-budget" if full else "check its networks"
-        raise ValueError(f"{defence.name} cannot do a gradient of {rows} rows ({text}); {advice}.") from error
+        raise ValueError(f"{defence.name} cannot take a gradient ({text}); {advice}.") from error
+    free = free_bytes(samples.images)
+    if memory > free:
+        raise ValueError(
+            f"{defence.name} needs about {memory / 2**30:.1f} GiB for the graphs of {rows} rows, and "
+            f"{free / 2**30:.1f} GiB are free; lower --max-rows, to {max(1, rows * free // memory // 2)} say, or "
+            "--memory-budget."
+        )
     n = len(samples)
-    total = sum(a.gradients * per_gradient + a.forwards * per_forward for a in defence.attacks) * n
-    total += len(defence.stages()) * defence.draws * per_forward * n
-    return Cost(rows, per_gradient, per_forward, total, peak_bytes(x))
+    total = sum(a.gradients * gradient + a.forwards * forward for a in defence.attacks) * n
+    total += len(defence.stages()) * defence.draws * forward * n
+    return Cost(rows, gradient, forward, total, memory)
 
 
-def seconds(work: object, x: Tensor) -> float:
+def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
+    """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
+    purifier = model.purifier
+    steps = int(purifier.steps(torch.tensor([purifier.level.highest], dtype=torch.float64))[0])
+    rounds = len(purifier.rounds)
+    one, three = (model.with_purifier(purifier.with_steps(purifier.plan.at_most(k))) for k in (1, 3))
+    short = times(one, samples, rows)
+    if steps <= rounds:
+        return short
+    longer = times(three, samples, rows)
+    more = min(3 * rounds, steps) - rounds
+    forward, gradient = (a + max(b - a, 0.0) * (steps - rounds) / more for a, b in zip(short, longer, strict=True))
+    return forward, gradient
+
+
+def times(model: Any, samples: Samples, rows: int) -> tuple[float, float]:
+    """Seconds per row of a forward pass and of a gradient, in batches that grow until they fill or take too long."""
+    call, size = keyed(model, 0), 1
+    while True:
+        index = torch.arange(size) % len(samples)
+        x, ids = samples.images[index], samples.ids[index].to(samples.images.device)
+        draws = torch.arange(size, device=x.device) // len(samples)
+
+        def forward(x: Tensor = x, ids: Tensor = ids, draws: Tensor = draws) -> Tensor:
+            with torch.no_grad():
+                return call(x, ids, draws)
+
+        def gradient(x: Tensor = x, ids: Tensor = ids, draws: Tensor = draws) -> Tensor:
+            images = x.clone().requires_grad_()
+            return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
+
+        found = seconds(forward, x), seconds(gradient, x)
+        if size >= rows or sum(found) > PATIENCE:
+            return found[0] / size, found[1] / size
+        size = min(2 * size, rows)
+
+
+def seconds(work: Callable[[], Tensor], x: Tensor) -> float:
     """Wall time of ``work()``, the second of two runs."""
-    assert callable(work)
     for _ in range(2):
         start = time.perf_counter()
         work()
@@ -79,12 +113,22 @@ def seconds(work: object, x: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(x: Tensor) -> int:
-    """The most memory held so far, where x lives."""
+def graph_bytes(model: DefendedClassifier, samples: Samples, rows: int) -> int:
+    """Bytes of step graphs that a gradient of ``rows`` rows holds at once."""
+    purifier = model.purifier
+    steps = int(purifier.steps(torch.tensor([purifier.level.highest], dtype=torch.float64))[0])
+    return purifier.engine.held(rows * purifier.graph_bytes(samples.images[:1]), steps)
+
+
+def free_bytes(x: Tensor) -> int:
+    """Memory that is free where x lives."""
     if x.is_cuda:
-        return torch.cuda.max_memory_allocated(x.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return torch.cuda.mem_get_info(x.device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(costs: dict[str, Cost]) -> pd.DataFrame:
@@ -94,7 +138,7 @@ def table(costs: dict[str, Cost]) -> pd.DataFrame:
             "rows at once": c.rows,
             "ms per gradient": f"{1000 * c.gradient:.3g}",
             "ms per forward": f"{1000 * c.forward:.3g}",
-            "peak memory, GiB": f"{c.peak / 2**30:.2f}",
+            "graphs, GiB": f"{c.memory / 2**30:.2f}",
             "time": duration(c.seconds),
         }
         for name, c in costs.items()
@@ -110,10 +154,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def dry_run(defences: Sequence[Defence], samples: Samples, max_rows: int) -> dict[str, Cost]:
+def dry_run(defences: Sequence[Defence], samples: Samples, batch_size: int, max_rows: int) -> dict[str, Cost]:
     """The cost of each defence."""
     costs = {}
     for defence in defences:
         eot = max((getattr(a, "eot", 1) for a in defence.attacks), default=1)
-        costs[defence.name] = estimate(defence, samples, min(max_rows, len(samples) * eot))
+        costs[defence.name] = estimate(defence, samples, min(max_rows, min(batch_size, len(samples)) * eot))
     return costs

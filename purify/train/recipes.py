@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
         "fashion_mnist",
         FASHION_UNET,
         DiffusionCalibration("fashion_mnist-standard"),
-        Hyper(steps=4_000, batch_size=64, lr=2e-4, ema=0.999),
+        Hyper(steps=1_500, batch_size=64, lr=2e-4, ema=0.999),
         start="fashion_mnist",
     ),
     # Classifiers for splitting noise.
