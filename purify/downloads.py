@@ -203,6 +203,7 @@ def _fetch(url: str, f: BinaryIO, path: Path, timeout: float, progress: bool, kn
     headers = {"User-Agent": "purify"}
     if held:
         headers |= {"Range": f"bytes={done}-", "If-Range": held}
+    total: int | None
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
             if answer.headers.get_content_type() == "text/html":

@@ -484,11 +484,21 @@ def test_files_put_by_hand_are_found_by_name(tmp_path, unet_model):
     assert load_score_model("score-sde-cifar10").fingerprint() == load_score_model(source).fingerprint()
     saved_pipeline(tmp_path / "cache" / "hub" / "someone--something", unet_model)
     assert load_score_model("someone/something").image_shape == (3, 16, 16)
+    saved_pipeline(tmp_path / "cache" / "hub" / "someone--ddpm-v1.5", unet_model)
+    assert load_score_model("someone/ddpm-v1.5").image_shape == (3, 16, 16)
+    for file in ("folder/w.pt", "folder/w.safetensors", "../ddpm"):
+        with pytest.raises(ValueError, match="no file or folder of that path"):
+            load_score_model(file)
     folder = tmp_path / "cache" / "guided-imagenet256"
     folder.mkdir()
     (folder / "256x256_diffusion_uncond.pt").write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"has the sha256 .* instead of a37c32ff"):
         load_score_model("guided-imagenet256")
+
+
+def test_settings_are_checked_before_anything_is_read():
+    with pytest.raises(ValueError, match="Unknown setting of a score model 'predicton'"):
+        load_score_model("nothing", predicton="eps")
 
 
 def test_settings_override_the_formats(tmp_path):
