@@ -6,10 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from purify.checkpoints import default_score_model
 from purify.checkpoints.public import PUBLIC, fetch, path_of
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device, load_score
+from purify.resize import needs_resize
 from purify.scorenorm import FORMS, ScoreNorm, calibrate
 
 
@@ -45,11 +47,12 @@ def run_calibrate(args: argparse.Namespace) -> None:
         raise ValueError(f"There is no folder {args.out.parent} to write to.")
     norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
     device = check_device(args.device)
-    model = load_score(args.score_model or args.dataset).to(device)
+    model = load_score(args.score_model or default_score_model(args.dataset)).to(device)
+    resize = needs_resize(DATASETS[args.dataset].shape, model.image_shape)
     images = load_dataset(args.dataset, "train", args.data_dir)[0][: args.images].to(device)
     if len(images) < args.images:
         raise ValueError(f"{args.dataset} has {len(images)} training images; --images {args.images} is too many.")
-    found = calibrate(model, images, norm, args.seed, progress=True)
+    found = calibrate(model, images, norm, args.seed, progress=True, resize=resize)
     found.save(args.out)
     print(f"norm {found.mean:.4g} +- {found.std:.3g}, from {found.xi_min:.4g} to {found.xi_max:.4g}; wrote {args.out}")
 

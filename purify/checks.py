@@ -28,7 +28,7 @@ def check_images(x: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.d
     if shape is not None and tuple(x.shape[1:]) != tuple(shape):
         raise ValueError(
             f"This score network takes images of shape {tuple(shape)} (C, H, W), got {tuple(x.shape[1:])}; "
-            "resize them or use the score network of this data set."
+            "use the score network of this data set, or have them resized (purifier.with_resize())."
         )
     if x.numel() == 0:
         return
@@ -52,7 +52,7 @@ def check_labels(y: Tensor, n: int, num_classes: int | None = None) -> None:
 
 def choose(name: str, registry: Mapping[str, T], what: str) -> T:
     """``registry[name]``, or a ValueError that lists the known names."""
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(sorted(registry))}.")
     return registry[name]
 

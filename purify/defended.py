@@ -66,6 +66,7 @@ class DefendedClassifier(nn.Module):
         purifier: the purifier in front of it.
         purifications: independent purifications per call.
         aggregate: ``logits`` (their mean) or ``votes`` (shares of votes; see :func:`vote_shares`).
+        image_shape: (C, H, W) of the images, checked when given; None: what the purifier takes.
 
     Raises:
         ValueError: classifier in train mode, unknown aggregate, purifications < 1, bad images.
@@ -74,7 +75,12 @@ class DefendedClassifier(nn.Module):
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
 
     def __init__(
-        self, classifier: nn.Module, purifier: Purifier, purifications: int = 1, aggregate: str = "logits"
+        self,
+        classifier: nn.Module,
+        purifier: Purifier,
+        purifications: int = 1,
+        aggregate: str = "logits",
+        image_shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         check_count(purifications, "purifications")
@@ -82,7 +88,7 @@ class DefendedClassifier(nn.Module):
         _check_eval(classifier)
         self.classifier = classifier.requires_grad_(False)
         self.purifier = purifier
-        self.purifications, self.aggregate = purifications, aggregate
+        self.purifications, self.aggregate, self.image_shape = purifications, aggregate, image_shape
         self.eval()
 
     def forward(
@@ -111,6 +117,11 @@ class DefendedClassifier(nn.Module):
         """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
         _check_eval(self.classifier)
         check_images(x)
+        if self.image_shape is not None and tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"This defence takes images of shape {self.image_shape} (C, H, W), got {tuple(x.shape[1:])}; name "
+                "their data set, or pass a purifier of your own."
+            )
         m = self.purifications
         if sample_ids is not None and m > 1:
             sample_ids = torch.as_tensor(sample_ids, device=x.device).repeat_interleave(m)

@@ -15,11 +15,15 @@ def evaluate(network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None
 
     Gradients below 6e-8 vanish in float16. There, the gradient that enters the network is brought to about 1 for each
     sample by a power of two, and what leaves it is scaled back: exactly, whatever the loss is multiplied by. That
-    supposes that samples do not mix and weights are frozen. An evaluation that is differentiated with
-    ``create_graph`` is not scaled; bfloat16, which has the range of float32, needs no scaling.
+    supposes that samples do not mix and weights are frozen. bfloat16, which has the range of float32, needs no scaling.
+
+    Raises:
+        ValueError: autocast of a float64 network; ``create_graph`` through float16 (second derivatives reach the
+            network's inner graph unscaled, where they could not be told apart, and vanish).
     """
     if autocast is None:
         return _plain(network, u, labels)
+    check_autocast(network, autocast)
     frozen = not any(p.requires_grad for p in network.parameters())
     scaled = autocast == "float16" and torch.is_grad_enabled() and frozen
     scale = _Scale()
@@ -29,6 +33,12 @@ def evaluate(network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None
         output = _plain(network, u, labels)
     output = output.to(u.dtype)
     return _Enter.apply(output, scale) if scaled else output
+
+
+def check_autocast(network: nn.Module, autocast: str) -> None:
+    """Raise ValueError for a network of float64, which ``torch.autocast`` leaves as it is."""
+    if any(p.dtype == torch.float64 for p in network.parameters()):
+        raise ValueError(f"A float64 network does not run in {autocast}; convert it to float32, or leave autocast out.")
 
 
 def _plain(network: nn.Module, u: Tensor, labels: Tensor) -> Tensor:
@@ -41,14 +51,13 @@ class _Scale:
 
     def __init__(self) -> None:
         self.exponent: Tensor | None = None
-        # Second derivatives reach the network's inner graph unscaled, where they could not be told apart.
-        self.off = False
 
     def find(self, grad: Tensor) -> None:
-        self.off = self.off or torch.is_grad_enabled()  # in a backward pass: create_graph
+        if torch.is_grad_enabled():  # in a backward pass: create_graph
+            raise ValueError("Second derivatives (create_graph, guidance) vanish in float16; use autocast='bfloat16'.")
         largest = grad.detach().flatten(1).abs().amax(1)
         exponent = torch.frexp(largest).exponent.clamp(-120, 120)
-        self.exponent = torch.where(largest.isfinite() & (largest > 0) & (not self.off), exponent, 0)
+        self.exponent = torch.where(largest.isfinite() & (largest > 0), exponent, 0)
 
     def multiply(self, grad: Tensor, sign: int) -> Tensor:
         """grad * 2^(sign * exponent), exactly."""

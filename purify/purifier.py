@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from purify import registry
 from purify.checks import check_count, check_images
@@ -21,6 +20,7 @@ from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
 from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, look_away
+from purify.resize import resized
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
@@ -192,9 +192,7 @@ class Purifier(nn.Module):
         return self._sized(x, self.score_model.image_shape)
 
     def _sized(self, u: Tensor, shape: Sequence[int] | None) -> Tensor:
-        if not self.resize or shape is None or u.shape[2:] == tuple(shape[1:]):
-            return u
-        return interpolate(u, tuple(shape[1:]), mode="bilinear", align_corners=False)
+        return u if not self.resize or shape is None else resized(u, shape)
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import choose
+from purify.checks import check_count, choose
 from purify.fingerprint import weights_digest
-from purify.precision import AUTOCAST, evaluate
+from purify.precision import AUTOCAST, check_autocast, evaluate
 from purify.schedule import DiscreteVP, Schedule
 
 
@@ -71,6 +74,33 @@ PREDICTIONS = {
 }
 
 
+SETTINGS = ("schedule", "prediction", "image_shape", "time_scale", "time_offset", "autocast")
+
+
+def check_settings(settings: Iterable[str]) -> None:
+    """Raise ValueError unless these are names of :class:`ScoreModel`'s settings."""
+    for name in settings:
+        choose(name, dict.fromkeys(SETTINGS), "setting of a score model")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    try:
+        shape = tuple(value)
+    except TypeError:
+        shape = ()
+    if len(shape) != 3:
+        raise ValueError(f"image_shape must be (C, H, W), got {value!r}.")
+    for n in shape:
+        check_count(n, "each of image_shape (C, H, W)")
+    return shape
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+    return float(value)
+
+
 class ScoreModel(nn.Module):
     """One interface over diffusion networks of every parametrisation.
 
@@ -86,6 +116,9 @@ class ScoreModel(nn.Module):
             ``torch.autocast``; see :func:`purify.precision.evaluate`.
 
     Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
+
+    Raises:
+        ValueError: unknown names, arguments of another type, autocast of a float64 network.
     """
 
     def __init__(
@@ -99,17 +132,20 @@ class ScoreModel(nn.Module):
         autocast: str | torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"schedule must be a purify.ContinuousVP or DiscreteVP, got {schedule!r}.")
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
-        self.image_shape = None if image_shape is None else tuple(image_shape)
+        self.image_shape = None if image_shape is None else _shape(image_shape)
         scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
-        self.time_scale = scale if time_scale is None else float(time_scale)
-        self.time_offset = offset if time_offset is None else float(time_offset)
+        self.time_scale = scale if time_scale is None else _number(time_scale, "time_scale")
+        self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
         self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
         if self.autocast is not None:
             choose(self.autocast, AUTOCAST, "autocast type")
+            check_autocast(network, self.autocast)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -150,8 +186,8 @@ class ScoreModel(nn.Module):
 
     def with_settings(self, **settings: Any) -> ScoreModel:
         """A model over the same network, with other arguments than this one's."""
-        names = ("schedule", "prediction", "image_shape", "time_scale", "time_offset", "autocast")
-        return ScoreModel(self.network, **{**{name: getattr(self, name) for name in names}, **settings})
+        check_settings(settings)
+        return ScoreModel(self.network, **{**{name: getattr(self, name) for name in SETTINGS}, **settings})
 
     def config(self) -> dict[str, Any]:
         """Plain data that describes the model apart from its network."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from purify.checks import check_count, check_images, choose
 from purify.noise import Noise
+from purify.resize import resized
 from purify.score import ScoreModel, per_sample
 
 # Sum of independent network evaluations of u; a gradient engine decides which of their graphs are kept.
@@ -148,23 +149,29 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
+    resize: bool = False,
 ) -> Calibration:
     """Measure the score norm on clean images (N, C, H, W) in [0, 1], at least two, taken from the training data.
 
     The paper uses a few thousand. The model is put in eval mode, as a purifier does. The result depends on the images,
-    ``norm`` and ``seed``, not on ``batch_size``.
+    ``norm`` and ``seed``, not on ``batch_size``. ``resize``: bring images to the model's size first, for a purifier
+    that resizes.
 
     Raises:
-        ValueError: bad images, or all with the same norm.
+        ValueError: bad images, or all with the same norm; resize without a known size.
     """
     norm = norm or ScoreNorm()
     check_count(batch_size, "batch size")
     model.eval()
-    check_images(images, model.image_shape, model.dtype)
+    shape = model.image_shape
+    if resize and shape is None:
+        raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
+    check_images(images, (shape[0], *images.shape[2:]) if resize and shape else shape, model.dtype)
     check_count(len(images), "reference images", 2)
     ids = torch.arange(len(images), device=images.device)
     parts = list(zip(images.split(batch_size), ids.split(batch_size), strict=True))
     bar = tqdm(parts, desc="calibrating", unit="batch", disable=not progress)
-    norms = torch.cat([norm(model, 2 * x - 1, Noise.keyed(seed, i)) for x, i in bar])
+    sized = (resized(x, shape) if resize and shape else x for x, _ in bar)
+    norms = torch.cat([norm(model, 2 * x - 1, Noise.keyed(seed, i)) for x, (_, i) in zip(sized, parts, strict=True)])
     low, high, mean, std = map(float, (norms.min(), norms.max(), norms.mean(), norms.std()))
     return Calibration(low, high, mean, std, len(images), model.fingerprint(), norm)

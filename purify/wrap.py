@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from purify.checkpoints import load_score_model
+from purify.checkpoints import default_score_model, load_score_model
 from purify.checks import choose
+from purify.data import DATASETS
 from purify.defended import DefendedClassifier
 from purify.presets import PURIFIERS
 from purify.purifier import Purifier
+from purify.resize import needs_resize
 from purify.score import ScoreModel
-
-# Public or embedded score networks that were trained on the data set.
-SCORE_MODELS: Mapping[str, str] = {
-    "cifar10": "score-sde-cifar10",
-    "imagenet": "guided-imagenet256",
-    "digits": "digits",
-    "fashion_mnist": "fashion_mnist",
-}
 
 
 def wrap(
@@ -41,30 +35,53 @@ def wrap(
     Args:
         model: name of a RobustBench model (or of an embedded classifier, or ``file.py:function``), or a module from
             images (N, C, H, W) in [0, 1] to logits, in eval mode. RobustBench's normalise inside.
-        dataset: ``cifar10``, ``cifar100``, ``imagenet`` as in RobustBench, or an embedded data set.
+        dataset: ``cifar10``, ``cifar100``, ``imagenet`` as in RobustBench, or an embedded data set. Behind a preset,
+            images must have its shape.
         threat_model: of the RobustBench model: ``Linf``, ``L2``, ``corruptions``.
         purifier: name of a preset (``purify.PURIFIERS``), or a purifier.
         score_model: as for :func:`~purify.load_score_model`, or a model. None: the data set's public one.
         purifications, aggregate: of :class:`~purify.defended.DefendedClassifier`.
         options: arguments of the preset: ``t_star``, ``steps``, ``reverse``, ``gradient``, ...
 
-    Where the score model says the size of its images, others are resized to it and back (ImageNet: 224 to 256).
+    Behind a preset, images are resized to the score model's size and back where that is larger (ImageNet: 224 to 256).
 
     Raises:
-        ValueError: unknown names; a file that is not here (the message says what to fetch); a module in train mode.
+        ValueError: unknown names; a file that is not here (the message says what to fetch); a module in train mode; a
+            score model of other channels or for smaller images; at the call: images of another shape.
     """
+    shape = choose(dataset, DATASETS, "data set").shape
+    if isinstance(model, str):
+        _check_classifier(model, dataset, threat_model)  # before the score network is loaded, which may be large
     if isinstance(purifier, Purifier):
         if options or score_model is not None:
             given = [*options, *(["score_model"] if score_model is not None else [])]
             raise ValueError(f"This purifier is complete; leave {', '.join(given)} out, or name a preset instead.")
-        defence = purifier
+        defence, takes = purifier, None
     else:
-        preset = choose(purifier, PURIFIERS, "purifier")
-        defence = preset(_score(score_model, dataset), **options)
-        if defence.score_model.image_shape is not None:
-            defence = defence.with_resize()
+        defence, takes = _defence(purifier, score_model, dataset, options), shape
     classifier = model if isinstance(model, nn.Module) else _classifier(model, dataset, threat_model)
-    return DefendedClassifier(classifier, defence, purifications, aggregate)
+    return DefendedClassifier(classifier, defence, purifications, aggregate, takes)
+
+
+def _defence(
+    name: str, score_model: str | Path | ScoreModel | None, dataset: str, options: dict[str, Any]
+) -> Purifier:
+    """The preset, which resizes where it must."""
+    preset = choose(name, PURIFIERS, "purifier")
+    parameters = inspect.signature(preset).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            choose(option, {p: p for p in parameters if p != "score_model"}, f"option of {name}")
+    network = _score(score_model, dataset)
+    resize = needs_resize(DATASETS[dataset].shape, network.image_shape)
+    defence = preset(network, **options)
+    return defence.with_resize() if resize else defence
+
+
+def _check_classifier(name: str, dataset: str, threat_model: str) -> None:
+    from purify.evaluate.models import check_classifier  # half a second of evaluation's libraries
+
+    check_classifier(name, dataset, threat_model)
 
 
 def _classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
@@ -76,6 +93,4 @@ def _classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
 def _score(score_model: str | Path | ScoreModel | None, dataset: str) -> ScoreModel:
     if isinstance(score_model, ScoreModel):
         return score_model
-    if score_model is None and dataset not in SCORE_MODELS:
-        raise ValueError(f"No score network of {dataset} is known; pass score_model=..., see docs/weights.md.")
-    return load_score_model(SCORE_MODELS[dataset] if score_model is None else score_model)
+    return load_score_model(default_score_model(dataset) if score_model is None else score_model)

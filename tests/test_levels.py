@@ -25,6 +25,7 @@ from purify import (
     scorenorm,
 )
 from purify.__main__ import main
+from purify.data import load_dataset
 from purify.levels import LEVELS, NoiseLevel
 from purify.scorenorm import plain_total
 
@@ -184,6 +185,19 @@ def test_calibration_measures_the_norms(images):
     assert found.score_model == model.fingerprint()
 
 
+def test_calibration_measures_what_a_purifier_that_resizes_measures(images):
+    model = smooth_model(size=6)
+    with pytest.raises(ValueError, match=r"takes images of shape \(1, 6, 6\)"):
+        calibrate(model, images)
+    found = calibrate(model, images, ScoreNorm(draws=3), seed=4, batch_size=3, resize=True)
+    purifier = diffpure(model, SSNISigmoid(0.3, found), 3, "ddim").with_resize()
+    norms = found.mean + found.std * purifier.purify(images, sample_ids=IDS, seed=4).statistic.detach()
+    numbers = [found.xi_min, found.xi_max, found.mean, found.std]
+    assert numbers == pytest.approx([f(norms).item() for f in (torch.min, torch.max, torch.mean, torch.std)], rel=1e-5)
+    with pytest.raises(ValueError, match="give the ScoreModel an image_shape"):
+        calibrate(ScoreModel(SmoothNet(), ContinuousVP()), images, resize=True)
+
+
 def test_calibration_comes_back_from_disk_and_from_a_config(tmp_path, images, calibration):
     calibration.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == calibration
@@ -235,6 +249,14 @@ def test_damaged_calibration_files(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match="run `purify calibrate`"):
         Calibration.load(tmp_path / "c.json")
+
+
+def test_the_command_resizes_where_the_score_model_is_larger(tmp_path, monkeypatch):
+    model, path = smooth_model(size=12), tmp_path / "c.json"
+    monkeypatch.setattr("purify.__main__.load_score", lambda name: model)
+    assert main(["calibrate", "--images", "40", "--draws", "2", "--out", str(path)]) == 0
+    expected = calibrate(model, load_dataset("digits", "train")[0][:40], ScoreNorm(draws=2), resize=True)
+    assert Calibration.load(path) == expected
 
 
 def test_the_command_calibrates(tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GaussianEps, SmoothNet
+from conftest import GaussianEps, SmoothNet, smooth_model
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, ScoreModel
@@ -83,6 +83,25 @@ def test_fingerprint_sees_weights_and_config():
     assert ScoreModel(SmoothNet(seed=1), ContinuousVP()).fingerprint() != base
     assert ScoreModel(SmoothNet(seed=0), ContinuousVP(0.2)).fingerprint() != base
     assert ScoreModel(SmoothNet(seed=0), ContinuousVP(), "v").fingerprint() != base
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "linear"}, "schedule must be a purify.ContinuousVP or DiscreteVP, got 'linear'"),
+        ({"prediction": 3}, "Unknown prediction 3; known"),
+        ({"image_shape": 32}, r"image_shape must be \(C, H, W\), got 32"),
+        ({"image_shape": (3, 32)}, r"image_shape must be \(C, H, W\)"),
+        ({"image_shape": (3, 32, 0.5)}, r"each of image_shape .* got 0.5"),
+        ({"time_scale": float("nan")}, "time_scale must be a finite number, got nan"),
+        ({"time_offset": "1"}, "time_offset must be a finite number, got '1'"),
+        ({"autocast": 16}, "Unknown autocast type '16'"),
+        ({"predicton": "eps"}, "Unknown setting of a score model 'predicton'; known: autocast, image_shape"),
+    ],
+)
+def test_settings_of_other_names_and_types_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        smooth_model().with_settings(**settings)
 
 
 def test_unknown_prediction():

@@ -13,7 +13,9 @@ from torchvision.transforms import Normalize, Resize
 
 import purify
 from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure, load_score_model, wrap
+from purify.checkpoints import PUBLIC, default_score_model
 from purify.compat import import_robustbench
+from purify.data import DATASETS
 
 FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}
 IDS = [0, 1]
@@ -47,7 +49,7 @@ def test_families_behind_a_purifier(name):
     size = families.FAMILIES[name][1]
     classifier = families.build(name).eval()
     dataset = "imagenet" if size == 224 else "cifar10"
-    defended = wrap(classifier, dataset, score_model=colour_model(), t_star=0.2, steps=2, reverse="ddpm")
+    defended = wrap(classifier, dataset, score_model=colour_model(size), t_star=0.2, steps=2, reverse="ddpm")
     defended(torch.rand(1, 3, size, size))  # BoostingWideResNet normalises its last layer at each call
     logits, g = forward_and_gradient(defended, size)
     assert logits.shape[0] == 2
@@ -113,7 +115,7 @@ def test_offline_says_which_file_to_put_where(name, dataset, where, tmp_path, mo
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(ValueError, match=rf"{name} could not be loaded \(no network\); without a.*{where}") as error:
-        wrap(name, dataset, score_model=colour_model())
+        wrap(name, dataset, score_model=colour_model(224 if dataset == "imagenet" else 32))
     assert "\n" not in str(error.value)
 
 
@@ -134,13 +136,22 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
     )
     for message, call in {
         "score-sde-cifar10 is not here; run `purify download": lambda: wrap("Standard"),
-        "No score network of cifar100 is known": lambda: wrap("Standard", "cifar100"),
+        "No score network of cifar100 is known": lambda: wrap("Rice2020Overfitting", "cifar100"),
         "Unknown purifier 'magic'; known: agdm, diffpure": lambda: wrap("Standard", purifier="magic"),
         "This purifier is complete; leave t_star, score_model out": lambda: wrap(
             TinyClassifier(), purifier=purifier, t_star=0.2, score_model="digits"
         ),
         "in train mode": lambda: wrap(TinyClassifier().train(), purifier=purifier),
-        "RobustBench has no cifar10 Linf model 'Nothing'": lambda: wrap("Nothing", score_model=colour_model()),
+        # a name is looked up before a score network is loaded, which is not here
+        "RobustBench has no cifar10 Linf model 'Nothing'": lambda: wrap("Nothing"),
+        "Unknown threat model of RobustBench's cifar10 models 'linf'; known: L2, Linf, corr": lambda: wrap(
+            "Standard", "cifar10", "linf"
+        ),
+        "Unknown data set 'cifar'; known: cifar10, cifar100": lambda: wrap(TinyClassifier(), "cifar"),
+        "Unknown option of diffpure 'tstar'; known: gradient, reverse, steps, t_star": lambda: wrap(
+            TinyClassifier(), tstar=0.2
+        ),
+        "There is no file nowhere.py": lambda: wrap("nowhere.py:model"),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
@@ -224,7 +235,33 @@ def test_a_network_for_256_in_front_of_a_classifier_for_224(factor, tmp_path):
         assert 0 < (half - full).norm() / full.norm() < 0.1
 
 
-def test_wrap_does_not_resize_where_no_size_is_known(images):
-    model = ScoreModel(SmoothNet(), ContinuousVP())
-    assert not wrap(TinyClassifier(), score_model=model).purifier.resize
-    assert wrap(TinyClassifier(), score_model=smooth_model()).purifier.resize
+def digits_defence(model):
+    return wrap(TinyClassifier(size=8), "digits", score_model=model, t_star=0.2, steps=2)
+
+
+def test_wrap_resizes_only_to_a_larger_score_model():
+    x = torch.rand(2, 1, 8, 8)
+    for model, resize in (
+        (ScoreModel(SmoothNet(), ContinuousVP()), False),
+        (smooth_model(size=8), False),
+        (smooth_model(size=12), True),
+    ):
+        defended = digits_defence(model)
+        assert defended.purifier.resize == resize
+        assert defended(x).shape == (2, 5)
+        with pytest.raises(ValueError, match=r"takes images of shape \(1, 8, 8\) \(C, H, W\), got \(1, 12, 12\)"):
+            defended(torch.rand(2, 1, 12, 12))
+    with pytest.raises(ValueError, match=r"would throw detail away.*a purifier of your own, made with resize=True"):
+        digits_defence(smooth_model(size=4))
+    with pytest.raises(ValueError, match=r"the score network takes \(3, 12, 12\); use one of this data set"):
+        digits_defence(smooth_model(channels=3, size=12))
+    own = Purifier(smooth_model(size=4), 0.2, "ddpm", 2, resize=True)
+    assert wrap(TinyClassifier(size=8), "digits", purifier=own)(x).shape == (2, 5)
+
+
+def test_default_score_models_are_known_by_name():
+    assert {name for name in DATASETS if DATASETS[name].score_model is None} == {"cifar100"}
+    for name in set(DATASETS) - {"cifar100"}:
+        assert default_score_model(name) in {*purify.zoo.names("score"), *PUBLIC}
+    with pytest.raises(ValueError, match="Unknown data set 'mnist'"):
+        default_score_model("mnist")

@@ -11,12 +11,15 @@ from purify.checkpoints import openai, score_sde
 from purify.checkpoints.diffusers import read_folder
 from purify.checkpoints.layout import Format, Layout
 from purify.checkpoints.public import PUBLIC, fetch, find, is_hub_name
+from purify.checks import choose
+from purify.data import DATASETS
 from purify.networks.files import read
 from purify.networks.loading import assign
-from purify.score import ScoreModel
+from purify.score import ScoreModel, check_settings
 
-__all__ = ["FORMATS", "PUBLIC", "Format", "Layout", "fetch", "find", "load_score_model"]
+__all__ = ["FORMATS", "PUBLIC", "Format", "Layout", "default_score_model", "fetch", "find", "load_score_model"]
 
+SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors", ".json"}  # of files, not of names on the Hub
 FORMATS: dict[str, Format] = {"score_sde": score_sde.FORMAT, "openai": openai.FORMAT}
 
 
@@ -40,9 +43,11 @@ def load_score_model(name_or_path: str | Path, *, head_channels: int | None = No
         The model in eval mode with frozen weights.
 
     Raises:
-        ValueError: nothing of that name here (the message says what to fetch and where to put it), an unknown format,
-            keys that are missing or unexpected (listed), shapes that differ, NaN, a file that would run code.
+        ValueError: settings of other names or types; nothing of that name here (the message says what to fetch and
+            where to put it), an unknown format, keys that are missing or unexpected (listed), shapes that differ, NaN,
+            a file that would run code.
     """
+    check_settings(settings)
     if str(name_or_path) in zoo.names("score") or _is_ours(Path(name_or_path)):
         if head_channels is not None:
             raise ValueError("head_channels is for files of guided-diffusion and improved-diffusion only.")
@@ -51,6 +56,18 @@ def load_score_model(name_or_path: str | Path, *, head_channels: int | None = No
     layout = _layout(path, head_channels, settings)
     assign(layout.network, layout.weights, path)
     return ScoreModel(layout.network, **{**layout.settings, **settings}).eval().requires_grad_(False)
+
+
+def default_score_model(dataset: str) -> str:
+    """Name, for :func:`load_score_model`, of the public or embedded score network of a data set.
+
+    Raises:
+        ValueError: unknown data set, or none is known.
+    """
+    name = choose(dataset, DATASETS, "data set").score_model
+    if name is None:
+        raise ValueError(f"No score network of {dataset} is known; pass a score model, see docs/weights.md.")
+    return name
 
 
 def _is_ours(path: Path) -> bool:
@@ -63,7 +80,7 @@ def _locate(name_or_path: str | Path) -> Path:
         return find(name)
     if path.exists():
         return path
-    if isinstance(name_or_path, str) and is_hub_name(name) and not path.suffix:
+    if isinstance(name_or_path, str) and is_hub_name(name) and path.suffix not in SUFFIXES:
         return find(name)
     known = ", ".join([*zoo.names("score"), *PUBLIC])
     raise ValueError(f"There is no score network {name!r}: no file or folder of that path, and none of {known}.")

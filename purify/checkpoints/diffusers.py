@@ -50,7 +50,10 @@ def read_folder(folder: Path, with_schedule: bool = True) -> Layout:
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     config = _json(unet_folder / "config.json")
     _check_class(config, unet_folder)
-    network = unet(**config)
+    try:
+        network = unet(**config)
+    except Exception as error:  # diffusers checks its arguments as it uses them
+        raise ValueError(f"{unet_folder}/config.json describes no UNet2DModel ({error}).") from error
     file = weights_file(unet_folder)
     if file is None:
         raise ValueError(f"{unet_folder} holds neither {' nor '.join(WEIGHTS)}.")

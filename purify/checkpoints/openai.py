@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from purify.checkpoints.layout import Format, Layout, renamed
 from purify.checkpoints.unet import unet
 from purify.checks import check_count
+from purify.networks.loading import check_tensors
 from purify.schedule import DiscreteVP
 
 RESIDUAL = {
@@ -69,6 +70,7 @@ def recognises(content: Mapping[str, Any]) -> bool:
 
 def read(content: Mapping[str, Any], source: Path, head_channels: int | None = None) -> Layout:
     """The U-Net; ``head_channels`` where it is not the published one."""
+    check_tensors(content, source)
     if "label_emb.weight" in content:
         raise ValueError(f"{source} is class-conditional; purification needs an unconditional network.")
     shape = _shape(content, source)
@@ -88,27 +90,32 @@ FORMAT = Format(recognises, read)
 
 def _shape(weights: Mapping[str, Tensor], source: Path) -> Shape:
     """Every level but the last ends, on the way up, in one module that only resamples."""
+    try:
+        return _told(weights)
+    except (LookupError, ArithmeticError) as error:
+        raise ValueError(
+            f"{source} looks like a U-Net of guided-diffusion or improved-diffusion, but its weights describe none "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _told(weights: Mapping[str, Tensor]) -> Shape:
     ups = [f"output_blocks.{i}" for i in range(_count(weights, "output_blocks"))]
     convolutions = sum(any(f"{up}.{j}.conv.weight" in weights for j in (1, 2)) for up in ups)
     residuals = sum(any(f"{up}.{j}.in_layers.0.weight" in weights for j in (1, 2)) for up in ups)
     levels = convolutions + residuals + 1
     blocks = len(ups) // levels - 1
-    try:
-        first = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
-        widths = tuple(weights[f"{block}.0.out_layers.3.weight"].shape[0] for block in first)
-        return Shape(
-            weights["input_blocks.0.0.weight"].shape[1],
-            weights["out.2.weight"].shape[0],
-            widths,
-            blocks,
-            tuple(f"{block}.1.qkv.weight" in weights for block in first),
-            residuals > 0,
-            weights[f"{first[0]}.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{source} looks like a U-Net of guided-diffusion or improved-diffusion, but lacks {error}."
-        ) from error
+    first = [f"input_blocks.{1 + level * (blocks + 1)}" for level in range(levels)]
+    widths = tuple(weights[f"{block}.0.out_layers.3.weight"].shape[0] for block in first)
+    return Shape(
+        weights["input_blocks.0.0.weight"].shape[1],
+        weights["out.2.weight"].shape[0],
+        widths,
+        blocks,
+        tuple(f"{block}.1.qkv.weight" in weights for block in first),
+        residuals > 0,
+        weights[f"{first[0]}.0.emb_layers.1.weight"].shape[0] == 2 * widths[0],
+    )
 
 
 def _count(weights: Mapping[str, Any], group: str) -> int:

@@ -58,7 +58,7 @@ HUB_FILE = re.compile(r"((unet|scheduler)/)?(config|scheduler_config|diffusion_p
 
 def is_hub_name(name: str) -> bool:
     """Whether ``name`` reads as OWNER/REPOSITORY."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def path_of(name: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from purify.checkpoints.layout import Format, Layout, renamed
 from purify.networks.ddpmpp import AttentionBlock, DDPMpp, ResidualBlock, Stage
-from purify.networks.loading import refuse
+from purify.networks.loading import check_tensors, refuse
 from purify.schedule import ContinuousVP
 
 RESIDUAL = {
@@ -37,7 +37,8 @@ def read(content: Mapping[str, Any], source: Path, head_channels: int | None = N
     """The averaged (EMA) weights; the raw ones beside them only lend their names and shapes."""
     if head_channels is not None:
         raise ValueError("A score_sde network attends with one head; leave head_channels out.")
-    weights = _averaged(content, source) if "ema" in content else _named(content)
+    weights = _averaged(content, source) if "ema" in content else _named(content, source)
+    check_tensors(weights, source)
     network, attention = _network(weights, source)
     names, turned = {}, set()
     for index, (ours, module) in enumerate(_numbered(network)):
@@ -62,15 +63,20 @@ def read(content: Mapping[str, Any], source: Path, head_channels: int | None = N
 FORMAT = Format(recognises, read)
 
 
-def _named(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _named(state: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     """Parameters by name; ``sigmas`` is a buffer that the network does not use."""
+    check_tensors(state, source)
+    if not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{source} holds parameters without names; it is damaged.")
     named = {k.removeprefix("module."): v for k, v in state.items()}
     return {k: v for k, v in named.items() if k != "sigmas"}
 
 
 def _averaged(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     """The moving average is a bare list in the order of the parameters."""
-    raw, shadow = _named(content["model"]), content["ema"]["shadow_params"]
+    raw, shadow = _named(content["model"], source), content["ema"]["shadow_params"]
+    if not isinstance(shadow, (list, tuple)) or not all(isinstance(w, Tensor) for w in shadow):
+        raise ValueError(f"{source} holds no list of tensors as its averaged weights; it is damaged.")
     if len(raw) != len(shadow):
         raise ValueError(f"{source} has {len(raw)} parameters but {len(shadow)} averaged ones; it is damaged.")
     refuse(
@@ -87,9 +93,9 @@ def _averaged(content: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
 def _network(weights: Mapping[str, Tensor], source: Path) -> tuple[DDPMpp, list[int]]:
     """The network on the meta device, and the levels that attend, read off the numbered modules."""
     try:
-        count = 1 + max(int(k.split(".")[1]) for k in weights)
-        residual = [i for i in range(count) if f"{PREFIX}{i}.Conv_0.weight" in weights]
-        attends = {i for i in range(count) if f"{PREFIX}{i}.NIN_0.W" in weights}
+        numbers = sorted({int(k.split(".")[1]) for k in weights})
+        residual = [i for i in numbers if f"{PREFIX}{i}.Conv_0.weight" in weights]
+        attends = {i for i in numbers if f"{PREFIX}{i}.NIN_0.W" in weights}
         shapes = {i: weights[f"{PREFIX}{i}.Conv_0.weight"].shape[:2] for i in residual}
         # A block that resamples has a skip convolution although its channels stay.
         resamples = [i for i in residual if _resamples(weights, i)]
@@ -98,14 +104,14 @@ def _network(weights: Mapping[str, Tensor], source: Path) -> tuple[DDPMpp, list[
         width, channels = weights[f"{PREFIX}2.weight"].shape[:2]
         firsts = [residual[level * (blocks + 1)] for level in range(levels)]
         multipliers = [shapes[i][0] // width for i in firsts]
-    except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
+        attention = [level for level, i in enumerate(firsts) if i + 1 in attends]
+        with torch.device("meta"):
+            return DDPMpp(channels, width, multipliers, blocks, attention), attention
+    except (LookupError, ArithmeticError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{source} is no DDPM++ of score_sde; its other networks (fir=True, Fourier features, progressive "
             "inputs) are not supported."
         ) from error
-    attention = [level for level, i in enumerate(firsts) if i + 1 in attends]
-    with torch.device("meta"):
-        return DDPMpp(channels, width, multipliers, blocks, attention), attention
 
 
 def _resamples(weights: Mapping[str, Tensor], index: int) -> bool:

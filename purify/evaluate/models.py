@@ -13,6 +13,7 @@ from torch import nn
 
 from purify import zoo
 from purify.checkpoints import load_score_model
+from purify.checks import choose
 from purify.compat import import_robustbench
 from purify.fingerprint import weights_digest
 from purify.score import ScoreModel
@@ -34,6 +35,16 @@ def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def check_classifier(name: str, dataset: str, threat_model: str) -> None:
+    """Raise ValueError as :func:`load_classifier` does where a name alone tells that nothing can be loaded."""
+    if name in zoo.names("classifier"):
+        return
+    if ".py:" in name:
+        _file(name)
+    else:
+        _entry(name, dataset, threat_model)
+
+
 def load_score(name: str) -> ScoreModel:
     """A score model by name or path; see :func:`~purify.checkpoints.load_score_model`."""
     return load_score_model(name)
@@ -51,10 +62,15 @@ def load_calibration(path: Path | None, score_model: str) -> Calibration:
     return zoo.calibration(score_model)
 
 
-def _from_file(name: str) -> nn.Module:
+def _file(name: str) -> tuple[str, str]:
     path, function = name.rsplit(":", 1)
     if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}; --model takes file.py:function.")
+        raise ValueError(f"There is no file {path}; a model of your own is file.py:function.")
+    return path, function
+
+
+def _from_file(name: str) -> nn.Module:
+    path, function = _file(name)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -72,22 +88,28 @@ def _from_file(name: str) -> nn.Module:
     return model
 
 
-def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
+def _entry(name: str, dataset: str, threat_model: str) -> dict[str, Any]:
+    """What RobustBench says about a model."""
     if dataset not in ("cifar10", "cifar100", "imagenet"):
         raise ValueError(f"Unknown model {name!r} for {dataset}; known: {', '.join(zoo.names('classifier'))}.")
     package = import_robustbench()
     models = importlib.import_module("robustbench.model_zoo").model_dicts
-    known = {threat.value: m for threat, m in models[package.model_zoo.enums.BenchmarkDataset(dataset)].items()}
-    known = known.get(threat_model, {})
+    threats = {threat.value: m for threat, m in models[package.model_zoo.enums.BenchmarkDataset(dataset)].items()}
+    known = choose(threat_model, threats, f"threat model of RobustBench's {dataset} models")
     if name not in known:
         raise ValueError(f"RobustBench has no {dataset} {threat_model} model {name!r}; known: {', '.join(known)}.")
+    return dict(known[name])
+
+
+def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
+    entry = _entry(name, dataset, threat_model)
     try:
-        return package.utils.load_model(name, dataset=dataset, threat_model=threat_model)
+        return import_robustbench().utils.load_model(name, dataset=dataset, threat_model=threat_model)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"RobustBench's {name} could not be loaded ({reason}); without a network, put "
-            f"{_robustbench_files(known[name], f'models/{dataset}/{threat_model}/{name}.pt')}."
+            f"{_robustbench_files(entry, f'models/{dataset}/{threat_model}/{name}.pt')}."
         ) from error
 
 

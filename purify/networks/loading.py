@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ def assign(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path
         ValueError: missing or unexpected keys, other shapes or types, NaN or infinity; the first few are listed.
     """
     wanted = network.state_dict()
+    check_tensors(weights, source)
     refuse(differences(wanted, weights), source)
     problems = [
         f"{k} has shape {tuple(weights[k].shape)} instead of {tuple(w.shape)}"
@@ -25,8 +27,8 @@ def assign(network: nn.Module, weights: Mapping[str, Tensor], source: str | Path
     problems += [
         f"{k} is {weights[k].dtype} instead of {w.dtype}" for k, w in wanted.items() if weights[k].dtype != w.dtype
     ]
-    problems += [f"{k} holds NaN or infinity" for k, w in weights.items() if not _finite(w)]
     refuse(problems, source)
+    refuse([f"{k} holds NaN or infinity" for k, w in weights.items() if not _finite(w)], source)
     network.load_state_dict(weights, assign=True)
 
 
@@ -34,6 +36,15 @@ def differences(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
     """Which keys are missing and which are unexpected, in words."""
     wanted, found = dict.fromkeys(wanted), dict.fromkeys(found)
     return [f"missing {k}" for k in wanted if k not in found] + [f"unexpected {k}" for k in found if k not in wanted]
+
+
+def check_tensors(weights: Any, source: str | Path) -> None:
+    """Raise ValueError unless ``weights`` is a dict of tensors, none of them empty."""
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{source} holds a {type(weights).__name__} in the place of its weights; it is damaged.")
+    problems = [f"{k} is a {type(w).__name__}, not a tensor" for k, w in weights.items() if not isinstance(w, Tensor)]
+    problems += [f"{k} is empty" for k, w in weights.items() if isinstance(w, Tensor) and w.numel() == 0]
+    refuse(problems, source)
 
 
 def refuse(problems: list[str], source: str | Path) -> None:

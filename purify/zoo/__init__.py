@@ -39,9 +39,12 @@ def score_model(name: str | Path) -> ScoreModel:
         ValueError: unknown name; file missing, truncated, foreign, or not matching its JSON.
     """
     entry, network = _load(name, "score")
-    config = dict(entry["score_model"])
-    config["schedule"] = schedule_from_config(config["schedule"])
-    return ScoreModel(network, **config).eval()
+    try:
+        config = dict(entry["score_model"])
+        config["schedule"] = schedule_from_config(config["schedule"])
+        return ScoreModel(network, **config).eval()
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{_json_path(name)} describes no score model ({error}).") from error
 
 
 def classifier(name: str | Path) -> nn.Module:
