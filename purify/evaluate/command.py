@@ -433,12 +433,6 @@ def build_purified(
     return Defence(title, model, applicable, allowed.judge_draws, config)
 
 
-def check_resize(wanted: tuple[int, ...], given: tuple[int, ...]) -> None:
-    """Raise ValueError unless images may be enlarged to the score model's size, as on ImageNet."""
-    if wanted[0] != given[0] or wanted[1] < given[1] or wanted[2] < given[2]:
-        raise ValueError(f"The score model takes images of shape {wanted}, and the data set's have {given}.")
-
-
 def build_defences(
     args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
 ) -> list[Defence]:
@@ -446,7 +440,7 @@ def build_defences(
     standard = f"{args.dataset}-standard"
     default = standard if standard in zoo.names("classifier") else "Standard"
     bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
-    score_model = load_score(args.score_model or args.dataset).to(device)
+    score_model = load_score(args.score_model or default_score_model(args.dataset)).to(device)
     embedded = args.dataset in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
     pairs = [
