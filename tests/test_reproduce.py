@@ -72,7 +72,7 @@ def test_published_settings_are_the_defaults(published, tmp_path, capsys):
         (["--model", "Standard"], "could not be loaded"),
         (["--n-examples", "512"], "cifar10 has 3 test images"),
         (["--steps", "3", "--dt", "0.01"], "exclude each other"),
-        (["--score-model", "digits"], "The score model takes images of shape (1, 8, 8)"),
+        (["--score-model", "digits"], "but the score network takes (1, 8, 8)"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(published, changed, message, capsys, tmp_path, monkeypatch):

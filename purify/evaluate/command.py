@@ -22,6 +22,7 @@ import purify
 from purify import zoo
 from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, RandomNoise, Square, SurrogatePGD
 from purify.attacks.base import NORMS
+from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.defended import AGGREGATES, DefendedClassifier
@@ -40,6 +41,7 @@ from purify.levels import LEVELS, TAU_UNITS, Constant, NoiseLevel, SSNILinear, S
 from purify.plans import FixedDt
 from purify.presets import PURIFIERS
 from purify.purifier import DEFAULT_ENGINE
+from purify.resize import needs_resize
 from purify.reverse import REVERSE_RULES
 from purify.score import ScoreModel
 
@@ -418,9 +420,7 @@ def build_purified(
     reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
     plan = build_plan(args, published)
     built = PURIFIERS[purifier](score_model, level, plan, reverse, gradient_config(args), **options)
-    shape = DATASETS[args.dataset].shape
-    if score_model.image_shape not in (None, shape):
-        check_resize(score_model.image_shape, shape)
+    if needs_resize(DATASETS[args.dataset].shape, score_model.image_shape):
         built = built.with_resize()
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
