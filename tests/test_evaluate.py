@@ -451,6 +451,9 @@ def test_approximate_gradients_are_named(tmp_path, capsys):
 
 
 def test_unknown_robustbench_models_are_listed():
-    for threat_model, name in (("Linf", "Nobody2020"), ("L1", "Standard")):
-        with pytest.raises(ValueError, match=f"RobustBench has no cifar10 {threat_model} model '{name}'"):
+    for threat_model, name, message in (
+        ("Linf", "Nobody2020", "RobustBench has no cifar10 Linf model 'Nobody2020'; known: Andriushchenko"),
+        ("L1", "Standard", "Unknown threat model of RobustBench's cifar10 models 'L1'; known: L2, Linf, corruptions"),
+    ):
+        with pytest.raises(ValueError, match=message):
             load_classifier(name, "cifar10", threat_model)
