@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from purify import zoo
 from purify.checks import check_count
 from purify.data import load_dataset
-from purify.evaluate.command import check_device
+from purify.evaluate.models import check_device
 from purify.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
 from purify.noise import Noise
 from purify.purifier import Purifier

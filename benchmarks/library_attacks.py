@@ -29,9 +29,9 @@ from purify.attacks.base import check_budget
 from purify.checks import check_count
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
-from purify.evaluate.command import environment
 from purify.evaluate.metrics import LEVEL, estimate, mean_correct, worst_mean
 from purify.evaluate.models import fingerprint
+from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks, set_threads
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions

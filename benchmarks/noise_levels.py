@@ -33,9 +33,9 @@ from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.budgets import PRESETS, budget
-from purify.evaluate.command import environment
 from purify.evaluate.metrics import Estimate, estimate, worst_mean
 from purify.evaluate.models import fingerprint
+from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions, stage_name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,14 +15,16 @@ from torch import nn
 from purify import zoo
 from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
 from purify.certify.multiscale import MODES
+from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
-from purify.evaluate.command import default_folder, environment, fingerprint_of_samples, load_samples, numbers
 from purify.evaluate.models import check_device, fingerprint, load_classifier, load_score
+from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave, set_threads
 from purify.evaluate.records import RunFolder, write_json
 from purify.evaluate.runner import Samples
+from purify.evaluate.shell import add_run_options, guarded, load_samples, numbers
 
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
@@ -81,28 +81,14 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--attack-examples", type=int, help="images attacked inside their radius")
     g.add_argument("--attack-steps", type=int, default=20, help="steps of that PGD (default: 20)")
     g.add_argument("--eot", type=int, default=16, help="draws per gradient of that PGD (default: 16)")
-    g = p.add_argument_group("run")
+    g = add_run_options(p, batch_size=16, gpu_rows=8192)
     g.add_argument("--radii", help="comma-separated radii of the table")
-    g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
-    g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    g.add_argument("--batch-size", type=int, default=16, help="samples certified at once (default: 16)")
-    g.add_argument("--max-rows", type=int, help="noisy images in the model at once (default: 256; on a GPU 8192)")
-    g.add_argument("--threads", type=int, help="CPU threads for torch")
-    g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status. Bad input is one line on stderr and status 2."""
-    args = parser().parse_args(argv)
-    try:
-        return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
-        return 130
+    """Run the benchmark; returns the exit status."""
+    return guarded(parser(), run, argv)
 
 
 def run(args: argparse.Namespace, command: str) -> int:
@@ -165,7 +151,7 @@ def gaussian(args: argparse.Namespace, device: torch.device) -> list[Denoised]:
     default = standard if standard in zoo.names("classifier") else "Standard"
     classifier = any_classifier(args.model or default, args, "L2").to(device)
     sigmas = numbers(args.sigma, "sigma")
-    names = [n.strip() for n in (args.score_model or args.dataset).split(",")]
+    names = [n.strip() for n in (args.score_model or default_score_model(args.dataset)).split(",")]
     found = []
     for name in names:
         networks, suffix = {"classifier": fingerprint(classifier)}, f", {Path(name).stem}" if len(names) > 1 else ""

@@ -1,0 +1,212 @@
+"""From the options of ``benchmarks/run_autoattack.py`` to attacks and defences."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify import zoo
+from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, RandomNoise, Square, SurrogatePGD
+from purify.checkpoints import default_score_model
+from purify.checks import check_count, choose
+from purify.data import DATASETS
+from purify.defended import DefendedClassifier
+from purify.evaluate.budgets import Budget, budget
+from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_score
+from purify.evaluate.runner import Defence
+from purify.evaluate.shell import numbers
+from purify.evaluate.usual import usual, usual_tau
+from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
+from purify.levels import LEVELS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
+from purify.plans import FixedDt
+from purify.presets import PURIFIERS
+from purify.purifier import DEFAULT_ENGINE
+from purify.resize import needs_resize
+from purify.score import ScoreModel
+
+SHARED_OPTIONS = ("score_model", "t_star", "steps", "reverse", "gradient")  # these have options of their own
+
+
+def resolve_budget(args: argparse.Namespace) -> Budget:
+    """The preset for the data set, with the user's changes."""
+    asked = {
+        "steps": args.attack_steps,
+        "autoattack_steps": args.attack_steps,
+        "eot": args.eot,
+        "autoattack_eot": args.eot,
+        "n_examples": args.n_examples,
+        "judge_draws": args.judge_draws,
+    }
+    chosen = dataclasses.replace(budget(args.preset, args.dataset), **{k: v for k, v in asked.items() if v is not None})
+    check_count(chosen.n_examples, "n-examples")
+    check_count(chosen.judge_draws, "judge draws")
+    return chosen
+
+
+def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
+    """The attacks named on the command line; ``strongest`` stands for all."""
+    names = ",".join(ATTACKS) if args.attacks.strip() == "strongest" else args.attacks
+    return [
+        attack
+        for name in names.split(",")
+        for attack in build_attack(choose(name.strip(), ATTACKS, "attack"), args, allowed, eps)
+    ]
+
+
+def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
+    """One attack, or one for each weight of the norm attack."""
+    if kind is RandomNoise:
+        return [kind(args.threat_model, eps)]
+    if issubclass(kind, Square):
+        return [kind(args.threat_model, eps, queries=allowed.queries)]
+    if issubclass(kind, AutoAttackRand):
+        return [kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)]
+    assert issubclass(kind, PGD)
+    options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
+    if issubclass(kind, SurrogatePGD):
+        options["surrogate_steps"] = args.surrogate_steps
+    if issubclass(kind, NormPGD):
+        weights = numbers(args.norm_weights, "norm-weights")
+        return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
+    return [kind(args.threat_model, eps, **options)]
+
+
+def build_level(name: str, t_star: float, args: argparse.Namespace) -> NoiseLevel:
+    """The noise level of this name with the parameters of the command line."""
+    kind = choose(name, LEVELS, "noise level")
+    if kind is Constant:
+        return Constant(t_star)
+    calibration = load_calibration(args.calibration, args.score_model or args.dataset)
+    if issubclass(kind, SSNISigmoid):
+        tau, unit = usual_tau(args.dataset)
+        tau, unit = (tau if args.ssni_tau is None else args.ssni_tau), args.tau_unit or unit
+        return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max, tau=tau, tau_unit=unit)
+    assert issubclass(kind, SSNILinear)
+    return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
+
+
+def build_plan(args: argparse.Namespace, published: bool) -> int | FixedDt:
+    """Reverse steps as the command line says; without, few on embedded data and DiffPure's dt elsewhere."""
+    if args.steps is not None and args.dt is not None:
+        raise ValueError("--steps and --dt exclude each other; give one.")
+    if args.dt is None and (args.steps is not None or not published):
+        return 10 if args.steps is None else args.steps
+    return FixedDt(1e-3 if args.dt is None else args.dt, batch=max(1, args.max_rows // 2))
+
+
+def purifier_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What --set says of this purifier, on top of what is usual on the data set."""
+    preset = choose(name, PURIFIERS, "purifier")
+    known = [p for p in inspect.signature(preset).parameters if p not in SHARED_OPTIONS]
+    options = dict(usual(name, args.dataset))
+    for text in args.set:
+        key, separator, value = text.partition("=")
+        purifier, _, option = key.rpartition(".")
+        if not separator or (purifier and purifier not in args.purifier.split(",")):
+            raise ValueError(
+                f"--set takes NAME=VALUE or PURIFIER.NAME=VALUE, with a purifier of this run, got {text!r}."
+            )
+        if purifier not in ("", name):
+            continue
+        unknown = option not in known and "options" not in known
+        if unknown or option in SHARED_OPTIONS or option == "kind":
+            raise ValueError(f"{name} has no parameter {option!r} for --set; known: {', '.join(known) or 'none'}.")
+        options[option] = plain_value(value)
+    return options
+
+
+def plain_value(text: str) -> Any:
+    """A number, list, true or false as JSON or Python write them; anything else is the text itself."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def usual_level(purifier: str, options: dict[str, Any], args: argparse.Namespace) -> float:
+    """t*: of the command line, usual on the data set, or the purifier's own; taken out of ``options``."""
+    usual = options.pop("t_star", None)
+    if args.t_star is not None:
+        return args.t_star
+    if usual is not None:
+        return usual
+    if purifier == "diffpure":
+        return DATASETS[args.dataset].t_star
+    return inspect.signature(PURIFIERS[purifier]).parameters["t_star"].default
+
+
+def build_purified(
+    purifier: str,
+    name: str,
+    bare: nn.Module,
+    score_model: ScoreModel,
+    args: argparse.Namespace,
+    allowed: Budget,
+    attacks: list[Attack],
+) -> Defence:
+    """The classifier behind ``purifier`` with the noise level ``name``."""
+    options = purifier_options(purifier, args)
+    level = build_level(name, usual_level(purifier, options, args), args)
+    published = args.dataset not in zoo.calibrations()
+    reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
+    plan = build_plan(args, published)
+    built = PURIFIERS[purifier](score_model, level, plan, reverse, gradient_config(args), **options)
+    if needs_resize(DATASETS[args.dataset].shape, score_model.image_shape):
+        built = built.with_resize()
+    device = next(score_model.parameters()).device
+    model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
+    applicable = [a for a in attacks if a.applies_to(model)]
+    title = f"{purifier} {name}" if level.varies else purifier
+    if not applicable:
+        raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
+    networks = {"classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    config = {**model.config(), **networks, "exact": built.exact}
+    return Defence(title, model, applicable, allowed.judge_draws, config)
+
+
+def build_defences(
+    args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
+) -> list[Defence]:
+    """Undefended, purified, and the adversarially trained baseline where there is one."""
+    standard = f"{args.dataset}-standard"
+    default = standard if standard in zoo.names("classifier") else "Standard"
+    bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
+    score_model = load_score(args.score_model or default_score_model(args.dataset)).to(device)
+    embedded = args.dataset in zoo.calibrations() and args.score_model is None
+    names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
+    pairs = [
+        (purifier, level)
+        for p in map(str.strip, args.purifier.split(","))
+        for purifier, level in ([("diffpure", p)] if p in LEVELS else [(p, n.strip()) for n in names])
+    ]
+    purified = [build_purified(p, n, bare, score_model, args, allowed, attacks) for p, n in pairs]
+    once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
+    if not any(isinstance(a, PGD) for a in once):
+        once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
+    defences = [Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}), *purified]
+    baseline = f"{args.dataset}-at"
+    if baseline in zoo.names("classifier") and args.model is None:
+        trained = zoo.classifier(baseline).to(device)
+        defences.append(Defence("adversarial training", trained, once, 1, {"classifier": fingerprint(trained)}))
+    return defences
+
+
+def gradient_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The gradient engine named on the command line, with its parameters."""
+    engine = choose(args.gradient, ENGINES, "gradient engine")
+    config: dict[str, Any] = {"kind": args.gradient}
+    if args.memory_budget is not None and engine not in (Full, Checkpoint):
+        raise ValueError(f"--memory-budget is for --gradient full or checkpoint, not {args.gradient}.")
+    if engine is Surrogate:
+        config["steps"] = args.surrogate_steps
+    elif args.memory_budget is not None:
+        config["memory_budget"] = args.memory_budget
+    elif engine is Checkpoint:
+        config["memory_budget"] = DEFAULT_ENGINE.memory_budget
+    return config

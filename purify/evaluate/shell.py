@@ -1,0 +1,59 @@
+"""What the command lines of the benchmarks share."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from purify.data import load_dataset
+from purify.evaluate.runner import Samples
+
+Run = Callable[[argparse.Namespace, str], int]  # arguments and the command -> exit status
+
+
+def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -> int:
+    """Parse and run; returns the exit status. Bad input is one line on stderr and status 2."""
+    args = parser.parse_args(argv)
+    try:
+        return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
+        return 130
+
+
+def add_run_options(p: argparse.ArgumentParser, batch_size: int, gpu_rows: int) -> argparse._ArgumentGroup:
+    """The options of every runner, in a group of their own, which is returned."""
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, help="keys all randomness (default: 0)")
+    g.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    g.add_argument("--batch-size", type=int, default=batch_size, help="samples at once (default: %(default)s)")
+    g.add_argument(
+        "--max-rows", type=int, help=f"images times draws in the model at once (default: CPU 256, GPU {gpu_rows})"
+    )
+    g.add_argument("--threads", type=int, help="CPU threads for torch")
+    g.add_argument("--out", type=Path, help="folder of the run; the same command resumes (default: below runs/)")
+    return g
+
+
+def numbers(text: str, what: str) -> list[float]:
+    """Comma-separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--{what} takes numbers separated by commas, got {text!r}.") from error
+
+
+def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samples:
+    """The first ``n`` test images with their positions as ids."""
+    images, labels = load_dataset(args.dataset, "test", args.data_dir)
+    if n > len(images):
+        raise ValueError(f"{args.dataset} has {len(images)} test images; --n-examples {n} is too many.")
+    return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
