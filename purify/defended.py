@@ -54,6 +54,19 @@ class Details:
     deviation: Tensor | None = None
 
 
+class Auxiliary(nn.Module):
+    """A purifier's auxiliary network, shown images at the size at which it guides."""
+
+    def __init__(self, purifier: Purifier) -> None:
+        super().__init__()
+        self.purifier = purifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] to the network's logits."""
+        assert self.purifier.auxiliary is not None
+        return self.purifier.auxiliary(self.purifier.resized(x))
+
+
 class DefendedClassifier(nn.Module):
     """A classifier behind a purifier: images (N, C, H, W) in [0, 1] to logits (N, K).
 
@@ -152,8 +165,8 @@ class DefendedClassifier(nn.Module):
 
     @property
     def auxiliary(self) -> nn.Module | None:
-        """The network that guides them, if there is one."""
-        return self.purifier.auxiliary
+        """The network that guides them, if there is one, as a classifier of images (N, C, H, W) in [0, 1]."""
+        return None if self.purifier.auxiliary is None else Auxiliary(self.purifier)
 
     @property
     def in_step(self) -> bool:

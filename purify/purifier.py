@@ -107,8 +107,7 @@ class Purifier(nn.Module):
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
         _check_end(t_end, self.plan, self.level.highest * min(self.rounds))
-        most = int(self.plan.counts(torch.tensor([self.level.highest], dtype=torch.float64))[0])
-        if len(self.rounds) > MOST_ROUNDS or most >= ROUND_INDICES:
+        if len(self.rounds) > MOST_ROUNDS or self.most_steps >= ROUND_INDICES * len(self.rounds):
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
@@ -265,6 +264,19 @@ class Purifier(nn.Module):
         twin.plan = _plan(steps)
         twin.engine.check(twin.task)
         return twin
+
+    def at_most(self, steps: int) -> Purifier:
+        """The same purifier with at most so many reverse steps per round, for surrogates and for estimates of cost."""
+        return self.with_steps(self.plan.at_most(steps))
+
+    @property
+    def most_steps(self) -> int:
+        """Reverse steps, in all rounds, of a sample at the greatest noise level."""
+        return int(self.steps(torch.tensor([self.level.highest], dtype=torch.float64))[0])
+
+    def held_bytes(self, x: Tensor, rows: int) -> int:
+        """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
+        return self.engine.held(rows * self.graph_bytes(x), self.most_steps)
 
     def graph_bytes(self, x: Tensor) -> int:
         """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""

@@ -375,7 +375,7 @@ def test_the_guide_attack_begins_with_what_deceives_the_auxiliary_network(images
     assert (found.images - images).abs().max() <= 0.1 + 1e-6
     whole, auxiliary = attack.evaluator(model, 5)(start.repeat_interleave(2, 0), *rows(labels, ids))
     assert (found.loss >= whole.reshape(7, 2).mean(1) - 1e-5).all()  # the start is one of its iterates
-    other = model.purifier.auxiliary(start)
+    other = model.auxiliary(start)
     torch.testing.assert_close(auxiliary[::2], other[:, 1:].amax(1) - other[:, 0])
     with pytest.raises(ValueError, match="guide_weight must be a finite number"):
         GuidePGD("Linf", 0.1, guide_weight=float("nan"))

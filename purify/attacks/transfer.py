@@ -43,17 +43,6 @@ class Transfer(PGD):
         return {**super().budget(), "eot": 1}
 
 
-class Auxiliary(nn.Module):
-    """The network that guides a model's reverse steps, as a classifier of the model's images."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.purifier = model.purifier
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.purifier.auxiliary(self.purifier.resized(x))
-
-
 @dataclass(frozen=True)
 class GuideTransfer(Transfer):
     """PGD on the auxiliary network that guides the reverse steps, judged behind the purifier.
@@ -65,7 +54,7 @@ class GuideTransfer(Transfer):
     needs: ClassVar[str | None] = "auxiliary"
 
     def attacked(self, model: Any) -> nn.Module:
-        return Auxiliary(model)
+        return model.auxiliary
 
 
 @dataclass(frozen=True)
@@ -73,8 +62,8 @@ class GuidePGD(PGD):
     """PGD+EOT on a guided purifier and on the network that guides it: where :class:`GuideTransfer` ends, it begins.
 
     It climbs along the gradient of the whole plus ``guide_weight`` times that of the auxiliary network's loss, each of
-    unit L2 norm: strong guidance makes the former rough, and the latter is smooth. The best iterate is chosen by the
-    loss of the whole.
+    unit L2 norm: where guidance makes the former rough, the latter is smooth. The best iterate is chosen by the loss of
+    the whole.
 
     Args:
         step_size: mean step length in the norm; default eps / 4, because it starts where it should be.
@@ -93,8 +82,8 @@ class GuidePGD(PGD):
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images
 
-    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
-        whole, auxiliary, loss = keyed(model, seed), Auxiliary(model), LOSSES[self.loss]
+    def evaluator(self, model: Any, seed: int) -> Evaluator:
+        whole, auxiliary, loss = keyed(model, seed), model.auxiliary, LOSSES[self.loss]
 
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return loss(whole(images, ids, draws), y), loss(auxiliary(images), y)

@@ -47,7 +47,7 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     try:
         purified = isinstance(model, DefendedClassifier)
         forward, gradient = purified_times(model, samples, rows) if purified else times(model, samples, rows)
-        memory = graph_bytes(model, samples, rows) if purified else 0
+        memory = model.purifier.held_bytes(samples.images[:1], rows) if purified else 0
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
@@ -69,9 +69,8 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
 def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
     purifier = model.purifier
-    steps = int(purifier.steps(torch.tensor([purifier.level.highest], dtype=torch.float64))[0])
-    rounds = len(purifier.rounds)
-    one, three = (model.with_purifier(purifier.with_steps(purifier.plan.at_most(k))) for k in (1, 3))
+    steps, rounds = purifier.most_steps, len(purifier.rounds)
+    one, three = (model.with_purifier(purifier.at_most(k)) for k in (1, 3))
     short = times(one, samples, rows)
     if steps <= rounds:
         return short
@@ -111,13 +110,6 @@ def seconds(work: Callable[[], Tensor], x: Tensor) -> float:
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
     return time.perf_counter() - start
-
-
-def graph_bytes(model: DefendedClassifier, samples: Samples, rows: int) -> int:
-    """Bytes of step graphs that a gradient of ``rows`` rows holds at once."""
-    purifier = model.purifier
-    steps = int(purifier.steps(torch.tensor([purifier.level.highest], dtype=torch.float64))[0])
-    return purifier.engine.held(rows * purifier.graph_bytes(samples.images[:1]), steps)
 
 
 def free_bytes(x: Tensor) -> int:
