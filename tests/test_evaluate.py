@@ -1,19 +1,12 @@
-"""Records that survive kills, damage and full disks; the runner; the command."""
+"""The runner, and the command around it."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
+from test_resume import TINY
 
 from purify import DefendedClassifier, diffpure
 from purify.attacks import PGD, AutoAttackRand
@@ -22,132 +15,9 @@ from purify.evaluate.command import main
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import load_classifier
 from purify.evaluate.ranks import Ranks
-from purify.evaluate.records import differences
 from purify.evaluate.runner import WORST_ONLY, batches, share
 from purify.leaderboard import read_run
-
-# --- records ------------------------------------------------------------------------------------------------------
-
-CONFIG = {"attack": {"eps": 0.1, "steps": 3}, "seed": 0}
-
-
-def record(sample, **changes):
-    return {"defence": "d", "attack": "clean", "sample": sample, "label": 1, "predictions": [1, 1], **changes}
-
-
-def test_records_come_back(tmp_path):
-    folder = RunFolder(tmp_path / "run", CONFIG, {})
-    folder.append(record(3, attack="pgd"), np.ones((1, 2, 2), np.float32))
-    del folder  # releases its lock
-    again = RunFolder(tmp_path / "run", CONFIG, {"other": "environment"})
-    assert ("d", "pgd", 3) in again
-    assert ("d", "pgd", 4) not in again
-    assert again.get("d", "pgd", 3) == record(3, attack="pgd")
-    assert (again.image("d", "pgd", 3) == 1).all()
-
-
-def test_a_torn_last_line_is_cut_off(tmp_path):
-    folder = RunFolder(tmp_path / "run", CONFIG, {})
-    for i in range(3):
-        folder.append(record(i))
-    path = tmp_path / "run" / "records.jsonl"
-    whole = path.read_bytes()
-    del folder
-    second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    for cut in range(second, len(whole)):
-        path.write_bytes(whole[:cut])
-        again = RunFolder(tmp_path / "run", CONFIG, {})
-        assert ("d", "clean", 1) in again
-        assert ("d", "clean", 2) not in again
-        again.append(record(2))
-        del again
-        assert path.read_bytes() == whole
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    first = RunFolder(tmp_path, CONFIG, {})
-    with pytest.raises(ValueError, match="Another process writes to"):
-        RunFolder(tmp_path, CONFIG, {})
-    first.append(record(0))
-
-
-def test_a_kill_while_the_manifest_was_written_does_not_block_the_folder(tmp_path):
-    (tmp_path / "manifest.partial").write_text('{"conf')
-    RunFolder(tmp_path, CONFIG, {})
-
-
-def test_the_manifest_remembers_every_session(tmp_path):
-    for environment in ({"torch": "1"}, {"torch": "1"}, {"torch": "2"}):
-        RunFolder(tmp_path, CONFIG, environment)
-    assert json.loads((tmp_path / "manifest.json").read_text())["sessions"] == [{"torch": "1"}, {"torch": "2"}]
-
-
-DAMAGED = [
-    b"{not json}\n",
-    b'{"defence": "d"}\n',
-    b"7\n",
-    b'{"defence": "d", "attack": "clean", "sample": 1, "label": 1, "predictions": "yes"}\n',
-    b'{"defence": "d", "attack": "clean", "sample": 1, "label": 1, "predictions": []}\n',
-    b'{"defence": ["d"], "attack": "clean", "sample": 1, "label": 1, "predictions": [1]}\n',
-    b'{"defence": "d", "attack": "clean", "sample": 0, "label": 1, "predictions": [0]}\n',  # sample 0 again
-]
-
-
-@pytest.mark.parametrize("line", DAMAGED)
-def test_a_damaged_line_is_named(tmp_path, line):
-    RunFolder(tmp_path / "run", CONFIG, {}).append(record(0))
-    with open(tmp_path / "run" / "records.jsonl", "ab") as f:
-        f.write(line)
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 2"):
-        RunFolder(tmp_path / "run", CONFIG, {})
-
-
-def test_another_run_in_the_folder_is_refused_with_its_differences(tmp_path):
-    RunFolder(tmp_path, CONFIG, {})
-    other = {"attack": {"eps": 0.2, "steps": 3}, "seed": 1}
-    with pytest.raises(ValueError, match=r"another run, which differs in attack\.eps, seed"):
-        RunFolder(tmp_path, other, {})
-    assert list(differences({"a": {"b": 1}}, {"a": 2})) == ["a"]
-
-
-def test_a_folder_that_cannot_be_used(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
-        RunFolder(tmp_path / "file" / "below", CONFIG, {})
-    with pytest.raises(ValueError, match="holds other files"):
-        RunFolder(tmp_path, CONFIG, {})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        RunFolder(tmp_path / "run", CONFIG, {})
-
-
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small tmpfs")
-def test_a_full_disk_loses_nothing(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        written = []
-
-        def fill():
-            folder = RunFolder(tmp_path, CONFIG, {})
-            for i in range(10_000):
-                folder.append(record(i, predictions=[1] * 1000), np.zeros((1, 9, 9), np.float32))
-                written.append(i)
-
-        with pytest.raises(ValueError, match="make room"):
-            fill()
-        assert 0 < len(written) < 10_000
-        again = RunFolder(tmp_path, CONFIG, {})
-        assert all(("d", "clean", i) in again for i in written)
-        assert ("d", "clean", len(written)) not in again
-        del again
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
-
+from runs import lines
 
 # --- runner -------------------------------------------------------------------------------------------------------
 
@@ -164,12 +34,6 @@ def setup_run(steps=3):
         Defence("diffpure", model, attacks, 4, {}),
     ]
     return defences, samples
-
-
-def lines(path: Path):
-    """Records without their timings, sorted."""
-    found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
-    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
 
 
 def test_runner_writes_every_sample_once_and_resumes(tmp_path):
@@ -264,87 +128,6 @@ def test_worst_only_skips_what_is_broken_and_finds_the_same_worst_case(criterion
         read_run(only)
 
 
-TINY = [
-    *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
-    *("--steps", "3", "--threads", "1", "--noise-level", "constant"),
-]
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_autoattack.py"
-
-
-def count(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records*.jsonl"))
-
-
-def test_twenty_kills_leave_the_same_records(tmp_path):
-    """SIGKILL at random moments, each time the same command again, and at last in peace."""
-    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    context = get_context("forkserver")  # children that need not import everything again
-    context.set_forkserver_preload(["purify.evaluate.command"])
-    g = np.random.default_rng(0)
-    for _ in range(20):
-        process = context.Process(target=main, args=([*TINY, "--out", str(tmp_path / "killed")],))
-        process.start()
-        aim = count(tmp_path / "killed") + int(g.integers(0, 9))
-        while count(tmp_path / "killed") < aim and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(g.random() / 100)
-        assert process.is_alive()  # there is work left
-        process.kill()
-        process.join()
-    assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
-    assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")  # none lost, none twice, none different
-    result = json.loads((tmp_path / "killed" / "result.json").read_text())
-    assert result["results"] == json.loads((tmp_path / "whole" / "result.json").read_text())["results"]
-    assert result["budgets"]["diffpure"]["pgd-eot"]["steps"] == 2
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_torchrun_shares_the_samples_out(processes, tmp_path):
-    """The same records as one process gives, in one file."""
-    assert main([*TINY, "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], check=True, capture_output=True)
-    assert lines(tmp_path / "many") == lines(tmp_path / "one")
-    assert [p.name for p in (tmp_path / "many").glob("records*")] == ["records.jsonl"]
-    assert json.loads((tmp_path / "many" / "manifest.json").read_text())["sessions"][0]["processes"] == processes
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_is_restarted_and_picks_its_samples_up(rank, tmp_path):
-    assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    process = subprocess.Popen(
-        [*launch, BENCHMARK, *TINY, "--out", tmp_path / "many"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while count(tmp_path / "many") < 20 and process.poll() is None:
-        time.sleep(0.001)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(ranks[rank]), signal.SIGKILL)
-    assert count(tmp_path / "many") < count(tmp_path / "whole") / 2  # so somebody must go on
-    assert process.wait(timeout=180) == 0
-    assert lines(tmp_path / "many") == lines(tmp_path / "whole")
-
-
-def test_records_of_ranks_are_merged_and_a_merge_that_was_killed_is_finished(tmp_path):
-    folder = RunFolder(tmp_path, CONFIG, {})
-    for i in range(3):
-        folder.append(record(i))
-    del folder
-    merged = (tmp_path / "records.jsonl").read_bytes()
-    (tmp_path / "records.0.jsonl").write_bytes(merged.splitlines(True)[1])  # was merged, not yet removed
-    (tmp_path / "records.1.jsonl").write_text(json.dumps(record(7)) + "\n" + '{"torn')
-    folder = RunFolder(tmp_path, CONFIG, {})
-    assert ("d", "clean", 7) in folder
-    folder.merge()
-    assert (tmp_path / "records.jsonl").read_bytes() == merged + (json.dumps(record(7)) + "\n").encode()
-    assert len(list(tmp_path.glob("records*"))) == 1
-    del folder
-    (tmp_path / "records.0.jsonl").write_text(json.dumps(record(1, predictions=[0, 0])) + "\n")
-    with pytest.raises(ValueError, match=r"records\.0\.jsonl, line 1, repeats an earlier record"):
-        RunFolder(tmp_path, CONFIG, {})
-
-
 def test_nothing_left_for_the_picture(tmp_path, capsys):
     """Random noise of this size breaks all of these samples, so that no attack is left to draw."""
     few = ["--n-examples", "4", "--worst-only", "any_of_r", "--attacks", "random-noise,pgd-eot", "--eps", "1"]
@@ -361,18 +144,6 @@ def test_a_dry_run_looks_at_the_folder(tmp_path, capsys):
     assert main([*few, "--seed", "1", "--dry-run"]) == 2
     assert "holds another run, which differs in seed" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_several_nodes_with_a_shared_store_are_refused(monkeypatch):
-    """Where a restart would hang."""
-    from purify.evaluate import ranks
-
-    monkeypatch.setattr(ranks.dist, "rendezvous", lambda url, timeout: iter([(None, 0, 2)]))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        ranks.join(torch.device("cpu"))
 
 
 # --- command ------------------------------------------------------------------------------------------------------

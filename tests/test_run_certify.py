@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from purify.evaluate.certification import CERTIFICATE, Inside, System, attack, c
 from purify.evaluate.certify_command import main
 from purify.train.loop import Hyper, train
 from purify.train.losses import SplittingLoss
+from runs import count, kill_again_and_again, lines
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_certify.py"
 TINY = [
@@ -44,16 +43,6 @@ def splitting_classifier():
         torch.manual_seed(0)
         module[1].reset_parameters()
     return train(module, SplittingLoss(0.5), *load_dataset("digits", "train"), Hyper(steps=400, lr=1e-2, warmup=10))
-
-
-def lines(path: Path):
-    """Records without their timings, sorted."""
-    found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
-    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
-
-
-def count(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records*.jsonl"))
 
 
 # --- attacks inside the radius ------------------------------------------------------------------------------------
@@ -163,19 +152,7 @@ def test_batches_do_not_change_records(tmp_path):
 def test_four_kills_leave_the_same_records(tmp_path):
     """SIGKILL at random moments, each time the same command again, and at last in peace."""
     assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["purify.evaluate.certify_command"])
-    g = np.random.default_rng(0)
-    for _ in range(4):
-        process = context.Process(target=main, args=([*TINY, "--out", str(tmp_path / "killed")],))
-        process.start()
-        aim = count(tmp_path / "killed") + int(g.integers(0, 10))
-        while count(tmp_path / "killed") < aim and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(g.random() / 100)
-        assert process.is_alive()  # there is work left
-        process.kill()
-        process.join()
+    kill_again_and_again(main, "purify.evaluate.certify_command", TINY, tmp_path / "killed", 4)
     assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
     assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")

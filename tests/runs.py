@@ -1,0 +1,36 @@
+"""What tests of both benchmarks ask of runs: how many records, which, and what a kill leaves."""
+
+import json
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+
+def count(folder: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("records*.jsonl"))
+
+
+def lines(path: Path):
+    """Records without their timings, sorted."""
+    found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
+
+
+def kill_again_and_again(main: Callable, module: str, arguments: list[str], folder: Path, times: int) -> None:
+    """Run the command in ``folder`` and SIGKILL it at random moments, ``times`` times."""
+    context = get_context("forkserver")  # children that need not import everything again
+    context.set_forkserver_preload([module])
+    g = np.random.default_rng(0)
+    for _ in range(times):
+        process = context.Process(target=main, args=([*arguments, "--out", str(folder)],))
+        process.start()
+        aim = count(folder) + int(g.integers(0, 9))
+        while count(folder) < aim and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(g.random() / 100)
+        assert process.is_alive()  # there is work left
+        process.kill()
+        process.join()
