@@ -1,0 +1,249 @@
+"""The scripts under benchmarks/ do what they say. What depends on the clock is not tested."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from purify.certify import OneShotDenoised
+from purify.evaluate import Estimate, budgets
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradient_fidelity(tmp_path, capsys):
+    """What does not depend on the clock: errors, network calls, memory, files."""
+    script = load_script("gradient_fidelity")
+    arguments = ["--steps", "4", "20", "--batch-size", "3", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    found = json.loads((tmp_path / "fidelity.json").read_text())
+    rows = {(r["engine"], r["steps"]): r for r in found["rows"]}
+    for steps in (4, 20):
+        assert rows["full", steps]["network_calls"] == steps
+        assert rows["checkpoint", steps]["network_calls"] == 2 * steps
+        assert rows["checkpoint, half fits", steps]["network_calls"] == 2 * steps - steps // 2
+        assert rows["full", steps]["relative_error"] < 1e-5
+        assert rows["checkpoint", steps]["relative_error"] == rows["full", steps]["relative_error"]
+        assert rows["bpda", steps]["cosine"] < rows["adjoint (SDE)", steps]["cosine"] < 0.9999
+        assert rows["adjoint (ODE)", steps]["cosine"] < 1
+    assert rows["checkpoint", 20]["peak_bytes"] < 1.3 * rows["checkpoint", 4]["peak_bytes"]
+    assert rows["full", 20]["peak_bytes"] > 3 * rows["full", 4]["peak_bytes"]
+    half = rows["checkpoint, half fits", 20]["peak_bytes"] / rows["full", 20]["peak_bytes"]
+    assert 0.4 < half < 0.65
+    if importlib.util.find_spec("torchsde") is not None:
+        assert rows["torchsde adjoint (DiffPure)", 20]["relative_error"] > 0.05
+        assert rows["torchsde, ended at t = 1e-3", 20]["relative_error"] > 0.01
+    assert (tmp_path / "fidelity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "relative error of full, 20 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--device", "cuda:9"], ["--t-star", "0"], ["--steps", "0"]])
+def test_gradient_fidelity_refuses_bad_input(arguments, tmp_path, capsys):
+    assert load_script("gradient_fidelity").main([*arguments, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_peers_reference_is_its_own_forward_process():
+    """Our published-variant SDE on torchsde's increments gives torchsde's forward result."""
+    torchsde = pytest.importorskip("torchsde")
+    import torch
+
+    script = load_script("gradient_fidelity")
+    from purify import zoo
+    from purify.data import load_dataset
+    from purify.reverse import EulerMaruyama
+
+    images, labels = load_dataset("digits", "test")
+    setting = script.Setting(
+        zoo.score_model("digits"), zoo.classifier("digits-standard"), images[:2], labels[:2], 0.02, 20
+    )
+    peer = script.Peer(setting)
+    start = peer.diffuse(2 * setting.x - 1)
+    sde = script.ReverseSDE(setting.model, setting.x.shape[1:])
+    with torch.no_grad():
+        theirs = torchsde.sdeint(sde, start.flatten(1), peer.times, bm=peer.path, method="euler", dt=peer.dt)[-1]
+        u, t = start, peer.times[0]
+        while t < peer.times[-1]:
+            following = torch.minimum(t + peer.dt, peer.times[-1])
+            z = (peer.path(t, following) / (following - t).sqrt()).reshape(u.shape)
+            now, then = ((1 - v.double()).expand(2) for v in (t, following))
+            u = EulerMaruyama()(setting.model, u, now, then, z)
+            t = following
+    torch.testing.assert_close(theirs.reshape(u.shape), u, rtol=1e-4, atol=1e-4)
+
+
+def test_throughput(tmp_path):
+    """Network calls of mixed noise levels: the sum of the samples' steps, however they are batched."""
+    script = load_script("throughput")
+    out = tmp_path / "t.json"
+    arguments = ["--samples", "64", "--attacked", "8", "--batch", "24", "--repeats", "1", "--threads", "1"]
+    assert script.main([*arguments, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["calls to sum of steps"] == 1
+    assert found["calls with the score norm, to steps + draws"] == 1
+    assert found["mean to longest"] < found["calls to padding"] < 1  # padding is per chunk of 24
+    assert script.main(["--samples", "0"]) == 2
+
+
+def test_attack_speed(tmp_path, monkeypatch):
+    """Both ask for the same gradients, however they are batched; ours also looks at one image and the last iterate."""
+    script = load_script("attack_speed")
+    seen = []
+    forward = script.DefendedClassifier.forward
+
+    def counted(self, x, **keys):
+        seen.append((len(x), x.requires_grad, any(p.requires_grad for p in self.parameters())))
+        return forward(self, x, **keys)
+
+    monkeypatch.setattr(script.DefendedClassifier, "forward", counted)
+    out = tmp_path / "t.json"
+    arguments = ["--batches", "1,3", "--steps", "2", "--eot", "4", "--repeats", "1", "--reverse-steps", "2"]
+    assert script.main([*arguments, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    peers = (script.PEER, script.PEER_WEIGHTS)
+    assert [(r["batch"], r["peer"]) for r in rows] == [(n, p) for n in (1, 3) for p in peers]
+    x, y = (t[:3] for t in script.load_dataset("digits", "test"))
+    works = script.build_works(script.parser().parse_args(arguments), x, y)
+    calls = {}
+    for name, work in works.items():
+        seen.clear()
+        work()
+        calls[name] = list(seen)
+    assert calls[script.OURS] == [(1, False, False), *[(12, True, False)] * 2, (12, False, False)]
+    assert calls[script.PEER] == [(3, True, False)] * 8
+    assert calls[script.PEER_WEIGHTS] == [(3, True, True)] * 8
+    assert script.main(["--batches", "0"]) == 2
+
+
+def test_certify_speed(tmp_path, monkeypatch):
+    """Ours, the plain loop and the bare passes classify equally many noisy images, and give the same answers."""
+    script = load_script("certify_speed")
+    seen = []
+    forward = OneShotDenoised.forward
+    monkeypatch.setattr(OneShotDenoised, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    out = tmp_path / "t.json"
+    arguments = ["--samples", "2", "--draws", "300", "--plain-batch", "250", "--max-rows", "128", "--repeats", "1"]
+    assert script.main([*arguments, "--sigma", "0.1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    ratio = found["plain loop, seconds per image"] / found["ours, seconds per image"]
+    assert found["images per second, ours to plain loop"] == pytest.approx(ratio)
+    answers, rows = {}, {}
+    for name, work in script.build_works(script.parser().parse_args([*arguments, "--sigma", "0.1"])).items():
+        seen.clear()
+        answers[name], rows[name] = work(), list(seen)
+    assert rows[script.PLAIN] == [100, 250, 50] * 2
+    assert rows[script.SAME_BATCH] == [100, 128, 128, 44] * 2
+    assert max(rows[script.OURS]) == max(rows[script.BARE]) == 128
+    assert {sum(r) for r in rows.values()} == {800}
+    labels = script.load_dataset("digits", "test")[1][:2].tolist()
+    assert answers[script.OURS] == answers[script.PLAIN] == answers[script.SAME_BATCH] == labels
+    assert script.main(["--samples", "0"]) == 2
+
+
+def test_library_attacks(tmp_path, capsys):
+    """The whole script on a tiny budget; it resumes."""
+    script = load_script("library_attacks")
+    arguments = ["--samples", "4", "--steps", "1", "--eot", "2", "--queries", "2", "--judge-draws", "3"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0
+    first = (tmp_path / "result.json").read_text()
+    rows = {r["name"]: r for r in json.loads(first)["rows"]}
+    peers = ["torchattacks-eotpgd-0.075", "torchattacks-eotpgd-0.75", "autoattack-rand", "square"]
+    assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "our worst case", *peers]
+    worst = rows["our worst case"]["accuracy"]["value"]
+    for name in peers:
+        gap = rows[name]["difference"]
+        assert gap["value"] == pytest.approx(worst - rows[name]["accuracy"]["value"])
+        assert gap["low"] <= gap["value"] <= gap["high"]
+    assert script.main([*arguments, "--out", str(tmp_path)]) == 0  # everything is on disk
+    assert (tmp_path / "result.json").read_text() == first
+    assert "at most square" in capsys.readouterr().out
+    assert script.main(["--samples", "0"]) == 2
+
+
+def test_torchattacks_is_run_as_it_is():
+    """The images are those of torchattacks.EOTPGD under the same seed of torch's generator, which is left as it was."""
+    import torch
+    import torchattacks
+
+    from purify.noise import derive_seed
+
+    script = load_script("library_attacks")
+    attack = script.TorchattacksEOTPGD("Linf", 0.3, steps=3, eot=2, alpha=0.1)
+    model = script.build_defence([attack], 0.18, 2).model
+    images, labels = (t[:5] for t in script.load_dataset("digits", "test"))
+    before = torch.get_rng_state()
+    found = attack(model, images, labels, sample_ids=torch.arange(10, 15), seed=3).images
+    torch.testing.assert_close(torch.get_rng_state(), before)
+    torch.manual_seed(derive_seed(derive_seed(3, attack.name), *range(10, 15)))
+    assert torch.equal(found, torchattacks.EOTPGD(model, 0.3, 0.1, 3, 2)(images, labels))
+
+
+def test_noise_levels(tmp_path, capsys, monkeypatch):
+    """The whole script on a tiny budget: runs, resumes, table and plot."""
+    script = load_script("noise_levels")
+    tiny = replace(budgets.PRESETS["quick"], steps=1, eot=1, n_examples=4, judge_draws=2)
+    monkeypatch.setitem(budgets.PRESETS, "quick", tiny)
+    monkeypatch.setitem(script.CONSTANTS, "digits", (0.1, 0.2))
+    monkeypatch.setitem(script.SSNI, "digits", script.SSNI["digits"][:1])
+    monkeypatch.setattr(script, "map_jobs", lambda jobs, workers: [job() or job for job in jobs])
+    arguments = ["--preset", "quick", "--seeds", "0,1", "--n-examples", "4", "--steps", "2", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    first = (tmp_path / "digits" / "result.json").read_text()
+    points = json.loads(first)["points"]
+    assert [p["name"].split("(")[0] for p in points] == ["constant", "constant", "ssni-l"]
+    assert all(p["worst"]["value"] <= p["attacks"]["pgd-eot"]["value"] for p in points)
+    assert (tmp_path / "digits" / "curve.png").stat().st_size > 10_000
+    assert script.main(arguments) == 0  # everything is on disk
+    assert (tmp_path / "digits" / "result.json").read_text() == first
+    assert "above curve" in capsys.readouterr().out
+
+
+def test_above_the_curve_by_hand():
+    """A point at the clean accuracy midway between two constants lies above the curve by what it exceeds the middle."""
+    script = load_script("noise_levels")
+    n = 400
+
+    def point(varies, clean, worst):
+        values = {"clean": (np.arange(n) < clean * n) * 1.0, "worst": (np.arange(n) < worst * n) * 1.0}
+        e = Estimate(clean, clean, clean)
+        return script.Point("p", varies, e, {}, e, 0.1, 0.1, 1, values)
+
+    constants = [point(False, 0.9, 0.1), point(False, 0.7, 0.3)]
+    found = script.above_curve(point(True, 0.8, 0.25), constants)
+    assert found.value == pytest.approx(0.05)
+    assert found.low < 0.05 < found.high
+    assert script.above_curve(point(True, 0.95, 0.25), constants) is None
+
+
+def test_score_norms(tmp_path, capsys):
+    """AUROC of the embedded norm by brute force over all pairs; larger radii stand out more."""
+    import torch
+
+    script = load_script("score_norms")
+    found = {"clean": torch.tensor([1.0, 2.0, 3.0, 2.5]), "attacked": torch.tensor([2.5, 2.6, 0.5, 4.0])}
+    pairs = [(a > c) + 0.5 * (a == c) for a in found["attacked"].tolist() for c in found["clean"].tolist()]
+    assert script.table(found).loc["attacked", "AUROC"] == pytest.approx(np.mean(pairs))
+    arguments = ["--n-examples", "6", "--attack-steps", "5", "--eot", "1", "--out", str(tmp_path)]
+    assert script.main(arguments) == 0
+    rows = json.loads((tmp_path / "digits.json").read_text())["rows"]
+    assert [r["images"] for r in rows[:2]] == ["clean", "pgd, eps 0.03"]
+    assert rows[0]["AUROC"] is None
+    assert rows[4]["AUROC"] == 1
+    assert rows[0]["mean norm"] < rows[1]["mean norm"] < rows[2]["mean norm"]
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    assert "AUROC" in capsys.readouterr().out
+    assert script.main(["--n-examples", "1"]) == 2
+    assert script.main(["--n-examples", "501"]) == 2
+    assert script.main(["--dataset", "cifar10"]) == 2
