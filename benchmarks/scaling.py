@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Throughput of the evaluation in 1, 2 and more processes that torchrun starts, each with its share of the threads.
+"""Throughput of the evaluation in several processes that torchrun starts, each with some threads.
 
-Runs the same short evaluation (digits, DiffPure, PGD+EOT) with each number of processes, with --threads CPU threads in
-all, and compares the samples per second of attack and judgement; starting up is not counted. Leave the machine alone
-meanwhile. The limit is 1.7 for 2 processes on 4 free cores.
+Runs the same short evaluation (digits, DiffPure, PGD+EOT) as PROCESSESxTHREADS says, and compares the samples per
+second of attack and judgement; starting up is not counted. Leave the machine alone meanwhile. Two processes are
+compared with one that has as many threads as each of them (at least 1.7 times where all cores are free), and with one
+that has them all: how much that gains depends on how well one process uses its threads.
 """
 
 from __future__ import annotations
@@ -38,39 +39,54 @@ def busy(folder: Path, processes: int) -> float:
 
 
 def measure(processes: int, threads: int, n: int, folder: Path) -> float:
-    """Samples per second."""
+    """Samples per second of ``processes`` with ``threads`` each."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     budget = ["--attack-steps", "10", "--eot", "8", "--n-examples", str(n), "--batch-size", str(BATCH)]
-    settings = ["--noise-level", "constant", "--attacks", "pgd-eot", "--threads", str(threads // processes)]
+    settings = ["--noise-level", "constant", "--attacks", "pgd-eot", "--threads", str(threads)]
     subprocess.run([*launch, BENCHMARK, *budget, *settings, "--out", folder], check=True, capture_output=True)
     return n / busy(folder, processes)
 
 
+def parse(text: str) -> list[tuple[int, int]]:
+    """``1x4,2x2`` as processes and threads each."""
+    try:
+        found = [(int(k), int(t)) for k, t in (part.split("x") for part in text.split(","))]
+    except ValueError as error:
+        raise ValueError(f"--runs takes processes and threads like 1x4,2x2, got {text!r}.") from error
+    for count in (n for run in found for n in run):
+        check_count(count, "every number in --runs")
+    return found
+
+
+def report(speed: dict[tuple[int, int], float]) -> None:
+    """Each run against those of one process."""
+    for (k, t), value in speed.items():
+        line = f"{k} x {t} threads: {value:.2f} samples/s"
+        for single in (run for run in speed if run[0] == 1 and k > 1):
+            line += f", {value / speed[single]:.2f} of 1 x {single[1]}"
+            if k == 2 and single[1] == t:
+                line += f" ({'at least' if value >= LIMIT * speed[single] else 'LESS THAN'} {LIMIT})"
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--processes", default="1,2,4", help="comma-separated numbers (default: %(default)s)")
-    p.add_argument("--threads", type=int, default=4, help="CPU threads in all (default: %(default)s)")
+    p.add_argument("--runs", default="1x4,1x2,2x2,4x1", help="processes and threads of each (default: %(default)s)")
     p.add_argument("--n-examples", type=int, default=64, help="images (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/scaling.json"), help="default: %(default)s")
     args = p.parse_args(argv)
     try:
-        counts = [int(k) for k in args.processes.split(",")]
-        for count in (*counts, args.threads, args.n_examples):
-            check_count(count, "every number")
-        if max(counts) > args.threads:
-            raise ValueError(f"{max(counts)} processes need at least as many threads; raise --threads.")
+        runs = parse(args.runs)
+        check_count(args.n_examples, "n-examples")
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with TemporaryDirectory() as folder:
-        speed = {k: measure(k, args.threads, args.n_examples, Path(folder) / str(k)) for k in counts}
-    for k, value in speed.items():
-        ratio = value / speed[counts[0]]
-        limit = f" ({'at least' if ratio >= LIMIT else 'LESS THAN'} {LIMIT})" if (counts[0], k) == (1, 2) else ""
-        each = f"{k} processes, {args.threads // k} threads each"
-        print(f"{each}: {value:.2f} samples/s, {ratio:.2f} of {counts[0]}{limit}")
-    args.out.write_text(json.dumps({"samples per second": speed}, indent=2) + "\n")
+        speed = {(k, t): measure(k, t, args.n_examples, Path(folder) / f"{k}x{t}") for k, t in runs}
+    report(speed)
+    found = {"command": " ".join(sys.argv), "samples per second": {f"{k}x{t}": v for (k, t), v in speed.items()}}
+    args.out.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 

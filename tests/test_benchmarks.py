@@ -247,3 +247,19 @@ def test_score_norms(tmp_path, capsys):
     assert script.main(["--n-examples", "1"]) == 2
     assert script.main(["--n-examples", "501"]) == 2
     assert script.main(["--dataset", "cifar10"]) == 2
+
+
+def test_scaling(tmp_path, capsys, monkeypatch):
+    """Ratios by hand; two processes are held to 1.7 of one with as many threads as each."""
+    script = load_script("scaling")
+    speed = {(1, 4): 5.0, (1, 2): 4.0, (2, 2): 6.0, (4, 1): 10.0}
+    monkeypatch.setattr(script, "measure", lambda k, t, n, folder: speed[k, t])
+    out = tmp_path / "s.json"
+    assert script.main(["--out", str(out)]) == 0
+    assert json.loads(out.read_text())["samples per second"]["2x2"] == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 x 4 threads: 5.00 samples/s"
+    assert lines[2] == "2 x 2 threads: 6.00 samples/s, 1.20 of 1 x 4, 1.50 of 1 x 2 (LESS THAN 1.7)"
+    assert lines[3].endswith("2.00 of 1 x 4, 2.50 of 1 x 2")
+    assert script.main(["--runs", "1x4,2"]) == 2
+    assert script.main(["--runs", "0x4"]) == 2
