@@ -91,6 +91,12 @@ class TinyClassifier(nn.Module):
         return self.layers(x)
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees, or writes to, the user's own downloads."""
+    monkeypatch.setenv("PURIFY_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tables() -> dict[str, np.ndarray]:
     """Tables made with the original programs (tests/data/schedules.npz)."""

@@ -9,14 +9,21 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from conftest import DATA
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import save_file
 from torch import Tensor
 
+from purify import ScoreModel, load_score_model
+
 FOLDER = DATA / "networks"
+# What the weights of the small networks do not tell.
+SMALL: dict[str, dict[str, int]] = {"score_sde": {}, "guided": {"head_channels": 16}, "improved": {"head_channels": 8}}
 LAYOUTS: dict[str, dict[str, Any]] = json.loads(gzip.decompress((FOLDER / "layouts.json.gz").read_bytes()))
 
 
@@ -47,3 +54,45 @@ def example(name: str) -> dict[str, Tensor]:
     """Inputs x, t and outputs that the original program gave."""
     with np.load(FOLDER / f"{name}_io.npz") as f:
         return {k: torch.from_numpy(v) for k, v in f.items()}
+
+
+def written(path: Path, weights: Any) -> Path:
+    """``path``, with the weights in it."""
+    if path.suffix == ".safetensors":
+        save_file({k: w.contiguous() for k, w in weights.items()}, path)
+    else:
+        torch.save(weights, path)
+    return path
+
+
+def small_model(name: str, tmp_path: Path, **settings: Any) -> ScoreModel:
+    """A small network through a file of its program."""
+    return load_score_model(written(tmp_path / f"{name}.pt", small_weights(name)), **SMALL[name], **settings)
+
+
+def small_unet() -> UNet2DModel:
+    """A small U-Net of diffusers with attention, always the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        ).eval()  # fmt: skip
+
+
+def saved_pipeline(
+    folder: Path, model: UNet2DModel, legacy: bool = False, flat: bool = False, **scheduler: Any
+) -> Path:
+    """``folder``, with the network and its scheduler as diffusers lays them out, now or formerly."""
+    unet_folder = folder if flat else folder / "unet"
+    model.save_pretrained(unet_folder, safe_serialization=not legacy)
+    DDPMScheduler(**scheduler).save_pretrained(folder if flat else folder / "scheduler")
+    if legacy:
+        state = model.state_dict()
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        renamed = {}
+        for k, w in state.items():
+            new = next((n for n in old if f".{n}." in k), None)
+            renamed[k if new is None else k.replace(f".{new}.", f".{old[new]}.")] = w
+        torch.save(renamed, unet_folder / "diffusion_pytorch_model.bin")
+    return folder
