@@ -122,6 +122,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     certify_all(folder, systems, samples, args.seed, args.batch_size)
     if ranks.first:
         show(folder, systems, samples, radii, args.preset)
+        small(draws.n)
     leave()
     return 0
 
@@ -233,6 +234,16 @@ def trained_lam(model: str) -> float:
 # --- what a run shows ---------------------------------------------------------------------------------------------
 
 
+def small(n: int) -> None:
+    """Say what fewer draws than the standard budget's mean."""
+    standard = PRESETS["standard"][1]
+    if n < standard:
+        print(
+            f"This is a REDUCED budget, n {n} instead of {standard}: the certificates hold, but their radii are "
+            "smaller, and a cascade abstains more often. State n with any number, or use --preset standard."
+        )
+
+
 def show(
     folder: RunFolder,
     systems: Sequence[System],
@@ -254,8 +265,6 @@ def show(
         if summary.refuted:
             changed = f"{summary.refuted} of {summary.attacked} attacks inside the radius changed the answer"
             print(f"\nFAILED {name}: {changed}")
-    if preset == "quick":
-        print("\nThis is a REDUCED budget. Use --preset standard or paper before quoting any number.")
     print(f"\nWrote {', '.join(map(str, written))}.")
 
 
@@ -289,7 +298,7 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    fig = Figure(figsize=(7, 4 + 0.12 * len(found)), dpi=120, layout="constrained")
     FigureCanvasAgg(fig)
     ax = fig.subplots()
     top = max(max(float(s.correct.max()) for s in found.values()), 1e-3)
@@ -299,6 +308,6 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
         ax.step(grid, shares, where="post", label=f"{name} (ACR {summary.acr.value:.3f})")
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)
-    ax.legend()
+    fig.legend(loc="outside lower center", ncols=2, fontsize=8)
     fig.savefig(path)
     return path
