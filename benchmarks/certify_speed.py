@@ -52,7 +52,7 @@ def plain_loop(smooth: Smooth, images: Tensor, draws: Draws, batch: int) -> list
     moved to the CPU and counted there one by one."""
 
     def sample(x: Tensor, n: int) -> np.ndarray:
-        counts = np.zeros(10, dtype=int)
+        counts = np.zeros(CLASSES, dtype=int)
         while n > 0:
             size = min(batch, n)
             n -= size
@@ -92,6 +92,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+CLASSES = 10  # of both embedded data sets
 OURS, PLAIN, SAME_BATCH, BARE = "ours", "plain loop", "plain loop in our batches", "forward passes"
 
 
@@ -100,9 +101,11 @@ def build_works(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     choose(args.dataset, {k: v for k, v in DATASETS.items() if k in zoo.names("score")}, "embedded data set")
     for what in ("samples", "draws", "repeats", "plain_batch"):
         check_count(getattr(args, what), what)
+    if args.max_rows is not None:
+        check_count(args.max_rows, "max_rows")
     set_threads(args.threads)
     device = check_device(args.device)
-    draws, rows = Draws(100, args.draws), args.max_rows or ROWS[device.type]
+    draws, rows = Draws(100, args.draws), ROWS[device.type] if args.max_rows is None else args.max_rows
     score, classifier = zoo.score_model(args.dataset).to(device), zoo.classifier(f"{args.dataset}-standard").to(device)
     smooth = denoised_smoothing(classifier, score, args.sigma, rows)
     images = load_dataset(args.dataset, "test")[0][: args.samples].to(device)
@@ -136,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, write; bad input is one line on stderr and status 2."""
     args = parser().parse_args(argv)
     try:
+        if args.out is not None:
+            args.out.touch()  # it can be written
         found = measure(args)
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=2) + "\n")

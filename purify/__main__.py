@@ -47,7 +47,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         raise ValueError(f"There is no folder {args.out.parent} to write to.")
     norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
     device = check_device(args.device)
-    model = load_score(args.score_model or default_score_model(args.dataset)).to(device)
+    model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
     resize = needs_resize(DATASETS[args.dataset].shape, model.image_shape)
     images = load_dataset(args.dataset, "train", args.data_dir)[0][: args.images].to(device)
     if len(images) < args.images:

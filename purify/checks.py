@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import TypeVar
 
@@ -55,6 +56,13 @@ def choose(name: str, registry: Mapping[str, T], what: str) -> T:
     if not isinstance(name, str) or name not in registry:
         raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(sorted(registry))}.")
     return registry[name]
+
+
+def check_unique(names: Iterable[str], what: str, advice: str) -> None:
+    """Raise ValueError if two ``what`` have the same name: their records could not be told apart."""
+    repeated = [name for name, n in Counter(names).items() if n > 1]
+    if repeated:
+        raise ValueError(f"Two {what} are called {repeated[0]!r}; {advice}.")
 
 
 def check_count(value: int, what: str, minimum: int = 1) -> None:

@@ -1,6 +1,7 @@
 """The cascade against the published program, and its soundness against exact Gaussian probabilities in 1-D."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 
 from purify import Noise, derive_seed
 from purify.certify import ABSTAIN, Cascade, Draws, EarlyStop, Smooth
-from purify.certify.bounds import upper_bound
+from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.multiscale import decide, mixed_logits, pool, reached
 
 
@@ -243,6 +244,26 @@ def test_below_one_half_the_certificate_is_false():
         found = run([np.floor(p * n).astype(int) for p in exact], [int(p.argmax()) for p in exact], sigmas, 0.001, p0)
         wrong += found.answer != ABSTAIN and not holds(f, x, found, sigmas, p0)
     assert wrong > 10
+
+
+def test_the_passed_scale_bounds_the_radius():
+    """A classifier whose smaller scale is sure and whose larger one nearly answers otherwise: the larger one's upper
+    bounds, and nothing else, keep the certificate true. Without them all late answers would be false."""
+    rng, sigmas, alpha, n = np.random.default_rng(4), [1.0, 0.15], 0.1, 2000
+    f = Piecewise(rng)
+    f.edges, f.labels = np.array([-np.inf, -0.5, 0.5, 1.0, np.inf]), np.array([0, 1, 0, 2])
+    exact = [f.probabilities(np.array([0.0]), s)[0] for s in sigmas]
+    late = failures = unbounded = 0
+    for _ in range(300):
+        drawn = [rng.multinomial(n, p) for p in exact]
+        found = run(drawn, [int(p.argmax()) for p in exact], sigmas, alpha)
+        if found.answer != ABSTAIN and found.stage == 1:
+            late, failures = late + 1, failures + (not holds(f, 0.0, found, sigmas, 0.5))
+            own = sigmas[1] * stats.norm.ppf(lower_bound(drawn[1][found.answer], n, alpha / 3))
+            unbounded += not holds(f, 0.0, replace(found, radius=own), sigmas, 0.5)
+    assert late > 200
+    assert failures <= stats.binom.ppf(1 - 1e-4, late, alpha)
+    assert unbounded == late
 
 
 def test_strict_failure_rate_is_at_most_alpha():

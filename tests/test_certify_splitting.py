@@ -233,7 +233,9 @@ def test_images_off_the_grid_are_refused():
     with pytest.raises(ValueError, match=r"on the grid k/255; these are off it by up to 0\.5 levels"):
         dssn.certify(off)
     assert torch.equal(to_grid(on), on)
-    with pytest.raises(ValueError, match="less than one level"):
+    with pytest.raises(ValueError, match=r"lambda must lie in \[0\.001961, 196\.1\]"):
         DSSN(TinyClassifier(), 0.001)
+    with pytest.raises(ValueError, match="lambda must lie in"):
+        DSSN(TinyClassifier(), 1e9)
     with pytest.raises(ValueError, match="lambda must be a positive number"):
         SSN(TinyClassifier(), -1.0)

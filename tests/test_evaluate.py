@@ -60,6 +60,17 @@ def test_runner_writes_every_sample_once_and_resumes(tmp_path):
         results(folder, defences, samples)
 
 
+def test_equal_names_are_refused(tmp_path):
+    """Two defences with one name would share records."""
+    _, samples = setup_run()
+    twins = [Defence("d", TinyClassifier(), [], 1, {})] * 2
+    with pytest.raises(ValueError, match="Two defences are called 'd'"):
+        evaluate(RunFolder(tmp_path, {}, {}), twins, samples, progress=False)
+    again = [Defence("d", TinyClassifier(), [PGD("Linf", 0.1, steps=1, eot=1)] * 2, 1, {})]
+    with pytest.raises(ValueError, match="Two attacks on d are called 'pgd-eot'"):
+        evaluate(RunFolder(tmp_path, {}, {}), again, samples, progress=False)
+
+
 def test_a_model_that_cannot_take_the_images_is_refused_before_any_record(tmp_path):
     _, samples = setup_run()
     cases = {"cannot take images": TinyClassifier(size=8), "classes 0 to 1": TinyClassifier(classes=2)}

@@ -253,7 +253,7 @@ def test_damaged_calibration_files(tmp_path, content):
 
 def test_the_command_resizes_where_the_score_model_is_larger(tmp_path, monkeypatch):
     model, path = smooth_model(size=12), tmp_path / "c.json"
-    monkeypatch.setattr("purify.__main__.load_score", lambda name: model)
+    monkeypatch.setattr("purify.__main__.load_score", lambda name, dataset: model)
     assert main(["calibrate", "--images", "40", "--draws", "2", "--out", str(path)]) == 0
     expected = calibrate(model, load_dataset("digits", "train")[0][:40], ScoreNorm(draws=2), resize=True)
     assert Calibration.load(path) == expected

@@ -222,6 +222,15 @@ def test_stability_loss_by_hand():
 def test_splitting_loss_refuses_unknown_noise():
     with pytest.raises(ValueError, match="Unknown splitting noise 'gaussian'; known: dssn, ssn"):
         SplittingLoss(0.2, "gaussian")
+    for bad in (
+        lambda: SplittingLoss(0.001),
+        lambda: SplittingLoss(0.2, stability=-3),
+        lambda: DiffusionCalibration("tiny", ()),
+        lambda: DiffusionCalibration("tiny", (-1.0,)),
+        lambda: DiffusionCalibration("tiny", weight=float("nan")),
+    ):
+        with pytest.raises(ValueError, match=r"must lie in|at least 0|positive sigmas"):
+            bad()
 
 
 def calibration_parts(module, classifier, images, labels, sigmas, choice, generator):

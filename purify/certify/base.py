@@ -44,6 +44,12 @@ class EarlyStop:
             raise ValueError(f"The radius asked for must be a number of at least 0, got {self.radius}.")
 
 
+def check_alpha(alpha: float) -> None:
+    """Raise ValueError unless ``alpha`` is a probability of failure below 1/2."""
+    if not 0 < alpha < 0.5:
+        raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}.")
+
+
 @dataclass(frozen=True)
 class Draws:
     """How much is drawn, and the probability of failure.
@@ -63,8 +69,7 @@ class Draws:
     def __post_init__(self) -> None:
         check_count(self.n0, "n0")
         check_count(self.n, "n")
-        if not 0 < self.alpha < 0.5:
-            raise ValueError(f"alpha must lie in (0, 0.5), got {self.alpha}.")
+        check_alpha(self.alpha)
         if self.stop is not None and self.n < 2 ** (self.stop.looks - 1):
             raise ValueError(f"{self.stop.looks} looks need at least {2 ** (self.stop.looks - 1)} draws, got {self.n}.")
 
@@ -232,14 +237,15 @@ class RandomizedSmoothing(Certifier):
         An answer differs from the smoothed classifier's with probability at most alpha.
         """
         check_count(n, "n")
+        check_alpha(alpha)
         noise = keys(images, sample_ids, derive_seed(seed, "predict", self.stream))
-        return torch.tensor([decide(c, alpha) for c in self.counts(images, noise, range(n)).cpu().numpy()])
+        return torch.tensor([predicted(c, alpha) for c in self.counts(images, noise, range(n)).cpu().numpy()])
 
     def noisy_models(self) -> dict[str, NoisyModel]:
         return {self.stream: NoisyModel(self.classifier, self.perturb)}
 
 
-def decide(counts: np.ndarray, alpha: float) -> int:
+def predicted(counts: np.ndarray, alpha: float) -> int:
     """PREDICT from class counts (K,): abstain unless a two-sided binomial test tells the two commonest apart."""
     first, second = np.argsort(-counts, kind="stable")[:2]
     pvalue = stats.binomtest(int(counts[first]), int(counts[first] + counts[second]), 0.5).pvalue

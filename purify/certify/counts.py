@@ -49,31 +49,32 @@ class NoisyCounts:
         ``noise`` holds seed and sample ids, (N,); draw d of an image has the noise under (seed, id, d).
 
         Raises:
-            ValueError: the classifier returned no logits (N, K), or NaN.
+            ValueError: the classifier returned no logits (N, K) of at least two classes, NaN, or plus infinity.
         """
         n, m, device = len(images), len(draws), images.device
         size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
         counts, unclear = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.zeros((), device=device).bool()
-        for rows in torch.arange(n * m, device=device).split(size):
+        for start in range(0, n * m, size):
+            rows = torch.arange(start, min(start + size, n * m), device=device)
             sample, draw = rows // m, draws.start + rows % m
             noisy = self.perturb(images[sample], Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id))
             logits = self._logits(noisy)
             if counts.shape[1] == 0:
                 counts = counts.new_zeros(n, logits.shape[1])
-            unclear |= logits.isnan().any()
+            unclear |= (logits.isnan() | logits.isposinf()).any()
             counts.view(-1).index_add_(0, sample * logits.shape[1] + logits.argmax(1), torch.ones_like(sample))
         if bool(unclear):
-            raise ValueError("The classifier returned NaN on noisy images; check its precision and weights.")
+            raise ValueError("The classifier returned NaN or infinity on noisy images; check precision and weights.")
         return counts
 
     def _logits(self, noisy: Tensor) -> Tensor:
         logits = self.classifier(noisy)
-        if logits.ndim != 2 or len(logits) != len(noisy):
+        if logits.ndim != 2 or len(logits) != len(noisy) or logits.shape[1] < 2:
             raise ValueError(
-                f"The classifier must return logits (N, K), it returned shape {tuple(logits.shape)} for {len(noisy)} "
-                "images."
+                f"The classifier must return logits (N, K) of at least two classes, it returned shape "
+                f"{tuple(logits.shape)} for {len(noisy)} images."
             )
-        if self.referee is None or logits.shape[1] < 2:
+        if self.referee is None:
             return logits
         best, second = logits.topk(2, dim=1).values.unbind(1)
         close = best - second < NEAR_TIE * logits.abs().amax(1)

@@ -201,8 +201,7 @@ class Cascade(Certifier):
         draws = draws or Draws()
         if draws.stop is not None:
             raise ValueError("A cascade makes all its draws; leave early stopping out.")
-        keys(images, sample_ids, seed)
-        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        ids = keys(images, sample_ids, seed).sample_ids
         counts: list[list[np.ndarray]] = [[] for _ in images]
         selected: list[list[int]] = [[] for _ in images]
         decisions: list[Decision | None] = [None] * len(images)
@@ -243,8 +242,7 @@ class Cascade(Certifier):
         class shares (:func:`mixed_logits`); of the clean logits alone where none is. Never abstains.
         """
         check_count(n, "n")
-        keys(images, sample_ids, seed)
-        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
+        ids = keys(images, sample_ids, seed).sample_ids
         outputs, waiting = logits.detach().double().cpu().numpy().copy(), list(range(len(images)))
         for scale in self.scales:
             if not waiting:

@@ -17,12 +17,21 @@ from purify.certify.counts import NoisyCounts, NoisyModel, check_classifier, flo
 from purify.noise import Noise
 
 GRID = 255  # levels of an 8-bit image
+MOST_LEVELS = 100_000  # of DSSN, passes per image; lambda is then 196, and hardly anything of an image is left
 
 
 def check_lam(lam: float) -> None:
     """Raise ValueError unless ``lam`` is a positive number."""
     if not (math.isfinite(lam) and lam > 0):
         raise ValueError(f"lambda must be a positive number, got {lam}.")
+
+
+def check_levels(lam: float) -> None:
+    """Raise ValueError unless DSSN has levels for ``lam``, and not more than can be gone through."""
+    check_lam(lam)
+    low, high = 0.5 / GRID, MOST_LEVELS / 2 / GRID
+    if not 1 <= int(2 * lam * GRID) <= MOST_LEVELS:
+        raise ValueError(f"lambda must lie in [{low:.4g}, {high:.4g}] where levels of the grid are counted, got {lam}.")
 
 
 def split(x: Tensor, s: Tensor, width: float) -> Tensor:
@@ -129,7 +138,8 @@ class DSSN(Certifier):
     """Derandomized splitting noise: the answer over all L draws there are, with an exact L1 radius; never abstains.
 
     The certificate speaks of images on the grid k/255: of this one and of those it may be perturbed to.
-    The answer is the same in any batch, on any machine: rows nearly tied in float32 are decided in float64.
+    The answer is the same in any batch and process: rows nearly tied in float32 are decided in float64. (Unless
+    rounding moves a logit by more than a thousandth of the largest: leave TF32 off.)
 
     Args:
         classifier: split images, in [0, 1], to logits, in eval mode; it should be trained on this noise.
@@ -150,10 +160,8 @@ class DSSN(Certifier):
     norm: ClassVar[str] = "L1"
 
     def __post_init__(self) -> None:
-        check_lam(self.lam)
+        check_levels(self.lam)
         check_classifier(self.classifier, self.max_rows)
-        if self.perturb.levels < 1:
-            raise ValueError(f"lambda = {self.lam} is less than one level of the grid; use at least {0.5 / GRID:.4g}.")
         object.__setattr__(self, "referee", float64_twin(self.classifier))
 
     @property

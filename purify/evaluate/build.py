@@ -177,7 +177,7 @@ def build_defences(
     standard = f"{args.dataset}-standard"
     default = standard if standard in zoo.names("classifier") else "Standard"
     bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
-    score_model = load_score(args.score_model or default_score_model(args.dataset)).to(device)
+    score_model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
     embedded = args.dataset in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
     pairs = [

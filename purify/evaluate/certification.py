@@ -16,7 +16,7 @@ from purify.attacks import PGD
 from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier, Draws
 from purify.certify.metrics import abstentions, average_certified_radius, certified_accuracy, correct_radii
-from purify.checks import check_count, check_images, check_labels
+from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.evaluate.metrics import LEVEL, Estimate, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, share
@@ -98,6 +98,7 @@ def certify_all(
     check_images(samples.images)
     check_labels(samples.labels, len(samples))
     check_count(batch_size, "batch size")
+    check_unique([s.name for s in systems], "systems", "give each a name of its own")
     own = samples[share(samples.ids, batch_size, folder.ranks)]
     parts = {s.name: own[torch.isin(own.ids, attacked(samples, s).ids)] for s in systems}
     total = sum(len(own) + (len(s.stages()) - 1) * len(parts[s.name]) for s in systems)
@@ -203,7 +204,8 @@ class Summary:
         acr: average certified radius, with a bootstrap interval.
         abstained: share without an answer.
         draws: mean noisy images classified per sample.
-        attacked, refuted: certificates attacked inside their radius, and how many answers that changed.
+        attacked, refuted, unsure: attacks inside a certificate's radius, how many of them changed the answer, and how
+            many left none, which says nothing.
         correct: radius of each sample, -1 where wrong or abstained.
     """
 
@@ -214,6 +216,7 @@ class Summary:
     draws: float
     attacked: int
     refuted: int
+    unsure: int
     correct: np.ndarray
 
 
@@ -248,6 +251,7 @@ def sum_up(
         draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),
         refuted=sum(r["refuted"] for r in attacks),
+        unsure=sum(r["certified"] != ABSTAIN and r["predictions"][0] == ABSTAIN for r in attacks),
         correct=correct,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import nn
 
 from purify import zoo
 from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
+from purify.certify.metrics import certified_accuracy
 from purify.certify.multiscale import MODES
 from purify.checkpoints import default_score_model
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_unique, choose
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.models import check_device, fingerprint, load_classifier, load_score
@@ -40,7 +42,8 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
     "standard": (100, 10_000, 200, 16),
     "paper": (100, 100_000, 500, 50),
 }
-RADII = {"L2": "0,0.25,0.5,0.75,1,1.25,1.5,2", "L1": "0,0.25,0.5,0.75,1,1.5,2,3,4"}
+RADII = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # L2
+SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius can exceed by more than half a level
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--attack-steps", type=int, default=20, help="steps of that PGD (default: 20)")
     g.add_argument("--eot", type=int, default=16, help="draws per gradient of that PGD (default: 16)")
     g = add_run_options(p, batch_size=16, gpu_rows=8192)
-    g.add_argument("--radii", help="comma-separated radii of the table")
+    g.add_argument("--radii", help="comma-separated radii of the table (default: L2 up to 2, L1 shares of lambda)")
     return p
 
 
@@ -96,13 +99,17 @@ def run(args: argparse.Namespace, command: str) -> int:
     set_threads(args.threads)
     ranks, device = join(check_device(args.device))
     choose(args.dataset, DATASETS, "data set")
+    check_count(args.batch_size, "batch size")
     draws, inside, n = build_budget(args)
     methods = [m.strip() for m in args.method.split(",")]
     builders = [choose(m, METHODS, "method") for m in methods]
     if args.model and len({m in GAUSSIAN for m in methods}) > 1:
         raise ValueError("One --model cannot serve Gaussian and splitting noise; run these methods one by one.")
+    check_meant(args, methods)
     systems = [s for build in builders for s in build(args, draws, inside, device)]
-    radii = {norm: numbers(args.radii or RADII[norm], "radii") for norm in {s.certifier.norm for s in systems}}
+    advice = "name each method and sigma once, and give each denoiser a file name of its own"
+    check_unique([s.name for s in systems], "systems", advice)
+    radii = build_radii(args, systems)
     samples = load_samples(args, n, device)
     if any(s.certifier.norm == "L1" for s in systems):
         samples = replace(samples, images=to_grid(samples.images))
@@ -125,6 +132,46 @@ def run(args: argparse.Namespace, command: str) -> int:
         small(draws.n)
     leave()
     return 0
+
+
+# Options that only some methods read.
+READ_BY = {
+    "sigma": ("cohen", "multiscale"),
+    "score_model": ("cohen", "multiscale"),
+    "p0": ("multiscale",),
+    "mode": ("multiscale",),
+    "lam": ("ssn", "dssn"),
+    "selection_draws": ("cohen", "multiscale", "ssn"),
+    "draws": ("cohen", "multiscale", "ssn"),
+    "alpha": ("cohen", "multiscale", "ssn"),
+    "stop_radius": ("cohen", "ssn"),
+    "looks": ("cohen", "ssn"),
+}
+
+
+def check_meant(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Raise ValueError if an option was changed that no method of this run reads."""
+    usual = parser().parse_args([])
+    for option, readers in READ_BY.items():
+        if getattr(args, option) != getattr(usual, option) and not set(readers) & set(methods):
+            name = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{name} says nothing about {', '.join(methods)}; it is for {', '.join(readers)}.")
+
+
+def build_radii(args: argparse.Namespace, systems: Sequence[System]) -> dict[str, list[float]]:
+    """Radii of the table of each norm."""
+    found = {}
+    for norm in {s.certifier.norm for s in systems}:
+        if args.radii is not None:
+            found[norm] = numbers(args.radii, "radii")
+        elif norm == "L1":
+            lam = max(s.config["lam"] for s in systems if s.certifier.norm == norm)
+            found[norm] = [share * lam for share in SHARES]
+        else:
+            found[norm] = list(RADII)
+        if not all(math.isfinite(r) and r >= 0 for r in found[norm]):
+            raise ValueError(f"--radii takes numbers of at least 0, got {args.radii!r}.")
+    return found
 
 
 def build_budget(args: argparse.Namespace) -> tuple[Draws, Inside, int]:
@@ -159,7 +206,7 @@ def gaussian(args: argparse.Namespace, device: torch.device) -> list[Denoised]:
         if name == "none":
             scales = [Smooth(classifier, s, max_rows=args.max_rows) for s in sigmas]
         else:
-            score = load_score(name).to(device)
+            score = load_score(name, args.dataset).to(device)
             networks["score_model"] = score.fingerprint()
             scales = [denoised_smoothing(classifier, score, s, args.max_rows) for s in sigmas]
         found.append(Denoised(tuple(scales), suffix, networks))
@@ -212,8 +259,6 @@ GAUSSIAN = ("cohen", "multiscale")
 
 def any_classifier(name: str, args: argparse.Namespace, norm: str) -> nn.Module:
     """A classifier by any of the names that --model takes."""
-    if name.endswith(".safetensors"):
-        return zoo.classifier(name)
     if name in (f"{args.dataset}-ssn", f"{args.dataset}-dssn") and name not in zoo.names("classifier"):
         raise ValueError(
             f"There is no embedded {name}; pass --model, or train one with `python -m purify.train {name}` and pass "
@@ -286,7 +331,7 @@ def worth(found: dict[str, Summary]) -> pd.DataFrame:
             "ACR": f"{s.acr.value:.3f} [{s.acr.low:.3f}, {s.acr.high:.3f}]",
             "abstained %": str(s.abstained),
             "draws per image": f"{s.draws:.0f}",
-            "changed by PGD inside": f"{s.refuted} of {s.attacked}",
+            "changed by PGD inside": f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),
         }
         for name, s in found.items()
     }
@@ -304,7 +349,7 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     top = max(max(float(s.correct.max()) for s in found.values()), 1e-3)
     grid = torch.linspace(0, 1.05 * top, 400).numpy()
     for name, summary in found.items():
-        shares = 100 * (summary.correct[None] >= grid[:, None]).mean(1)
+        shares = 100 * certified_accuracy(summary.correct, grid)
         ax.step(grid, shares, where="post", label=f"{name} (ACR {summary.acr.value:.3f})")
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)

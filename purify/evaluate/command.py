@@ -8,7 +8,7 @@ from typing import Any
 
 from purify.attacks import Attack
 from purify.attacks.base import NORMS
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_unique, choose
 from purify.data import DATASETS
 from purify.defended import DefendedClassifier
 from purify.evaluate import report
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     check_count(args.max_rows, "max-rows")
     samples = load_samples(args, allowed.n_examples, device)
     defences = build_defences(args, allowed, attacks, device)
+    check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
     config = {
         "dataset": args.dataset,
         "data": fingerprint_of_samples(samples),

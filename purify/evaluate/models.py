@@ -21,12 +21,16 @@ from purify.scorenorm import Calibration
 
 
 def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
-    """A classifier by zoo name, ``file.py:function``, or RobustBench name; in eval mode, weights frozen.
+    """A classifier by zoo name, path of a purify .safetensors, ``file.py:function``, or RobustBench name.
+
+    In eval mode, weights frozen.
 
     Raises:
-        ValueError: nothing of that name, or the file or function does not give a module.
+        ValueError: nothing of that name, the file or function does not give a module, or purify trained it on another
+            data set.
     """
-    if name in zoo.names("classifier"):
+    check_dataset(name, dataset)
+    if name in zoo.names("classifier") or name.endswith(".safetensors"):
         model = zoo.classifier(name)
     elif ".py:" in name:
         model = _from_file(name)
@@ -37,7 +41,8 @@ def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
 
 def check_classifier(name: str, dataset: str, threat_model: str) -> None:
     """Raise ValueError as :func:`load_classifier` does where a name alone tells that nothing can be loaded."""
-    if name in zoo.names("classifier"):
+    check_dataset(name, dataset)
+    if name in zoo.names("classifier") or name.endswith(".safetensors"):
         return
     if ".py:" in name:
         _file(name)
@@ -45,9 +50,23 @@ def check_classifier(name: str, dataset: str, threat_model: str) -> None:
         _entry(name, dataset, threat_model)
 
 
-def load_score(name: str) -> ScoreModel:
-    """A score model by name or path; see :func:`~purify.checkpoints.load_score_model`."""
+def load_score(name: str, dataset: str) -> ScoreModel:
+    """A score model by name or path; see :func:`~purify.checkpoints.load_score_model`.
+
+    Raises:
+        ValueError: as that function; or purify trained it on another data set.
+    """
+    check_dataset(name, dataset)
     return load_score_model(name)
+
+
+def check_dataset(name: str, dataset: str) -> None:
+    """Raise ValueError if purify trained the network of this name, or path, on another data set."""
+    saved = name.endswith(".safetensors") and Path(name).with_suffix(".json").is_file()
+    if saved or name in zoo.names():
+        trained = zoo.describe(name).get("dataset", dataset)
+        if trained != dataset:
+            raise ValueError(f"{name} was trained on {trained}; take a network of {dataset}, or --dataset {trained}.")
 
 
 def load_calibration(path: Path | None, score_model: str) -> Calibration:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
-from purify.checks import check_count, check_images, check_labels, choose
+from purify.checks import check_count, check_images, check_labels, check_unique, choose
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
@@ -100,7 +100,9 @@ def evaluate(
         ValueError: bad images, or labels that some model does not know, before anything runs.
     """
     check_images(samples.images)
+    check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
+        check_unique(map(stage_name, defence.stages()), f"attacks on {defence.name}", "name each once")
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
     if worst_only is not None:

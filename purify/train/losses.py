@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +14,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, one_hot, pad
 from purify import zoo
 from purify.certify.counts import Perturbation
 from purify.certify.gaussian import denoise
-from purify.certify.splitting import Splitting, SplittingLevels, check_lam
-from purify.checks import choose
+from purify.certify.splitting import Splitting, SplittingLevels, check_levels
+from purify.checks import check_count, choose
 from purify.noise import Noise
 from purify.score import ScoreModel, per_sample
 
@@ -114,6 +115,12 @@ def ascend(
     return adversarial
 
 
+def check_weight(value: float, what: str) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{what} must be a number of at least 0, got {value}.")
+
+
 SPLITTINGS = {"ssn": Splitting, "dssn": SplittingLevels}
 
 
@@ -134,8 +141,10 @@ class SplittingLoss:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        check_lam(self.lam)
         choose(self.noise, SPLITTINGS, "splitting noise")
+        check_levels(self.lam)
+        check_weight(self.stability, "stability")
+        check_count(self.shift, "shift", 0)
 
     @property
     def perturb(self) -> Perturbation:
@@ -177,6 +186,12 @@ class DiffusionCalibration:
     sigmas: tuple[float, ...] = (0.25, 0.5, 1.0)
     weight: float = 0.1
     anti: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.sigmas and all(0 < s < math.inf for s in self.sigmas)):
+            raise ValueError(f"Diffusion calibration needs positive sigmas, got {self.sigmas}.")
+        check_weight(self.weight, "weight")
+        check_weight(self.anti, "anti")
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(module, ScoreModel)
