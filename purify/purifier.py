@@ -101,8 +101,7 @@ class Purifier(nn.Module):
         if not 0 <= t_end < 1:
             raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
         self.score_model = score_model.eval().requires_grad_(False)
-        level = Constant(float(level)) if isinstance(level, (int, float)) else level
-        self.level = _part(level, LEVELS, NoiseLevel, "noise level")
+        self.level = _level(level)
         self.level.check(score_model)
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
@@ -265,6 +264,15 @@ class Purifier(nn.Module):
         twin.engine.check(twin.task)
         return twin
 
+    def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
+        """The same purifier (sharing its weights) with another rule for its noise level."""
+        twin = copy.copy(self)
+        twin.level = _level(level)
+        twin.level.check(self.score_model)
+        _check_end(self.t_end, self.plan, twin.level.highest * min(self.rounds))
+        twin.engine.check(twin.task)
+        return twin
+
     def at_most(self, steps: int) -> Purifier:
         """The same purifier with at most so many reverse steps per round, for surrogates and for estimates of cost."""
         return self.with_steps(self.plan.at_most(steps))
@@ -355,6 +363,11 @@ def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
     if isinstance(value, (str, Mapping)):
         return registry.build(value, known, what)
     raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")
+
+
+def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
+    level = Constant(float(level)) if isinstance(level, (int, float)) else level
+    return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
 def _plan(steps: Any) -> Plan:

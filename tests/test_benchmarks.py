@@ -11,6 +11,7 @@ import pytest
 
 from purify.certify import OneShotDenoised
 from purify.evaluate import Estimate, budgets
+from purify.evaluate.metrics import worst_mean
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,6 +191,14 @@ def test_torchattacks_is_run_as_it_is():
     assert torch.equal(found, torchattacks.EOTPGD(model, 0.3, 0.1, 3, 2)(images, labels))
 
 
+def predictions_of(job):
+    """Whether each image of a noise_levels job was right in each draw, stage by stage, from its records."""
+    records = [json.loads(line) for line in (job.folder().path / "records.jsonl").read_text().splitlines()]
+    for stage in dict.fromkeys(r["attack"] for r in records):
+        found = sorted((r["sample"], r["predictions"], r["label"]) for r in records if r["attack"] == stage)
+        yield np.array([np.array(answers) == label for _, answers, label in found])
+
+
 def test_noise_levels(tmp_path, capsys, monkeypatch):
     """The whole script on a tiny budget: runs, resumes, table and plot."""
     script = load_script("noise_levels")
@@ -204,10 +213,22 @@ def test_noise_levels(tmp_path, capsys, monkeypatch):
     points = json.loads(first)["points"]
     assert [p["name"].split("(")[0] for p in points] == ["constant", "constant", "ssni-l"]
     assert all(p["worst"]["value"] <= p["attacks"]["pgd-eot"]["value"] for p in points)
+    ssni = ["pgd-eot", "pgd-eot-constant-t", "pgd-eot-norm(0.3)", "pgd-eot-low-level(1)"]
+    assert [list(p["attacks"]) for p in points[1:]] == [list(points[0]["attacks"]), ssni]
+    assert len(points[0]["attacks"]) == len(ssni)
+    groups = script.build_jobs(script.parser().parse_args(arguments))
+    assert [job.samples().ids.tolist() for job in groups[0]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for point, group in zip(points, groups, strict=True):
+        found = [predictions_of(job) for job in group]
+        worst = np.concatenate([worst_mean(list(stages)) for stages in found])
+        assert point["worst"]["value"] == pytest.approx(worst.mean())
     assert (tmp_path / "digits" / "curve.png").stat().st_size > 10_000
     assert script.main(arguments) == 0  # everything is on disk
     assert (tmp_path / "digits" / "result.json").read_text() == first
     assert "above curve" in capsys.readouterr().out
+    for bad in (["--seeds", "0,0"], ["--seeds", "-1"], ["--seeds", "a"], ["--steps", "0"], ["--norm-weight", "nan"]):
+        assert script.main([*bad, "--out", str(tmp_path / "bad")]) == 2
+        assert not (tmp_path / "bad" / "digits").exists()
 
 
 def test_above_the_curve_by_hand():
@@ -220,11 +241,19 @@ def test_above_the_curve_by_hand():
         e = Estimate(clean, clean, clean)
         return script.Point("p", varies, e, {}, e, 0.1, 0.1, 1, values)
 
-    constants = [point(False, 0.9, 0.1), point(False, 0.7, 0.3)]
-    found = script.above_curve(point(True, 0.8, 0.25), constants)
+    constants = [point(False, 0.9, 0.1), point(False, 0.7, 0.3), point(False, 0.2, 0.35)]
+    above = point(True, 0.8, 0.25)
+    found = script.above_curve(above, [*constants, above])
     assert found.value == pytest.approx(0.05)
-    assert found.low < 0.05 < found.high
+    assert 0.02 < 0.05 - found.low < 0.06
+    assert 0.02 < found.high - 0.05 < 0.06
+    # Paired: what equals a constant on every image lies on the curve in every resampling.
+    same = script.above_curve(point(True, 0.7, 0.3), constants)
+    assert (same.value, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
     assert script.above_curve(point(True, 0.95, 0.25), constants) is None
+    near = point(True, 0.895, 0.25)
+    near.values["clean"] = near.values["clean"][::-1]  # wrong on other images: often beyond the curve when resampled
+    assert script.above_curve(near, constants) is None
 
 
 def test_score_norms(tmp_path, capsys):
@@ -242,6 +271,7 @@ def test_score_norms(tmp_path, capsys):
     assert rows[0]["AUROC"] is None
     assert rows[4]["AUROC"] == 1
     assert rows[0]["mean norm"] < rows[1]["mean norm"] < rows[2]["mean norm"]
+    assert rows[5]["mean norm"] > 1.1 * rows[0]["mean norm"]
     assert (tmp_path / "digits.png").stat().st_size > 10_000
     assert "AUROC" in capsys.readouterr().out
     assert script.main(["--n-examples", "1"]) == 2

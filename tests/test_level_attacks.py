@@ -13,6 +13,7 @@ from purify.attacks import (
     AutoAttackRand,
     ConstantLevelAutoAttackRand,
     ConstantLevelPGD,
+    LowLevelPGD,
     NormPGD,
 )
 from purify.evaluate.command import main
@@ -101,7 +102,31 @@ def test_the_norm_attack_starts_clean_and_keeps_to_the_ball(images, labels):
         assert (size <= eps + 1e-5).all()
 
 
-@pytest.mark.parametrize("kind", [PGD, ConstantLevelPGD, NormPGD])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_the_low_level_attack_climbs_at_a_share_of_the_level(share, images, labels):
+    """The gradient is that of a purifier whose own rule gives that share; the value is the true loss."""
+    bounds = {"t_min": 0.01, "t_max": 0.3}
+    model, attack = defended(SSNILinear, **bounds), LowLevelPGD(**BUDGET, share=share)
+    rule = model.purifier.level
+    lower = SSNILinear(share * rule.t_star, rule.calibration, **{k: share * v for k, v in bounds.items()})
+    twin = DefendedClassifier(model.classifier, diffpure(model.purifier.score_model, lower, 4, "ddpm"))
+    keys = images, labels, torch.arange(7), 0, True
+    value, (gradient, statistic) = attack._eot(attack.evaluator(model, 3), *keys)
+    plain = NormPGD(**BUDGET)
+    expected, (_, same) = plain._eot(plain.evaluator(model, 3), *keys)
+    _, (below, _) = plain._eot(plain.evaluator(twin, 3), *keys)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(statistic, same)
+    torch.testing.assert_close(gradient, below, rtol=1e-4, atol=1e-6)
+    last, none = attack._eot(attack.evaluator(model, 3), *keys[:-1], False)
+    assert none == []
+    torch.testing.assert_close(last, expected)
+    for bad in (0.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
+            LowLevelPGD(**BUDGET, share=bad)
+
+
+@pytest.mark.parametrize("kind", [PGD, ConstantLevelPGD, NormPGD, LowLevelPGD])
 def test_results_do_not_depend_on_batch_or_chunks(kind, images, labels):
     model, ids = defended(), torch.arange(7)
     whole = kind(**BUDGET)(model, images, labels, sample_ids=ids).images
@@ -114,7 +139,7 @@ def test_results_do_not_depend_on_batch_or_chunks(kind, images, labels):
 
 def test_level_attacks_apply_to_varying_levels_only(images, labels):
     constant = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
-    for name in ("pgd-eot-constant-t", "pgd-eot-norm", "autoattack-rand-constant-t"):
+    for name in ("pgd-eot-constant-t", "pgd-eot-norm", "pgd-eot-low-level", "autoattack-rand-constant-t"):
         attack = ATTACKS[name]("Linf", 0.1)
         assert attack.applies_to(defended())
         for model in (constant, TinyClassifier()):
@@ -134,6 +159,7 @@ def test_weights_have_labels_of_their_own():
 
 # --- on the command line ------------------------------------------------------------------------------------------
 
+OTHER = ["--score-model", "digits-calibrated"]
 DIGITS = str(zoo.CALIBRATIONS / "digits.json")
 SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2"]
 
@@ -161,7 +187,7 @@ def test_the_benchmark_steps_by_dt(tmp_path):
         (["--noise-level", "constant", "--attacks", "pgd-eot-norm"], "None of the attacks pgd-eot-norm says anything"),
         (["--norm-weights", "a"], "--norm-weights takes numbers"),
         (["--dt", "0"], "dt must lie in"),
-        (["--score-model", "fashion_mnist", "--calibration", DIGITS, "--noise-level", "ssni-l"], "another score model"),
+        ([*OTHER, "--calibration", DIGITS, "--noise-level", "ssni-l"], "another score model"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys, tmp_path):

@@ -4,7 +4,7 @@ from purify.attacks.apgd import APGD
 from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
 from purify.attacks.frequency import LowFrequencyPGD
-from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, NormPGD
+from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, LowLevelPGD, NormPGD
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
@@ -20,6 +20,7 @@ ATTACKS: dict[str, type[Attack]] = {
         LowFrequencyPGD,
         ConstantLevelPGD,
         NormPGD,
+        LowLevelPGD,
         FirstOrderPGD,
         BPDA,
         SurrogatePGD,
@@ -47,6 +48,7 @@ __all__ = [
     "GuidePGD",
     "GuideTransfer",
     "LowFrequencyPGD",
+    "LowLevelPGD",
     "NormPGD",
     "RandomNoise",
     "Square",

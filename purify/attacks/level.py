@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from purify.attacks.autoattack import AutoAttackRand
 from purify.attacks.base import with_gradient
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.levels import NoiseLevel
+from purify.noise import Noise
+from purify.score import ScoreModel
+from purify.scorenorm import Total
 
 
 @dataclass(frozen=True)
@@ -85,3 +90,74 @@ class NormPGD(PGD):
             return self.step_size
         radius = self.eps * (math.sqrt(x[0].numel()) if self.norm == "Linf" else 1.0)
         return radius / 6
+
+
+@dataclass(frozen=True)
+class Share(NoiseLevel):
+    """A share in (0, 1] of another rule's level."""
+
+    rule: NoiseLevel
+    share: float
+
+    @property
+    def calls(self) -> int:
+        return self.rule.calls
+
+    @property
+    def highest(self) -> float:
+        return self.share * self.rule.highest
+
+    @property
+    def centre(self) -> float:
+        return self.rule.centre
+
+    @property
+    def scale(self) -> float:
+        return self.rule.scale
+
+    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
+        return self.rule.statistic(model, u, noise, total)
+
+    def level(self, statistic: Tensor) -> Tensor:
+        return self.share * self.rule.level(statistic)
+
+    def check(self, model: ScoreModel) -> None:
+        self.rule.check(model)
+
+
+@dataclass(frozen=True)
+class LowLevelPGD(NormPGD):
+    """``pgd-eot-norm`` with the gradient of the loss at a share of the present noise level.
+
+    At a large t* the loss falls along images that never get to a small one, and those that deceive the purifier at a
+    small t* look useless there. Here the way down is that of the purifier with less noise, while the statistic is
+    lowered; the best iterate is chosen by the loss of the purifier itself.
+
+    Args:
+        share: of t*(x), in (0, 1], at which the loss is differentiated.
+    """
+
+    norm_weight: float = 1.0
+    share: float = 0.7
+
+    name: ClassVar[str] = "pgd-eot-low-level"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {self.share}.")
+
+    def evaluator(self, model: Any, seed: int) -> Evaluator:
+        true = super().evaluator(model, seed)
+        purifier = model.purifier
+        low = super().evaluator(model.with_purifier(purifier.with_level(Share(purifier.level, self.share))), seed)
+
+        def evaluate(*arguments: Tensor) -> tuple[Tensor, ...]:
+            if not torch.is_grad_enabled():
+                return true(*arguments)
+            with torch.no_grad():
+                value = true(*arguments)[0]
+            loss, statistic = low(*arguments)
+            return loss + (value - loss).detach(), statistic
+
+        return evaluate

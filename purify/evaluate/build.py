@@ -71,9 +71,9 @@ def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, 
     options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
     if issubclass(kind, SurrogatePGD):
         options["surrogate_steps"] = args.surrogate_steps
-    if issubclass(kind, NormPGD):
+    if kind is NormPGD:
         weights = numbers(args.norm_weights, "norm-weights")
-        return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
+        return [NormPGD(args.threat_model, eps, **options, norm_weight=w) for w in weights]
     return [kind(args.threat_model, eps, **options)]
 
 
