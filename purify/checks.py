@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,11 @@ def check_unique(names: Iterable[str], what: str, advice: str) -> None:
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
         raise ValueError(f"Two {what} are called {repeated[0]!r}; {advice}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number, finite, and not a truth value: what configs from outside must still show."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(value: int, what: str, minimum: int = 1) -> None:

@@ -11,12 +11,11 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import choose
+from purify.checks import choose, is_number
 from purify.noise import Noise
 from purify.score import Prediction, ScoreModel, per_sample
 
@@ -58,12 +57,12 @@ class Guidance(ABC):
 
     def __post_init__(self) -> None:
         for name in ("scale", "t_min", "t_max"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), Real):
-                raise ValueError(f"{name} of the guidance must be a number, got {getattr(self, name)!r}.")
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"{name} of the guidance must be a finite number, got {getattr(self, name)!r}.")
         for name in ("through_score", "second_order"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} of the guidance must be true or false, got {getattr(self, name)!r}.")
-        if not 0 <= self.scale < float("inf"):
+        if self.scale < 0:
             raise ValueError(f"The guidance scale must be a number of at least 0, got {self.scale}.")
         choose(self.growth, GROWTHS, "growth of the guidance scale")
         choose(self.point, dict.fromkeys(POINTS), "guided point")

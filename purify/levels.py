@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from purify.checks import choose
+from purify.checks import choose, is_number
 from purify.noise import Noise
 from purify.score import ScoreModel
 from purify.scorenorm import Calibration, Total
@@ -114,7 +113,7 @@ class _SSNI(NoiseLevel):
                 "SSNI needs a calibration on clean training images: pass "
                 "calibration=purify.calibrate(score_model, images)."
             )
-        if not 0 <= self.bias < 1:
+        if not (is_number(self.bias) and 0 <= self.bias < 1):
             raise ValueError(f"The SSNI bias must lie in [0, 1), got {self.bias}.")
         _check_level(self.t_min, "t_min")
         _check_level(self.highest, "t_max (default: t_star + bias)")
@@ -190,7 +189,7 @@ class SSNISigmoid(_SSNI):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.tau_unit, dict.fromkeys(TAU_UNITS), "unit of tau")
-        if not (math.isfinite(self.tau) and self.tau > 0):
+        if not (is_number(self.tau) and self.tau > 0):
             raise ValueError(f"tau must be a positive number, got {self.tau}.")
 
     def _unclipped(self, norm: Tensor) -> Tensor:
@@ -199,7 +198,7 @@ class SSNISigmoid(_SSNI):
 
 
 def _check_level(value: Any, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+    if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"{what} must lie in (0, 1], got {value!r}.")
 
 

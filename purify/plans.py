@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from purify.checks import check_count
+from purify.checks import check_count, is_number
 from purify.guidance import Guidance, Guide
 from purify.noise import Noise
 from purify.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
@@ -125,7 +125,7 @@ class FixedDt(Plan):
     batch: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.dt <= 1:
+        if not (is_number(self.dt) and 0 < self.dt <= 1):
             raise ValueError(f"dt must lie in (0, 1], got {self.dt}.")
         if self.batch is not None:
             check_count(self.batch, "batch of the fixed_dt plan")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_images
+from purify.checks import check_count, check_images, is_number
 from purify.fingerprint import weights_digest
 from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
 from purify.guidance import GUIDANCES, Guidance
@@ -98,7 +98,7 @@ class Purifier(nn.Module):
         if not isinstance(score_model, ScoreModel):
             kind = type(score_model).__name__
             raise ValueError(f"A purifier wraps a purify.ScoreModel; wrap this {kind} in one first.")
-        if not 0 <= t_end < 1:
+        if not (is_number(t_end) and 0 <= t_end < 1):
             raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from purify.checks import choose
+from purify.checks import choose, is_number
 from purify.score import Prediction, ScoreModel, per_sample
 
 
@@ -155,7 +155,7 @@ class DDIM(GaussianRule):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
+        if not (is_number(self.eta) and 0 <= self.eta <= 1):
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}.")
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purify.checks import choose
+from purify.checks import choose, is_number
 
 
 class Schedule(ABC):
@@ -61,7 +61,7 @@ class ContinuousVP(Schedule):
     """VP-SDE of Song et al. 2021: beta(t) = beta_min + t (beta_max - beta_min)."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        if not 0 < beta_min <= beta_max:
+        if not (is_number(beta_min) and is_number(beta_max) and 0 < beta_min <= beta_max):
             raise ValueError(f"A VP schedule needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
 
@@ -151,7 +151,7 @@ class DiscreteVP(Schedule):
 
 def check_sigma(sigma: float) -> None:
     """Raise unless ``sigma`` is a positive finite number."""
-    if not (math.isfinite(sigma) and sigma > 0):
+    if not (is_number(sigma) and sigma > 0):
         raise ValueError(f"sigma must be a positive number, got {sigma}.")
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, choose
+from purify.checks import check_count, choose, is_number
 from purify.fingerprint import weights_digest
 from purify.precision import AUTOCAST, check_autocast, evaluate
 from purify.schedule import DiscreteVP, Schedule
@@ -96,7 +94,7 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{what} must be a finite number, got {value!r}.")
     return float(value)
 

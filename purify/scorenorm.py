@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from purify.checks import check_count, check_images, choose
+from purify.checks import check_count, check_images, choose, is_number
 from purify.noise import Noise
 from purify.resize import resized
 from purify.score import ScoreModel, per_sample
@@ -51,7 +50,7 @@ class ScoreNorm:
     form: str = "score"
 
     def __post_init__(self) -> None:
-        if not 0 < self.t_min < self.t_max <= 1:
+        if not (is_number(self.t_min) and is_number(self.t_max) and 0 < self.t_min < self.t_max <= 1):
             raise ValueError(f"The score norm needs 0 < t_min < t_max <= 1, got {self.t_min} and {self.t_max}.")
         check_count(self.draws, "score-norm draws")
         choose(self.form, FORMS, "score-norm form")
@@ -98,7 +97,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         numbers = (self.xi_min, self.xi_max, self.mean, self.std)
-        if not (all(map(math.isfinite, numbers)) and 0 <= self.xi_min < self.xi_max and self.std > 0):
+        if not (all(map(is_number, numbers)) and 0 <= self.xi_min < self.xi_max and self.std > 0):
             raise ValueError(
                 f"A calibration needs finite norms with xi_min < xi_max and std > 0, got {numbers}; "
                 "calibrate on more, and different, images."

@@ -455,7 +455,7 @@ def agdm_of(network):
     ("build", "message"),
     [
         (lambda: MSEGuidance(-1.0), "at least 0"),
-        (lambda: MSEGuidance(float("nan")), "at least 0"),
+        (lambda: MSEGuidance(float("nan")), "must be a finite number"),
         (lambda: MSEGuidance(1.0, growth="fast"), "Unknown growth"),
         (lambda: MSEGuidance(1.0, point="u_s"), "Unknown guided point"),
         (lambda: MSEGuidance(1.0, reference="output"), "Unknown guidance reference"),
@@ -471,7 +471,7 @@ def agdm_of(network):
         (lambda: make(rounds=2, gradient=Surrogate((1, 2, 3))), "3 numbers of steps"),
         (lambda: make("mse")(torch.rand(1, 1, 4, 4)), "float64"),
         (lambda: Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=SSIMGuidance(1.0)), "lower sigma"),
-        (lambda: MSEGuidance("abc"), "scale of the guidance must be a number"),
+        (lambda: MSEGuidance("abc"), "scale of the guidance must be a finite number"),
         (lambda: MSEGuidance(1.0, through_score="False"), "must be true or false"),
         (lambda: agdm_of(TinyClassifier(size=6)), "cannot compare images of shape"),
         (lambda: agdm_of(TinyClassifier().double()), "cannot compare images of shape"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, check_images, check_labels
+from purify.checks import check_count, check_images, check_labels, is_number
 from purify.noise import derive_seed
 
 Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
@@ -48,7 +47,7 @@ class Attack(ABC):
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
-        if isinstance(self.eps, bool) or not (isinstance(self.eps, Real) and 0 <= self.eps < float("inf")):
+        if not (is_number(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
 
     def __call__(

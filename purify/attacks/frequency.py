@@ -14,6 +14,7 @@ from torch import Tensor
 
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import PGD
+from purify.checks import is_number
 
 
 @cache
@@ -47,7 +48,7 @@ class LowFrequencyPGD(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.cutoff <= 1:
+        if not (is_number(self.cutoff) and 0 < self.cutoff <= 1):
             raise ValueError(f"The cutoff of the low-frequency attack must lie in (0, 1], got {self.cutoff}.")
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from purify.attacks.autoattack import AutoAttackRand
 from purify.attacks.base import with_gradient
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.checks import is_number
 from purify.levels import NoiseLevel
 from purify.noise import Noise
 from purify.score import ScoreModel
@@ -68,7 +69,7 @@ class NormPGD(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.norm_weight):
+        if not is_number(self.norm_weight):
             raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
 
     @property
@@ -144,7 +145,7 @@ class LowLevelPGD(NormPGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share <= 1:
+        if not (is_number(self.share) and 0 < self.share <= 1):
             raise ValueError(f"share must lie in (0, 1], got {self.share}.")
 
     def evaluator(self, model: Any, seed: int) -> Evaluator:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
 from purify.attacks.norms import BALLS
-from purify.checks import check_count, choose
+from purify.checks import check_count, choose, is_number
 from purify.noise import Noise
 
 
@@ -87,7 +87,7 @@ class PGD(Attack):
         super().__post_init__()
         check_budget(self.steps, self.eot, self.restarts)
         check_count(self.max_rows, "max_rows")
-        if self.step_size is not None and not (math.isfinite(self.step_size) and self.step_size > 0):
+        if self.step_size is not None and not (is_number(self.step_size) and self.step_size > 0):
             raise ValueError(f"step_size must be a positive number, got {self.step_size}.")
         choose(self.loss, LOSSES, "attack loss")
         choose(self.schedule, STEP_SCHEDULES, "step-size schedule")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.checks import is_number
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class StepsPGD(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.step_weight):
+        if not is_number(self.step_weight):
             raise ValueError(f"step_weight must be a finite number, got {self.step_weight}.")
 
     def evaluator(self, model: Any, seed: int) -> Evaluator:

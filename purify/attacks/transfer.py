@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from purify.attacks.base import AttackResult, keyed
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.checks import is_number
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class GuidePGD(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.guide_weight):
+        if not is_number(self.guide_weight):
             raise ValueError(f"guide_weight must be a finite number, got {self.guide_weight}.")
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from purify.certify.bounds import lower_bound
 from purify.certify.counts import NoisyCounts, NoisyModel, Perturbation, check_classifier, keys
-from purify.checks import check_count
+from purify.checks import check_count, is_number
 from purify.noise import derive_seed
 
 ABSTAIN = -1
@@ -40,13 +39,13 @@ class EarlyStop:
 
     def __post_init__(self) -> None:
         check_count(self.looks, "looks")
-        if not (math.isfinite(self.radius) and self.radius >= 0):
+        if not (is_number(self.radius) and self.radius >= 0):
             raise ValueError(f"The radius asked for must be a number of at least 0, got {self.radius}.")
 
 
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha`` is a probability of failure below 1/2."""
-    if not 0 < alpha < 0.5:
+    if not (is_number(alpha) and 0 < alpha < 0.5):
         raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}.")
 
 

@@ -22,7 +22,7 @@ from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
-from purify.checks import check_count, choose
+from purify.checks import check_count, choose, is_number
 from purify.noise import derive_seed
 
 
@@ -174,7 +174,7 @@ class Cascade(Certifier):
 
     def __post_init__(self) -> None:
         choose(self.mode, MODES, "cascade mode")
-        if not 0.5 <= self.p0 < 1:
+        if not (is_number(self.p0) and 0.5 <= self.p0 < 1):
             raise ValueError(f"p0 must lie in [1/2, 1), got {self.p0}: below 1/2 the cascade's certificate is false.")
         ordered = tuple(sorted(self.scales, key=lambda s: -s.sigma))
         if len({s.sigma for s in ordered}) < max(len(ordered), 1):

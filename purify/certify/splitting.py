@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from purify.certify.base import Certificate, Certifier, Draws, RandomizedSmoothing
 from purify.certify.counts import NoisyCounts, NoisyModel, check_classifier, float64_twin, keys
+from purify.checks import is_number
 from purify.noise import Noise
 
 GRID = 255  # levels of an 8-bit image
@@ -22,7 +22,7 @@ MOST_LEVELS = 100_000  # of DSSN, passes per image; lambda is then 196, and hard
 
 def check_lam(lam: float) -> None:
     """Raise ValueError unless ``lam`` is a positive number."""
-    if not (math.isfinite(lam) and lam > 0):
+    if not (is_number(lam) and lam > 0):
         raise ValueError(f"lambda must be a positive number, got {lam}.")
 
 

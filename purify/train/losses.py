@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from purify import zoo
 from purify.certify.counts import Perturbation
 from purify.certify.gaussian import denoise
 from purify.certify.splitting import Splitting, SplittingLevels, check_levels
-from purify.checks import check_count, choose
+from purify.checks import check_count, choose, is_number
 from purify.noise import Noise
 from purify.score import ScoreModel, per_sample
 
@@ -117,7 +116,7 @@ def ascend(
 
 def check_weight(value: float, what: str) -> None:
     """Raise ValueError unless ``value`` is a finite number of at least 0."""
-    if not (math.isfinite(value) and value >= 0):
+    if not (is_number(value) and value >= 0):
         raise ValueError(f"{what} must be a number of at least 0, got {value}.")
 
 
@@ -188,7 +187,7 @@ class DiffusionCalibration:
     anti: float = 0.1
 
     def __post_init__(self) -> None:
-        if not (self.sigmas and all(0 < s < math.inf for s in self.sigmas)):
+        if not (self.sigmas and all(is_number(s) and s > 0 for s in self.sigmas)):
             raise ValueError(f"Diffusion calibration needs positive sigmas, got {self.sigmas}.")
         check_weight(self.weight, "weight")
         check_weight(self.anti, "anti")
