@@ -74,7 +74,7 @@ def test_published_settings_are_the_defaults(published, tmp_path, capsys):
         (["--model", "Standard"], "could not be loaded"),
         (["--n-examples", "512"], "cifar10 has 3 test images"),
         (["--steps", "3", "--dt", "0.01"], "exclude each other"),
-        (["--score-model", "digits"], "but the score network takes (1, 8, 8)"),
+        (["--score-model", "digits"], "digits was trained on digits; take a network of cifar10"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_runs(published, changed, message, capsys, tmp_path, monkeypatch):
