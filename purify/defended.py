@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 
 from purify.checks import check_count, check_images, choose
 from purify.gradients import GradientEngine
+from purify.levels import Share
 from purify.plans import FixedSteps
 from purify.purifier import Purifier
 
@@ -181,6 +182,10 @@ class DefendedClassifier(nn.Module):
     ) -> DefendedClassifier:
         """The same model (sharing all weights) under another gradient of its purifier; see there."""
         return self.with_purifier(self.purifier.with_gradient(gradient, through_level, second_order))
+
+    def at_share(self, share: float) -> DefendedClassifier:
+        """The same model (sharing all weights) with its purifier at this share, in (0, 1], of its noise level."""
+        return self.with_purifier(self.purifier.with_level(Share(self.purifier.level, share)))
 
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""

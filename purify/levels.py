@@ -197,6 +197,39 @@ class SSNISigmoid(_SSNI):
         return (self.t_star + self.bias) * torch.sigmoid((norm - self.reference.mean) / tau)
 
 
+@dataclass(frozen=True)
+class Share(NoiseLevel):
+    """A share in (0, 1] of another rule's level: for attacks that look at less noise than there is."""
+
+    rule: NoiseLevel
+    share: float
+
+    @property
+    def calls(self) -> int:
+        return self.rule.calls
+
+    @property
+    def highest(self) -> float:
+        return self.share * self.rule.highest
+
+    @property
+    def centre(self) -> float:
+        return self.rule.centre
+
+    @property
+    def scale(self) -> float:
+        return self.rule.scale
+
+    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
+        return self.rule.statistic(model, u, noise, total)
+
+    def level(self, statistic: Tensor) -> Tensor:
+        return self.share * self.rule.level(statistic)
+
+    def check(self, model: ScoreModel) -> None:
+        self.rule.check(model)
+
+
 def _check_level(value: Any, what: str) -> None:
     if not (is_number(value) and 0 < value <= 1):
         raise ValueError(f"{what} must lie in (0, 1], got {value!r}.")

@@ -15,10 +15,6 @@ from purify.attacks.base import with_gradient
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
-from purify.levels import NoiseLevel
-from purify.noise import Noise
-from purify.score import ScoreModel
-from purify.scorenorm import Total
 
 
 @dataclass(frozen=True)
@@ -94,39 +90,6 @@ class NormPGD(PGD):
 
 
 @dataclass(frozen=True)
-class Share(NoiseLevel):
-    """A share in (0, 1] of another rule's level."""
-
-    rule: NoiseLevel
-    share: float
-
-    @property
-    def calls(self) -> int:
-        return self.rule.calls
-
-    @property
-    def highest(self) -> float:
-        return self.share * self.rule.highest
-
-    @property
-    def centre(self) -> float:
-        return self.rule.centre
-
-    @property
-    def scale(self) -> float:
-        return self.rule.scale
-
-    def statistic(self, model: ScoreModel, u: Tensor, noise: Noise, total: Total) -> Tensor:
-        return self.rule.statistic(model, u, noise, total)
-
-    def level(self, statistic: Tensor) -> Tensor:
-        return self.share * self.rule.level(statistic)
-
-    def check(self, model: ScoreModel) -> None:
-        self.rule.check(model)
-
-
-@dataclass(frozen=True)
 class LowLevelPGD(NormPGD):
     """``pgd-eot-norm`` with the gradient of the loss at a share of the present noise level.
 
@@ -150,8 +113,7 @@ class LowLevelPGD(NormPGD):
 
     def evaluator(self, model: Any, seed: int) -> Evaluator:
         true = super().evaluator(model, seed)
-        purifier = model.purifier
-        low = super().evaluator(model.with_purifier(purifier.with_level(Share(purifier.level, self.share))), seed)
+        low = super().evaluator(model.at_share(self.share), seed)
 
         def evaluate(*arguments: Tensor) -> tuple[Tensor, ...]:
             if not torch.is_grad_enabled():
