@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
+from kills import lines
 from test_resume import TINY
 
 from purify import DefendedClassifier, diffpure
@@ -17,7 +18,6 @@ from purify.evaluate.models import load_classifier
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import WORST_ONLY, batches, share
 from purify.leaderboard import read_run
-from runs import lines
 
 # --- runner -------------------------------------------------------------------------------------------------------
 

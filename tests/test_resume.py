@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import count, kill_again_and_again, lines
 
 from purify.evaluate.command import main
-from runs import count, kill_again_and_again, lines
 
 TINY = [
     *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),

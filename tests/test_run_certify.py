@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kills import count, kill_again_and_again, lines
 from torch import nn
 
 from purify import zoo
@@ -20,7 +21,6 @@ from purify.evaluate.certification import CERTIFICATE, Inside, System, attack, c
 from purify.evaluate.certify_command import main
 from purify.train.loop import Hyper, train
 from purify.train.losses import SplittingLoss
-from runs import count, kill_again_and_again, lines
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_certify.py"
 TINY = [
