@@ -45,7 +45,7 @@ from purify.levels import LEVELS, NoiseLevel
 
 CONSTANTS = {
     "digits": (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
-    "fashion_mnist": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
+    "fashion_mnist": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
 }
 # SSNI rules: where adversarial images reach the greatest level and t* no longer moves, and where they do not.
 SSNI: dict[str, list[tuple[str, dict[str, float]]]] = {

@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("samples", "batch", "repeats"):
             check_count(getattr(args, name), name)
+        check_count(args.attacked, "attacked", minimum=0)
         if args.threads is not None:
             check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)

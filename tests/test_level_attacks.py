@@ -14,6 +14,7 @@ from purify.attacks import (
     ConstantLevelAutoAttackRand,
     ConstantLevelPGD,
     LowLevelPGD,
+    NormAutoAttackRand,
     NormPGD,
 )
 from purify.evaluate.command import main
@@ -102,6 +103,41 @@ def test_the_norm_attack_starts_clean_and_keeps_to_the_ball(images, labels):
         assert (size <= eps + 1e-5).all()
 
 
+@pytest.mark.parametrize("weight", [0.7, -0.7])
+def test_autoattack_on_the_norm_differentiates_a_mixture(weight, images, labels):
+    """One gradient of what AutoAttack sees, against both gradients taken by hand on the same draw."""
+    model = defended()
+    lowering = NormAutoAttackRand(**BUDGET, norm_weight=weight).attacked(model)
+    v = images.clone().requires_grad_()
+
+    def gradient(term):
+        torch.manual_seed(5)
+        return torch.autograd.grad(term().sum(), v)[0]
+
+    torch.manual_seed(5)
+    logits = lowering(v)
+    torch.manual_seed(5)
+    assert torch.equal(logits, model(images))
+    (got,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), v)
+    loss = gradient(lambda: torch.nn.functional.cross_entropy(model(v), labels, reduction="sum"))
+    statistic = gradient(lambda: model.details(v).statistic)
+    length, other = (g.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for g in (loss, statistic))
+    torch.testing.assert_close(got, loss - weight * length * statistic / other, rtol=1e-4, atol=1e-6)
+
+
+def test_autoattack_on_the_norm_without_weight_is_autoattack(images):
+    model = defended()
+    labels = torch.stack([model(images, sample_ids=range(7), draw=d) for d in range(20)]).mean(0).argmax(1)
+    budget = {"norm": "L2", "eps": 3.0, "steps": 6, "eot": 2}
+    plain = renamed(AutoAttackRand, NormAutoAttackRand.name)(**budget)(model, images, labels).images
+    found = {w: NormAutoAttackRand(**budget, norm_weight=w)(model, images, labels).images for w in (0.0, 3.0, -3.0)}
+    torch.testing.assert_close(found[0.0], plain, rtol=0, atol=1e-4)
+    attacked = (plain != images).flatten(1).any(1)
+    assert attacked.any()
+    low, high = (model.details(found[w], sample_ids=range(7), draw=50).statistic.mean() for w in (3.0, -3.0))
+    assert low < high
+
+
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_the_low_level_attack_climbs_at_a_share_of_the_level(share, images, labels):
     """The gradient is that of a purifier whose own rule gives that share; the value is the true loss."""
@@ -139,7 +175,9 @@ def test_results_do_not_depend_on_batch_or_chunks(kind, images, labels):
 
 def test_level_attacks_apply_to_varying_levels_only(images, labels):
     constant = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
-    for name in ("pgd-eot-constant-t", "pgd-eot-norm", "pgd-eot-low-level", "autoattack-rand-constant-t"):
+    names = [name for name, attack in ATTACKS.items() if attack.needs == "level_varies"]
+    assert len(names) == 5
+    for name in names:
         attack = ATTACKS[name]("Linf", 0.1)
         assert attack.applies_to(defended())
         for model in (constant, TinyClassifier()):
@@ -153,8 +191,10 @@ def test_weights_have_labels_of_their_own():
     assert NormPGD("Linf", 0.1, norm_weight=0.5).label == "pgd-eot-norm(0.5)"
     assert NormPGD("Linf", 0.1, norm_weight=0.5).budget()["norm_weight"] == 0.5
     assert derive_seed(0, "pgd-eot") != derive_seed(0, "pgd-eot-norm")
-    with pytest.raises(ValueError, match="norm_weight must be a finite number"):
-        NormPGD("Linf", 0.1, norm_weight=math.nan)
+    assert NormAutoAttackRand("Linf", 0.1, norm_weight=0.5).label == "autoattack-rand-norm(0.5)"
+    for kind in (NormPGD, NormAutoAttackRand):
+        with pytest.raises(ValueError, match="norm_weight must be a finite number"):
+            kind("Linf", 0.1, norm_weight=math.nan)
 
 
 # --- on the command line ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from purify.attacks.apgd import APGD
 from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
 from purify.attacks.frequency import LowFrequencyPGD
-from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, LowLevelPGD, NormPGD
+from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, LowLevelPGD, NormAutoAttackRand, NormPGD
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
@@ -26,6 +26,7 @@ ATTACKS: dict[str, type[Attack]] = {
         SurrogatePGD,
         AutoAttackRand,
         ConstantLevelAutoAttackRand,
+        NormAutoAttackRand,
         Transfer,
         GuideTransfer,
         GuidePGD,
@@ -49,6 +50,7 @@ __all__ = [
     "GuideTransfer",
     "LowFrequencyPGD",
     "LowLevelPGD",
+    "NormAutoAttackRand",
     "NormPGD",
     "RandomNoise",
     "Square",

@@ -17,6 +17,12 @@ from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
 
 
+def check_weight(norm_weight: float) -> None:
+    """Raise ValueError unless it is a finite number."""
+    if not is_number(norm_weight):
+        raise ValueError(f"norm_weight must be a finite number, got {norm_weight}.")
+
+
 @dataclass(frozen=True)
 class ConstantLevelPGD(PGD):
     """PGD+EOT that takes each image's noise level t* for a constant in its gradient.
@@ -65,8 +71,7 @@ class NormPGD(PGD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.norm_weight):
-            raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
+        check_weight(self.norm_weight)
 
     @property
     def label(self) -> str:
@@ -87,6 +92,60 @@ class NormPGD(PGD):
             return self.step_size
         radius = self.eps * (math.sqrt(x[0].numel()) if self.norm == "Linf" else 1.0)
         return radius / 6
+
+
+class Lowering(nn.Module):
+    """A model whose gradient is mixed with that of its statistic as in :class:`NormPGD`; its values are the model's.
+
+    The mixture has the length of the loss gradient, so that draws weigh in EOT as they do without it.
+    """
+
+    def __init__(self, model: Any, norm_weight: float) -> None:
+        super().__init__()
+        self.model, self.norm_weight = model, norm_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] to logits."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.model(x)
+        z = x.clone()
+        details = self.model.details(z)
+        (statistic,) = torch.autograd.grad(details.statistic.sum(), z, retain_graph=True)
+
+        def mix(gradient: Tensor) -> Tensor:
+            length = gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+            return length * mixed((gradient, statistic), z, -self.norm_weight)
+
+        z.register_hook(mix)
+        return details.logits
+
+
+@dataclass(frozen=True)
+class NormAutoAttackRand(AutoAttackRand):
+    """AutoAttack's ``rand`` that also lowers (or raises) the statistic behind t*, mixed in as in ``pgd-eot-norm``.
+
+    Its steps in L_inf are signs of a gradient, which the score norm detects: expect less of it than of
+    ``pgd-eot-norm`` there.
+
+    Args:
+        norm_weight: positive lowers the statistic, negative raises it.
+    """
+
+    norm_weight: float = 0.3
+
+    name: ClassVar[str] = "autoattack-rand-norm"
+    needs: ClassVar[str | None] = "level_varies"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight(self.norm_weight)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.norm_weight:g})"
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return Lowering(model, self.norm_weight)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, AutoAttackRand, NormPGD, RandomNoise, Square, SurrogatePGD
+from purify.attacks import (
+    ATTACKS,
+    PGD,
+    Attack,
+    NormAutoAttackRand,
+    NormPGD,
+    RandomNoise,
+    Square,
+    SurrogatePGD,
+)
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.data import DATASETS
@@ -60,20 +69,19 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
 
 
 def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
-    """One attack, or one for each weight of the norm attack."""
+    """One attack, or one for each weight of an attack on the norm."""
     if kind is RandomNoise:
         return [kind(args.threat_model, eps)]
     if issubclass(kind, Square):
         return [kind(args.threat_model, eps, queries=allowed.queries)]
-    if issubclass(kind, AutoAttackRand):
-        return [kind(args.threat_model, eps, steps=allowed.autoattack_steps, eot=allowed.autoattack_eot)]
-    assert issubclass(kind, PGD)
-    options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
+    options: dict[str, Any] = {"steps": allowed.autoattack_steps, "eot": allowed.autoattack_eot}
+    if issubclass(kind, PGD):
+        options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
     if issubclass(kind, SurrogatePGD):
         options["surrogate_steps"] = args.surrogate_steps
-    if kind is NormPGD:
+    if kind in (NormPGD, NormAutoAttackRand):
         weights = numbers(args.norm_weights, "norm-weights")
-        return [NormPGD(args.threat_model, eps, **options, norm_weight=w) for w in weights]
+        return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
     return [kind(args.threat_model, eps, **options)]
 
 

@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
-        "--norm-weights", default="0.3", help="comma-separated weights of pgd-eot-norm (default: %(default)s)"
+        "--norm-weights",
+        default="0.3",
+        help="comma-separated weights of pgd-eot-norm and autoattack-rand-norm (default: %(default)s)",
     )
     g.add_argument(
         "--gradient", default="checkpoint", help=f"one of {', '.join(ENGINES)} (default: checkpoint, which is exact)"
