@@ -173,18 +173,27 @@ def build_purified(
     title = f"{purifier} {name}" if level.varies else purifier
     if not applicable:
         raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
-    networks = {"classifier": fingerprint(bare), "score_model": score_model.fingerprint()}
+    networks = {**described(model_name(args), bare), "score_model": score_model.fingerprint()}
     config = {**model.config(), **networks, "exact": built.exact}
     return Defence(title, model, applicable, allowed.judge_draws, config)
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The classifier's name: of the command line, or usual on the data set."""
+    standard = f"{args.dataset}-standard"
+    return args.model or (standard if standard in zoo.names("classifier") else "Standard")
+
+
+def described(name: str, classifier: nn.Module) -> dict[str, str]:
+    """A classifier by name and weights, as manifests have it."""
+    return {"model": name, "classifier": fingerprint(classifier)}
 
 
 def build_defences(
     args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
 ) -> list[Defence]:
     """Undefended, purified, and the adversarially trained baseline where there is one."""
-    standard = f"{args.dataset}-standard"
-    default = standard if standard in zoo.names("classifier") else "Standard"
-    bare = load_classifier(args.model or default, args.dataset, args.threat_model).to(device)
+    bare = load_classifier(model_name(args), args.dataset, args.threat_model).to(device)
     score_model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
     embedded = args.dataset in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
@@ -197,11 +206,11 @@ def build_defences(
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
-    defences = [Defence("undefended", bare, once, 1, {"classifier": fingerprint(bare)}), *purified]
+    defences = [Defence("undefended", bare, once, 1, described(model_name(args), bare)), *purified]
     baseline = f"{args.dataset}-at"
     if baseline in zoo.names("classifier") and args.model is None:
         trained = zoo.classifier(baseline).to(device)
-        defences.append(Defence("adversarial training", trained, once, 1, {"classifier": fingerprint(trained)}))
+        defences.append(Defence("adversarial training", trained, once, 1, described(baseline, trained)))
     return defences
 
 

@@ -117,9 +117,7 @@ def attacked(samples: Samples, system: System) -> Samples:
     return samples[torch.arange(min(system.attack.samples, len(samples)))]
 
 
-def run(
-    folder: RunFolder, system: System, stage: str, samples: Samples, seed: int, batch_size: int, bar: tqdm
-) -> None:
+def run(folder: RunFolder, system: System, stage: str, samples: Samples, seed: int, batch_size: int, bar: tqdm) -> None:
     """One stage of one system: what is not on disk yet.
 
     Groups of samples are the same in all stages, so that a process attacks those that it has certified.
@@ -260,9 +258,5 @@ def bootstrap(values: np.ndarray, mean: float) -> Estimate:
     """A mean with its percentile bootstrap interval over samples."""
     if len(values) < 2 or np.ptp(values) == 0:
         return Estimate(mean, mean, mean)
-    result = stats.bootstrap(
-        (values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=0
-    )
+    result = stats.bootstrap((values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=0)
     return Estimate(mean, *map(float, result.confidence_interval))
-
-

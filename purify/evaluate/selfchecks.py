@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,10 +45,15 @@ def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int
 
     ``complete``: whether every sample met every attack, without which attacks cannot be compared.
     """
+    few = samples[torch.arange(min(16, len(samples)))]
+
+    def recorded(attack: Attack) -> float:
+        return share_right(predictions(folder, defence, stage_name(attack), few), few)
+
     return [
         *gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed),
         *(black_box_check(folder, defence, samples) if complete else []),
-        *convergence_checks(defence, samples[torch.arange(min(16, len(samples)))], seed),
+        *convergence_checks(defence, few, seed, recorded if complete else None),
     ]
 
 
@@ -90,10 +95,9 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check
 
 def black_box_check(folder: RunFolder, defence: Defence, samples: Samples) -> list[Check]:
     """How much lower the best black-box attack brings the accuracy than the best white-box attack."""
-    labels = samples.labels.cpu().numpy()[:, None]
 
     def lowest(attacks: Sequence[Attack]) -> float:
-        return min(float((predictions(folder, defence, stage_name(a), samples) == labels).mean()) for a in attacks)
+        return min(share_right(predictions(folder, defence, stage_name(a), samples), samples) for a in attacks)
 
     black = [a for a in defence.attacks if a.black_box]
     white = [a for a in defence.attacks if not a.black_box]
@@ -105,13 +109,18 @@ def black_box_check(folder: RunFolder, defence: Defence, samples: Samples) -> li
     return [Check(defence.name, name, gain, 0.0, gain <= 0, meaning)]
 
 
-def convergence_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
-    """How much lower twice the steps, or twice the draws, of the first PGD attack bring a few samples."""
+def convergence_checks(
+    defence: Defence, samples: Samples, seed: int, recorded: Callable[[Attack], float] | None = None
+) -> list[Check]:
+    """How much lower twice the steps, or twice the draws, of the first PGD attack bring a few samples.
+
+    ``recorded``: the accuracy that an attack of the evaluation left, where its records are at hand.
+    """
     attack = next((a for a in defence.attacks if type(a) is PGD), None)
     if attack is None:
         return []
     stronger = {"steps": replace(attack, steps=2 * attack.steps), "EOT draws": replace(attack, eot=2 * attack.eot)}
-    before = accuracy(defence, attack, samples, seed)
+    before = recorded(attack) if recorded else accuracy(defence, attack, samples, seed)
     checks = []
     for what, better in stronger.items():
         lost = before - accuracy(defence, better, samples, seed)
@@ -127,4 +136,9 @@ def accuracy(defence: Defence, attack: Attack, samples: Samples, seed: int) -> f
     attack_seed = derive_seed(seed, "attack")
     found = attack(defence.model, samples.images, samples.labels, sample_ids=samples.ids, seed=attack_seed)
     judged = judge(defence, found.images, samples.ids, seed)
-    return float(np.mean(judged.predictions.cpu().numpy() == samples.labels.cpu().numpy()[:, None]))
+    return share_right(judged.predictions.cpu().numpy(), samples)
+
+
+def share_right(predicted: np.ndarray, samples: Samples) -> float:
+    """Share of predictions (N, R) that are right."""
+    return float(np.mean(predicted == samples.labels.cpu().numpy()[:, None]))
