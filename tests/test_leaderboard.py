@@ -65,11 +65,24 @@ def test_rows_have_the_numbers_of_the_run(run):
         assert set(row.attacks) == {"pgd-eot", "autoattack-rand"}
     assert rows["diffpure"].t_star == pytest.approx((0.18, 0.18))
     assert rows["undefended"].t_star is None
+    assert {row.classifier for name, row in rows.items() if name != "adversarial training"} == {"digits-standard"}
+    assert rows["adversarial training"].classifier == "digits-at"
     assert rows["diffpure"].network_calls == 3
     assert rows["diffpure ssni-l"].network_calls == 11
     assert rows["diffpure"].command.startswith("--n-examples 6")
     failed = {c["name"] for c in result["self_checks"] if c["defence"] == "diffpure" and not c["passed"]}
     assert {c.split(":")[0] for c in rows["diffpure"].failed_checks} == failed
+
+
+def test_what_several_runs_measured_alike_is_one_row(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert [row.run for row in read_runs([run, copy])[0]] == [str(run)] * 4
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["config"]["defences"]["diffpure"]["purifier"]["seed"] = 7  # the same numbers of another defence
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    rows = read_runs([run, copy])[0]
+    assert [row.name for row in rows if row.run == str(copy)] == ["diffpure"]
 
 
 def test_unfinished_and_damaged_runs_are_refused(run, tmp_path):
@@ -162,9 +175,9 @@ def test_page_and_markdown_and_json_agree(run, tmp_path):
     markdown = (tmp_path / "board" / "leaderboard.md").read_text()
     assert len(page.rows) == 5
     for entry, text in zip(entries, page.rows[1:], strict=True):
-        for value in (entry["name"], entry["robust_acc"], entry["clean_acc"], entry["strongest_attack"]):
-            assert value in text
-            assert value in markdown
+        for key in ("name", "classifier", "robust_acc", "clean_acc", "strongest_attack"):
+            assert entry[key] in text
+            assert entry[key] in markdown
         assert entry["budget"] in markdown
     for link in page.links:
         assert (tmp_path / "board" / link).exists(), link

@@ -83,7 +83,9 @@ def _sum_up(
     try:
         found = sum_up(certificates, attacks, result["radii"])
         same = (found.acr.value, found.attacked, found.refuted) == (
-            result["acr"]["value"], result["attacked"], result["refuted"]
+            result["acr"]["value"],
+            result["attacked"],
+            result["refuted"],
         )
     except (KeyError, TypeError):
         same = False

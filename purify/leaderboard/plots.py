@@ -51,6 +51,11 @@ def calls(row: Row) -> float | None:
     return row.network_calls
 
 
+def series(row: Row, several: bool) -> str:
+    """What a legend calls the row; ``several``: purifiers stand before more than one classifier."""
+    return f"{row.name}, {row.classifier}" if several else row.name
+
+
 def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, str]]:
     """Draw certified accuracy against radius for each data set and norm; returns file and description of each."""
     drawn = []
@@ -76,9 +81,10 @@ def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
 
 def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
     fig, ax = _axes(label, "robust accuracy, worst case, %", title)
-    names = list(dict.fromkeys(r.name for r in rows))
+    several = len({r.classifier for r in rows if r.network_calls is not None}) > 1
+    names = list(dict.fromkeys(series(r, several) for r in rows))
     for i, name in enumerate(names):
-        chosen = [r for r in rows if r.name == name]
+        chosen = [r for r in rows if series(r, several) == name]
         worst = [r.worst["mean"] for r in chosen]
         y = [100 * e.value for e in worst]
         sides = [[100 * (e.value - e.low) for e in worst], [100 * (e.high - e.value) for e in worst]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Row:
 
     Attributes:
         name: the defence.
+        classifier: name of the classifier in it.
         dataset, threat_model, eps: what was attacked, and how far.
         clean: on clean images.
         noise: under random noise of the attack's size; None if that was not run.
@@ -35,10 +36,12 @@ class Row:
         samples, draws, seed: how much was measured.
         failed_checks: self-checks that failed, each with what that means.
         exact: whether the attacks had the exact gradient.
+        config: the defence as its manifest states it.
         command, run, git: the command that reproduces the run, its folder, the revision that ran.
     """
 
     name: str
+    classifier: str
     dataset: str
     threat_model: str
     eps: float
@@ -54,6 +57,7 @@ class Row:
     seed: int
     failed_checks: tuple[str, ...]
     exact: bool
+    config: dict[str, Any]
     command: str
     run: str
     git: str | None
@@ -62,6 +66,10 @@ class Row:
     def strongest(self) -> str:
         """The attack with the lowest mean."""
         return min(self.attacks, key=lambda name: self.attacks[name]["mean"].value)
+
+    def repeats(self, other: Row) -> bool:
+        """Whether both are one measurement, as of the undefended classifier that several runs attack alike."""
+        return replace(self, command="", run="", git=None) == replace(other, command="", run="", git=None)
 
 
 def read_run(folder: str | Path) -> list[Row]:
@@ -116,7 +124,7 @@ def _row(
     checks: list[dict[str, Any]],
     records: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> Row:
-    budgets, n = config["attacks"][name], config["n_examples"]
+    defence, budgets, n = config["defences"][name], config["attacks"][name], config["n_examples"]
     stages = [CLEAN, *(b["attack"] for b in budgets)]
     for stage in stages:
         if len(records.get((name, stage), [])) != n:
@@ -129,6 +137,7 @@ def _row(
     draws = predictions[CLEAN].shape[1]
     return Row(
         name=name,
+        classifier=defence.get("model", "unknown"),  # manifests of old did not name it
         dataset=config["dataset"],
         threat_model=budgets[0]["norm"],
         eps=budgets[0]["eps"],
@@ -143,7 +152,8 @@ def _row(
         draws=draws,
         seed=config["seed"],
         failed_checks=tuple(f"{c['name']}: {c['meaning']}" for c in checks if c["defence"] == name and not c["passed"]),
-        exact=config["defences"][name].get("exact", True),  # there is no gradient to miss without a purifier
+        exact=defence.get("exact", True),  # there is no gradient to miss without a purifier
+        config=defence,
         command=sessions[0]["command"],
         run=str(folder),
         git=sessions[0]["git"],

@@ -20,6 +20,8 @@ from purify.leaderboard.rows import Row, load_json, read_run
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedRow]]:
     """The rows of finished runs: of ``run_autoattack.py``, and of ``run_certify.py``.
 
+    A measurement that several runs repeat is one row, of the first of them.
+
     Raises:
         ValueError: a folder holds no run, or one that is not finished or was damaged.
     """
@@ -30,7 +32,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
         if "systems" in config:
             certified += read_certified(folder)
         else:
-            rows += read_run(folder)
+            rows += [row for row in read_run(folder) if not any(row.repeats(other) for other in rows)]
     return rows, certified
 
 
@@ -71,6 +73,7 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
     """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours."""
     return {
         "name": row.name,
+        "classifier": row.classifier,
         "dataset": row.dataset,
         "threat_model": row.threat_model,
         "eps": f"{row.eps:g}",
