@@ -20,7 +20,6 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from purify import DefendedClassifier, diffpure, zoo
@@ -29,7 +28,7 @@ from purify.attacks.base import check_budget
 from purify.checks import check_count
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
-from purify.evaluate.metrics import LEVEL, estimate, mean_correct, worst_mean
+from purify.evaluate.metrics import bootstrap, estimate, mean_correct, worst_mean
 from purify.evaluate.models import fingerprint
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks, set_threads
@@ -97,16 +96,6 @@ def build_defence(attacks: Sequence[Attack], t_star: float, draws: int) -> Defen
     return Defence("diffpure", defended, attacks, draws, config)
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """Mean of ours - theirs over images (N,), with its 95 % interval: bootstrap, percentile."""
-    gaps = ours - theirs
-    if np.ptp(gaps) == 0:
-        return Estimate(gaps[0], gaps[0], gaps[0])
-    options = {"confidence_level": LEVEL, "n_resamples": 5000, "method": "percentile", "rng": 0}
-    interval = stats.bootstrap((gaps,), np.mean, **options).confidence_interval
-    return Estimate(float(gaps.mean()), float(interval.low), float(interval.high))
-
-
 def compare(
     folder: RunFolder, defence: Defence, samples: Samples, ours: Sequence[Attack], theirs: Sequence[Attack]
 ) -> list[Row]:
@@ -122,7 +111,7 @@ def compare(
     rows.append(Row(OURS, estimate(worst)))
     for attack in theirs:
         right = mean_correct(answers(attack.label), labels)
-        rows.append(Row(attack.label, estimate(right), difference(worst, right)))
+        rows.append(Row(attack.label, estimate(right), bootstrap(worst - right)))
     return rows
 
 

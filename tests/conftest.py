@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +15,16 @@ from torch import Tensor, nn
 from purify import ContinuousVP, ScoreModel
 
 DATA = Path(__file__).parent / "data"
+
+
+def load_script(name: str) -> ModuleType:
+    """A script under benchmarks/ as a module."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 class SmoothNet(nn.Module):

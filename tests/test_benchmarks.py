@@ -2,26 +2,15 @@
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_script
 
 from purify.certify import OneShotDenoised
 from purify.evaluate import Estimate, budgets
 from purify.evaluate.metrics import worst_mean
-
-ROOT = Path(__file__).parent.parent
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_gradient_fidelity(tmp_path, capsys):

@@ -6,7 +6,9 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from conftest import load_script
 
 from purify.evaluate.certify_command import main as certify
 from purify.evaluate.command import main as benchmark
@@ -263,6 +265,35 @@ def test_nothing_to_rank_and_a_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         write_leaderboard(read_run(run), tmp_path / "file" / "below")
+
+
+def test_compare_pairs_the_images_of_two_runs(run, tmp_path, capsys):
+    """Against differences taken by hand from the records; a run with fewer images is compared on those."""
+    script = load_script("compare")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(run, fewer)
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    kept = [r for r in records if r["sample"] < 4]
+    (fewer / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    manifest = json.loads((fewer / "manifest.json").read_text())
+    manifest["config"]["n_examples"] = 4
+    (fewer / "manifest.json").write_text(json.dumps(manifest))
+
+    def clean(name, n):
+        found = [r for r in records if (r["defence"], r["attack"]) == (name, "clean") and r["sample"] < n]
+        return np.array([np.mean([p == r["label"] for p in r["predictions"]]) for r in found])
+
+    assert script.main([str(run), str(run), str(fewer)]) == 0
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert len(lines) == 8
+    for line, n in zip(lines, [6] * 4 + [4] * 4, strict=True):
+        name = max((row.name for row in read_run(run) if line.startswith(row.name)), key=len)
+        gap = 100 * (clean(name, n) - clean("diffpure", n)).mean()
+        assert f" {n} " in line
+        assert f" {100 * clean(name, n).mean():.1f} " in line
+        assert f" {gap:.1f} [" in line
+    assert script.main([str(run), str(run), "--defence", "gdmp"]) == 2
+    assert "has no defence 'gdmp'; it has undefended" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 from purify.attacks import PGD
 from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier, Draws
-from purify.certify.metrics import abstentions, average_certified_radius, certified_accuracy, correct_radii
+from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
 from purify.checks import check_count, check_images, check_labels, check_unique
-from purify.evaluate.metrics import LEVEL, Estimate, wilson
+from purify.evaluate.metrics import Estimate, bootstrap, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, share
 from purify.noise import derive_seed
@@ -244,7 +243,7 @@ def sum_up(
     return Summary(
         radii=list(radii),
         certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
-        acr=bootstrap(np.maximum(correct, 0), average_certified_radius(correct)),
+        acr=bootstrap(np.maximum(correct, 0)),
         abstained=wilson(round(abstentions(classes) * n), n),
         draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),
@@ -252,11 +251,3 @@ def sum_up(
         unsure=sum(r["certified"] != ABSTAIN and r["predictions"][0] == ABSTAIN for r in attacks),
         correct=correct,
     )
-
-
-def bootstrap(values: np.ndarray, mean: float) -> Estimate:
-    """A mean with its percentile bootstrap interval over samples."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return Estimate(mean, mean, mean)
-    result = stats.bootstrap((values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=0)
-    return Estimate(mean, *map(float, result.confidence_interval))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -16,7 +17,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share in [0, 1] with its 95 % interval."""
+    """A share, or a difference of shares, with its 95 % interval."""
 
     value: float
     low: float
@@ -43,10 +44,16 @@ def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
         interval = wilson(round(float(values.sum())), len(values))
         mean = float(values.mean())
         return Estimate(mean, min(interval.low, mean), max(interval.high, mean))
-    result = stats.bootstrap(
-        (values,), np.mean, confidence_level=LEVEL, n_resamples=5000, method="percentile", rng=seed
-    )
-    return Estimate(float(values.mean()), *map(float, result.confidence_interval))
+    return bootstrap(values, seed)
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean of per-sample values (N,), of any size and sign, with its percentile bootstrap interval over samples."""
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) == 0:
+        return Estimate(mean, mean, mean)
+    options: dict[str, Any] = {"confidence_level": LEVEL, "n_resamples": 5000, "method": "percentile", "rng": seed}
+    return Estimate(mean, *map(float, stats.bootstrap((values,), np.mean, **options).confidence_interval))
 
 
 def mean_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
