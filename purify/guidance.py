@@ -11,6 +11,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,57 +141,103 @@ class Guide:
         if not bool((strength != 0).any()):
             return model.predict(u, t), None
         if self.guidance.point == "u0_hat" and self.guidance.through_score:
-            prediction, gradient = self._through_score(model, u, t)
+            gradient, *parts = Rebuilt.apply(partial(self._through_score, model), u, self.bound, t)
+            prediction = Prediction(*parts)
         else:
             prediction = model.predict(u, t)
             gradient = self._outside(model, prediction, u, t)
+        if not self.guidance.second_order:
+            gradient = gradient.detach()
         return prediction, per_sample(strength, u) * gradient
 
-    def _through_score(self, model: ScoreModel, u: Tensor, t: Tensor) -> tuple[Prediction, Tensor]:
+    def _through_score(self, model: ScoreModel, u: Tensor, bound: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """grad_{u_t} D through the score network, and what that said."""
         found: list[Prediction] = []
 
         def distance(w: Tensor) -> Tensor:
             found.append(model.predict(w, t))
-            return self._distance(model, model.denoised(found[0].eps, w, t), t)
+            return self._distance(model, model.denoised(found[0].eps, w, t), bound, t)
 
-        gradient = self._gradient(distance, u)
-        prediction = found[0]
-        if not attached(u):
-            variance = None if prediction.variance is None else prediction.variance.detach()
-            prediction = Prediction(prediction.eps.detach(), variance)
-        return prediction, gradient
+        gradient, prediction = gradient_of(distance, u), found[0]
+        parts = (prediction.eps,) if prediction.variance is None else (prediction.eps, prediction.variance)
+        return gradient, *(parts if torch.is_grad_enabled() else (part.detach() for part in parts))
 
     def _outside(self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor) -> Tensor:
         """The gradient with what the score network said held constant."""
-        if self.guidance.point == "u_t":
-            return self._gradient(lambda w: self._distance(model, w, t), u)
-        u0 = model.denoised(prediction.eps, u, t)
-        return self._gradient(lambda w: self._distance(model, w, t), u0) / per_sample(model.schedule.alpha(t), u)
 
-    def _distance(self, model: ScoreModel, w: Tensor, t: Tensor) -> Tensor:
-        reference = self.bound
+        def gradient(w: Tensor, bound: Tensor, t: Tensor) -> tuple[Tensor]:
+            return (gradient_of(lambda v: self._distance(model, v, bound, t), w),)
+
+        if self.guidance.point == "u_t":
+            return Rebuilt.apply(gradient, u, self.bound, t)[0]
+        u0 = model.denoised(prediction.eps, u, t)
+        return Rebuilt.apply(gradient, u0, self.bound, t)[0] / per_sample(model.schedule.alpha(t), u)
+
+    def _distance(self, model: ScoreModel, w: Tensor, bound: Tensor, t: Tensor) -> Tensor:
+        reference = bound
         if self.guidance.reference == "diffused":
             z = self.noise.stream("guidance").normal(self.index, w.shape[1:], w.dtype)
             alpha, sigma = per_sample(model.schedule.alpha(t), w), per_sample(model.schedule.sigma(t), w)
             reference = self.guidance.represent(alpha * reference + sigma * z)
         return self.guidance.distance(self.guidance.represent(w), reference)
 
-    def _gradient(self, distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
-        """grad_w of ``distance``, itself differentiable where the graph is wanted."""
-        outer = attached(w)
-        again = outer and self.guidance.second_order
-        with torch.enable_grad():
-            w = w if outer else w.detach().requires_grad_()
-            total = distance(w).sum()
-            if not total.requires_grad:  # a network that ignores its input
-                return torch.zeros_like(w)
-            (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=outer, allow_unused=True)
-        return torch.zeros_like(w) if gradient is None else gradient
+
+def gradient_of(distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """grad_w of the sum of ``distance``, itself differentiable under torch's grad mode."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        w = w if again and w.requires_grad else w.detach().requires_grad_()
+        total = distance(w).sum()
+        if not total.requires_grad:  # a network that ignores its input
+            return torch.zeros_like(w)
+        (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=again, allow_unused=True)
+    return torch.zeros_like(w) if gradient is None else gradient
 
 
-def attached(u: Tensor) -> bool:
-    """Whether u is part of a graph that somebody differentiates."""
-    return torch.is_grad_enabled() and u.requires_grad
+class Rebuilt(torch.autograd.Function):
+    """``function(*inputs)``, a tuple of tensors, whose graph exists in the backward pass only.
+
+    A gradient taken inside a checkpointed step would ask for that step's graph at once, and hold on to it: nothing
+    would be saved. Here the first pass takes it outside of any graph. Tensors that ``function`` closes over count as
+    constants.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        kind = inputs[0].device.type
+        ctx.autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
+        ctx.autocast["dtype"] = torch.get_autocast_dtype(kind)
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        with torch.autograd.graph.saved_tensors_hooks(itself, itself):
+            return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            # Views end the gradient at this function's inputs, whatever those were computed from.
+            inputs = [
+                x.view_as(x) if again else x.detach().requires_grad_(n)
+                for x, n in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            outputs = ctx.function(*inputs)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+        found: list[Tensor | None] = [None] * len(inputs)
+        wanted = [i for i, n in enumerate(needed) if n]
+        if pairs:
+            ends, starts = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(
+                ends, [inputs[i] for i in wanted], starts, create_graph=again, allow_unused=True
+            )
+            for i, gradient in zip(wanted, gradients, strict=True):
+                found[i] = gradient
+        return None, *found
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True)
@@ -289,4 +337,3 @@ GUIDANCES: dict[str, type[Guidance]] = {
     "ssim": SSIMGuidance,
     "adversarial": AdversarialGuidance,
 }
-

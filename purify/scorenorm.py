@@ -23,7 +23,7 @@ from purify.score import ScoreModel, per_sample
 Total = Callable[[Sequence[Callable[[Tensor], Tensor]], Tensor], Tensor]
 
 FORMS = {"score": ScoreModel.score, "eps": ScoreModel.eps}
-ROWS = 2048  # images times draws that go through the network at once
+ROWS = 256  # images times draws that go through the network at once, and whose graph is rebuilt at once
 
 
 def plain_total(terms: Sequence[Callable[[Tensor], Tensor]], u: Tensor) -> Tensor:

@@ -234,6 +234,39 @@ def test_gradients_through_levels_rounds_and_packed_batches(kind, engine, images
     assert_finite_differences(purifier, x)
 
 
+@pytest.mark.parametrize("engine", ["full", "checkpoint"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_by_finite_differences(kind, engine, images):
+    purifier, x = make(kind, gradient=engine), images.double()
+
+    def squared_gradient(v, create=False):
+        w = v.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(purifier, w), w, create_graph=create)
+        return w, g.square().sum()
+
+    w, value = squared_gradient(x, create=True)
+    (second,) = torch.autograd.grad(value, w)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    h = 1e-5
+    slope = (squared_gradient(x + h * v)[1] - squared_gradient(x - h * v)[1]) / (2 * h)
+    assert (second * v).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_checkpointed_step_is_rebuilt_once_and_only_its_input_is_kept(kind, images):
+    """grad D, taken inside the step, must not ask for the step's graph in the forward pass."""
+    purifier, calls, kept = make(kind, gradient="checkpoint"), [], []
+    purifier.score_model.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    x = images.double().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        value = loss(purifier, x)
+    assert len(calls) == 4
+    torch.autograd.grad(value, x)
+    through = purifier.guidance is not None and purifier.guidance.through_score  # grad D has the network in it
+    assert len(calls) == (12 if through else 8)
+    assert sum(kept) < 20 * x.numel()
+
+
 @pytest.mark.parametrize("kind", ["mse", "agdm", "agdm-through"])
 def test_dropping_the_second_order_term_holds_the_push_constant(kind, images):
     """Against a chain whose pushes were recorded and are added as constants."""
