@@ -85,7 +85,8 @@ def test_all_checks_of_a_run(samples, tmp_path):
     checks = self_checks(folder, one, samples, seed=0)
     assert len(checks) == 5
     assert len({check.name for check in checks}) == 5
-    assert convergence_checks(one, samples, seed=0) == checks[3:]  # found again without the records
+    few = samples[torch.arange(4)]
+    assert convergence_checks(one, few, seed=0) == checks[3:]  # found again without the records
 
 
 def test_random_noise_is_keyed_and_fills_the_ball(samples):
