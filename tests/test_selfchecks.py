@@ -8,11 +8,19 @@ import torch
 from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import PGD, RandomNoise
+from purify.attacks import BPDA, PGD, RandomNoise, Transfer
 from purify.attacks.norms import BALLS
-from purify.evaluate import Defence, RunFolder, Samples, evaluate
+from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
-from purify.evaluate.selfchecks import black_box_check, convergence_checks, gradient_checks, self_checks
+from purify.evaluate.selfchecks import (
+    Recorded,
+    accuracy,
+    black_box_check,
+    convergence_checks,
+    gradient_checks,
+    input_gradient,
+    self_checks,
+)
 
 
 @pytest.fixture
@@ -43,7 +51,31 @@ def test_vanishing_gradients_fail(samples):
             return 1e4 * super().forward(x)
 
     _, zeros = gradient_checks(defence(Saturated()), samples, seed=0)
+    assert zeros.passed  # the margin's gradient does not vanish where that of the cross-entropy does
+
+    class Clamped(TinyClassifier):
+        def forward(self, x):
+            return super().forward(x).clamp(-1e-6, 1e-6)
+
+    _, zeros = gradient_checks(defence(Clamped()), samples, seed=0)
     assert not zeros.passed
+
+
+def test_one_wrong_gradient_among_many_is_seen(samples, monkeypatch):
+    """The right gradients are much larger, so that a cosine over all samples would hardly change."""
+    few = samples[torch.arange(4)]
+
+    def wrong(model, these, dtype, seed):
+        gradient = input_gradient(model, these, dtype, seed)
+        if dtype == torch.float32:
+            gradient[0] = 1e-3 * torch.randn(16, generator=torch.Generator().manual_seed(0))
+        else:
+            gradient[0] *= 1e-3
+        return gradient
+
+    monkeypatch.setattr(selfchecks, "input_gradient", wrong)
+    cosine, _ = gradient_checks(defence(), few, seed=0)
+    assert not cosine.passed
 
 
 def write(folder, attack, right):
@@ -59,12 +91,18 @@ def test_a_black_box_attack_must_not_win(white, black, passes, samples, tmp_path
     """By records with known accuracies."""
     few = replace(samples[torch.arange(2)], labels=torch.ones(2, dtype=torch.long))
     folder = RunFolder(tmp_path, {}, {})
-    for attack, share in (("pgd-eot", white), ("random-noise", black)):
+    for attack, share in (("pgd-eot", white), ("transfer", black)):
         write(folder, attack, [[k < 4 * share for k in range(4)]] * 2)
-    attacks = [PGD("Linf", 0.1, steps=1, eot=1), RandomNoise("Linf", 0.1)]
-    (check,) = black_box_check(folder, defence(attacks=attacks), few)
+    write(folder, "random-noise", [[False] * 4] * 2)  # no attack, whatever it breaks
+    noise, white_box = RandomNoise("Linf", 0.1), PGD("Linf", 0.1, steps=1, eot=1)
+    attacks = [white_box, Transfer("Linf", 0.1, steps=1), noise]
+    (check,) = black_box_check(Recorded(folder, defence(attacks=attacks), few))
     assert check.passed is passes
     assert check.value == pytest.approx(white - black)
+    (missing,) = black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few))
+    assert (missing.passed, missing.value) == (False, None)
+    assert missing.meaning == "No black-box attack was run; add transfer or square."
+    assert black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), required=False) == []
 
 
 def test_a_weak_attack_has_not_converged_and_a_strong_one_has(samples):
@@ -75,6 +113,22 @@ def test_a_weak_attack_has_not_converged_and_a_strong_one_has(samples):
     weak, _ = checks(1, 0.06)
     assert not weak.passed
     assert all(check.passed for check in checks(30, 0.05))
+    (missing,) = convergence_checks(defence(attacks=[RandomNoise("Linf", 0.1)]), samples, seed=0)
+    assert (missing.passed, missing.value) == (False, None)
+
+
+def test_the_strongest_attack_is_the_one_that_must_have_converged(samples, tmp_path):
+    weak, strong = (PGD("Linf", 0.25, steps=s, eot=2, step_size=0.06, schedule="constant") for s in (1, 3))
+    strong = BPDA(**{**vars(strong), "loss": "ce"})
+    one = defence(attacks=[RandomNoise("Linf", 0.2), weak, strong])
+    folder = RunFolder(tmp_path, {}, {})
+    evaluate(folder, [one], samples, progress=False)
+    recorded = Recorded(folder, one, samples)
+    chosen = recorded.strongest([weak, strong])
+    left = recorded.accuracy(chosen)
+    found = convergence_checks(one, samples, 0, recorded)[0]
+    assert left < recorded.accuracy(weak if chosen is strong else strong)
+    assert found.value == pytest.approx(left - accuracy(one, replace(chosen, steps=2 * chosen.steps), samples, 0))
 
 
 def test_all_checks_of_a_run(samples, tmp_path):
@@ -84,6 +138,7 @@ def test_all_checks_of_a_run(samples, tmp_path):
     evaluate(folder, [one], samples, progress=False)
     checks = self_checks(folder, one, samples, seed=0)
     assert len(checks) == 5
+    assert [check.passed for check in checks if "black-box" in check.name] == [False]  # none was run
     assert len({check.name for check in checks}) == 5
     few = samples[torch.arange(4)]
     assert convergence_checks(one, few, seed=0) == checks[3:]  # found again without the records

@@ -100,7 +100,7 @@ def show(
     )
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
     purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
-    checks = [check for d in purified for check in self_checks(folder, d, samples, args.seed, criterion is None)]
+    checks = [check for d in defences for check in self_checks(folder, d, samples, args.seed, criterion is None)]
     stored = [dataclasses.asdict(check) for check in checks]
     context = {"budget": stated, "self_checks": stored, "sessions": folder.sessions}
     report.write_result(folder.path / "result.json", found, defences, context)
@@ -111,7 +111,8 @@ def show(
     print("\nself-checks:")
     for check in checks:
         verdict = "ok    " if check.passed else "FAILED"
-        print(f"{verdict} {check.defence}: {check.name}: {check.value:.3f} (limit {check.limit:g})")
+        value = "not asked" if check.value is None else f"{check.value:.3f}"
+        print(f"{verdict} {check.defence}: {check.name}: {value} (limit {check.limit:g})")
         if not check.passed:
             print(f"       {check.meaning}")
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from purify.attacks.base import Attack, keyed
-from purify.attacks.pgd import PGD
+from purify.attacks.noise import RandomNoise
+from purify.attacks.pgd import PGD, margin_loss
+from purify.defended import DefendedClassifier
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.noise import derive_seed
+
+LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Check:
     Attributes:
         defence: the defence that was evaluated.
         name: what was asked.
-        value: the answer.
+        value: the answer; None if it could not be asked, which counts as a failure.
         limit: what it is compared with.
         passed: whether it is on the right side.
         meaning: one sentence that says what a failure means.
@@ -34,50 +37,65 @@ class Check:
 
     defence: str
     name: str
-    value: float
+    value: float | None
     limit: float
     passed: bool
     meaning: str
 
 
 def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True) -> list[Check]:
-    """All checks of a purified defence whose records are in ``folder``.
+    """All checks of a defence whose records are in ``folder``; those of gradients if it has a purifier.
 
     ``complete``: whether every sample met every attack, without which attacks cannot be compared.
     """
     # Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
     few = samples[torch.arange(min(16, -(-len(samples) // 4)))]
-
-    def recorded(attack: Attack) -> float:
-        return share_right(predictions(folder, defence, stage_name(attack), few), few)
-
+    recorded = Recorded(folder, defence, samples)
+    purified = isinstance(defence.model, DefendedClassifier)
     return [
-        *gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed),
-        *(black_box_check(folder, defence, samples) if complete else []),
+        *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
+        *(black_box_check(recorded, required=purified) if complete else []),
         *convergence_checks(defence, few, seed, recorded if complete else None),
     ]
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What the records say of a defence's attacks."""
+
+    folder: RunFolder
+    defence: Defence
+    samples: Samples
+
+    def accuracy(self, attack: Attack, samples: Samples | None = None) -> float:
+        """Share of the judges' draws that were right."""
+        samples = self.samples if samples is None else samples
+        return share_right(predictions(self.folder, self.defence, stage_name(attack), samples), samples)
+
+    def strongest(self, attacks: Sequence[Attack]) -> Attack:
+        """The one that left least."""
+        return min(attacks, key=self.accuracy)
+
+
 def input_gradient(model: nn.Module, samples: Samples, dtype: torch.dtype, seed: int) -> Tensor:
-    """Gradient of the cross-entropy with keyed noise, (N, D) in float64."""
+    """Gradient of the margin with keyed noise, (N, D) in float64."""
     x = samples.images.to(dtype).requires_grad_()
     logits = keyed(model, seed)(x, samples.ids.to(x.device), torch.zeros_like(samples.ids).to(x.device))
-    loss = cross_entropy(logits, samples.labels, reduction="sum")
-    return torch.autograd.grad(loss, x)[0].flatten(1).double()
+    return torch.autograd.grad(margin_loss(logits, samples.labels).sum(), x)[0].flatten(1).double()
 
 
 def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
-    """The gradient in use against full backpropagation in float64, and how many of its entries are zero."""
+    """The gradient in use against full backpropagation in float64, at its worst sample, and its share of zeros."""
     used = input_gradient(defence.model, samples, samples.images.dtype, seed)
     double: Any = copy.deepcopy(defence.model).double()
     whole = double.with_gradient("full", through_level=True, second_order=True)
     exact = input_gradient(whole, samples, torch.float64, seed)
-    cosine = torch.cosine_similarity(used.flatten(), exact.flatten(), dim=0).item()
+    cosine = torch.cosine_similarity(used, exact, dim=1, eps=0.0).nan_to_num(0.0).min().item()
     zeros = (used == 0).double().mean().item()
     return [
         Check(
             defence.name,
-            "cosine of the gradient with float64 full backpropagation",
+            "cosine of the gradient with float64 full backpropagation, least of the samples",
             cosine,
             0.99,
             cosine >= 0.99,
@@ -94,41 +112,45 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check
     ]
 
 
-def black_box_check(folder: RunFolder, defence: Defence, samples: Samples) -> list[Check]:
-    """How much lower the best black-box attack brings the accuracy than the best white-box attack."""
+def black_box_check(recorded: Recorded, required: bool = True) -> list[Check]:
+    """How much lower the best black-box attack brings the accuracy than the best white-box attack.
 
-    def lowest(attacks: Sequence[Attack]) -> float:
-        return min(share_right(predictions(folder, defence, stage_name(a), samples), samples) for a in attacks)
-
-    black = [a for a in defence.attacks if a.black_box]
-    white = [a for a in defence.attacks if not a.black_box]
-    if not black or not white:
-        return []
-    gain = lowest(white) - lowest(black)
-    name = "accuracy that black-box attacks take beyond white-box ones"
-    meaning = "A black-box attack beats all white-box ones: their gradient is masked."
-    return [Check(defence.name, name, gain, 0.0, gain <= 0, meaning)]
-
-
-def convergence_checks(
-    defence: Defence, samples: Samples, seed: int, recorded: Callable[[Attack], float] | None = None
-) -> list[Check]:
-    """How much lower twice the steps, or twice the draws, of the first PGD attack bring a few samples.
-
-    ``recorded``: the accuracy that an attack of the evaluation left, where its records are at hand.
+    Random noise is no attack. ``required``: whether a run without a black-box attack fails.
     """
-    attack = next((a for a in defence.attacks if type(a) is PGD), None)
-    if attack is None:
-        return []
-    stronger = {"steps": replace(attack, steps=2 * attack.steps), "EOT draws": replace(attack, eot=2 * attack.eot)}
-    before = recorded(attack) if recorded else accuracy(defence, attack, samples, seed)
+    defence = recorded.defence.name
+    attacks = [a for a in recorded.defence.attacks if not isinstance(a, RandomNoise)]
+    black, white = [a for a in attacks if a.black_box], [a for a in attacks if not a.black_box]
+    name = "accuracy that black-box attacks take beyond white-box ones"
+    if not black or not white:
+        missing = "black-box" if white else "white-box"
+        meaning = f"No {missing} attack was run; add {'transfer or square' if white else 'pgd-eot'}."
+        return [Check(defence, name, None, 0.0, False, meaning)] if required else []
+    gain = recorded.accuracy(recorded.strongest(white)) - recorded.accuracy(recorded.strongest(black))
+    meaning = "A black-box attack beats all white-box ones: their gradient is masked."
+    return [Check(defence, name, gain, 0.0, gain <= 0, meaning)]
+
+
+def convergence_checks(defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None) -> list[Check]:
+    """How much lower twice the steps, or twice the draws, of the strongest PGD attack bring a few samples.
+
+    Without records the first one counts as the strongest.
+    """
+    name = "accuracy lost with twice the {} ({} samples)"
+    attacks = [a for a in defence.attacks if isinstance(a, PGD) and not a.black_box]
+    if not attacks:
+        meaning = "No attack was run whose steps can be doubled; add pgd-eot."
+        return [Check(defence.name, name.format("steps", len(samples)), None, LOST, False, meaning)]
+    attack = recorded.strongest(attacks) if recorded else attacks[0]
+    assert isinstance(attack, PGD)
+    stronger = {"steps": replace(attack, steps=2 * attack.steps)}
+    if defence.draws > 1:
+        stronger["EOT draws"] = replace(attack, eot=2 * attack.eot)
+    before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed)
     checks = []
     for what, better in stronger.items():
         lost = before - accuracy(defence, better, samples, seed)
-        limit = 0.05
-        meaning = f"The attack has not converged: twice the {what} lower the accuracy further."
-        name = f"accuracy lost with twice the {what} ({len(samples)} samples)"
-        checks.append(Check(defence.name, name, lost, limit, lost <= limit, meaning))
+        meaning = f"{attack.label} has not converged: twice the {what} lower the accuracy further."
+        checks.append(Check(defence.name, name.format(what, len(samples)), lost, LOST, lost <= LOST, meaning))
     return checks
 
 
