@@ -1,8 +1,8 @@
 """Guidance: what bends reverse steps towards the image that came in.
 
-p(u_s | u_t) is weighted by exp(-s_t D), where D is a distance between the state and the input: the mean of a step with
-variance Sigma_t is shifted by -s_t Sigma_t grad_{u_t} D (Dhariwal & Nichol 2021, algorithm 1). Deterministic rules have
-no Sigma_t; there the score becomes score - s_t grad_{u_t} D (their algorithm 2).
+p(u_s | u_t) is weighted by exp(-s_t D), where D is a distance between the state and the input: the mean of an ``sde``
+or ``ddpm`` step with variance Sigma_t is shifted by -s_t Sigma_t grad_{u_t} D (Dhariwal & Nichol 2021, algorithm 1). In
+``ddim`` (with noise or without), ``ode`` and ``one-shot`` the score becomes score - s_t grad_{u_t} D (algorithm 2).
 """
 
 from __future__ import annotations
@@ -140,15 +140,32 @@ class Guide:
         strength = self.guidance.strength(model, t)
         if not bool((strength != 0).any()):
             return model.predict(u, t), None
-        if self.guidance.point == "u0_hat" and self.guidance.through_score:
+        through = self.guidance.point == "u0_hat" and self.guidance.through_score
+        self._check_frozen(model, u)
+        if through and (self.guidance.second_order or not torch.is_grad_enabled()):
             gradient, *parts = Rebuilt.apply(partial(self._through_score, model), u, self.bound, t)
-            prediction = Prediction(*parts)
-        else:
-            prediction = model.predict(u, t)
-            gradient = self._outside(model, prediction, u, t)
-        if not self.guidance.second_order:
-            gradient = gradient.detach()
+            return Prediction(*parts), per_sample(strength, u) * gradient
+        prediction = model.predict(u, t)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.guidance.second_order):
+            gradient = (
+                self._through_score(model, u, self.bound, t)[0] if through else self._outside(model, prediction, u, t)
+            )
         return prediction, per_sample(strength, u) * gradient
+
+    def rebuilt(self, model: ScoreModel, t: Tensor) -> Callable[[Tensor], Tensor]:
+        """What the backward pass of a step builds again, beyond what the step keeps, as a function of u_t."""
+        if self.guidance.point == "u0_hat" and self.guidance.through_score:
+            return lambda u: self._through_score(model, u, self.bound, t)[0]
+        return lambda u: gradient_of(lambda w: self._distance(model, w, self.bound, t), u)
+
+    def _check_frozen(self, model: ScoreModel, u: Tensor) -> None:
+        if not (torch.is_grad_enabled() and u.requires_grad):
+            return
+        networks = [n for n in (model.network, self.guidance.network) if n is not None]
+        if any(p.requires_grad for network in networks for p in network.parameters()):
+            raise ValueError(
+                "Gradients of guided steps do not reach weights; freeze all networks (requires_grad_(False))."
+            )
 
     def _through_score(self, model: ScoreModel, u: Tensor, bound: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """grad_{u_t} D through the score network, and what that said."""
@@ -266,8 +283,8 @@ class SSIMGuidance(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.sigma > 0:
-            raise ValueError(f"The window of SSIM must be wider than 0, got sigma = {self.sigma}.")
+        if not (is_number(self.sigma) and self.sigma > 0):
+            raise ValueError(f"The window of SSIM must have a finite width above 0, got sigma = {self.sigma}.")
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -323,13 +340,25 @@ class AdversarialGuidance(Guidance):
         network, seen = self.auxiliary, []
         assert network is not None
         if self.layer is None:
-            return network((u + 1) / 2)
-        handle = network.get_submodule(self.layer).register_forward_hook(lambda module, args, out: seen.append(out))
+            return _tensor(network((u + 1) / 2), "The auxiliary network")
+
+        def see(module: nn.Module, arguments: Any, output: Any) -> None:
+            seen.append(_tensor(output, f"Layer {self.layer!r}").clone())  # what follows may work in place
+
+        handle = network.get_submodule(self.layer).register_forward_hook(see)
         try:
             network((u + 1) / 2)
         finally:
             handle.remove()
+        if not seen:
+            raise ValueError(f"Layer {self.layer!r} of the auxiliary network does not run; name another.")
         return seen[-1]
+
+
+def _tensor(output: Any, what: str) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"{what} must return a tensor to be compared, it returned {type(output).__name__}.")
+    return output
 
 
 GUIDANCES: dict[str, type[Guidance]] = {

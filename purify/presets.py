@@ -48,13 +48,16 @@ def diffpure(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, **options)
 
 
+GDMP_SCALES = {"mse": 6e4, "ssim": 1e3}
+
+
 def gdmp(
     score_model: ScoreModel,
     t_star: float | NoiseLevel | Mapping[str, Any] = 0.036,
     steps: int | Plan | Mapping[str, Any] = 36,
     reverse: Any = "ddpm",
     gradient: Any = DEFAULT_ENGINE,
-    scale: float = 6e4,
+    scale: float | None = None,
     distance: str = "mse",
     rounds: int | Sequence[float] = 4,
     second_order: bool = True,
@@ -64,8 +67,9 @@ def gdmp(
 
     Args:
         score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are those of CIFAR-10.
-        scale: a of the guidance (inferred: a public program's on CIFAR-10, with the mean over the 3072 pixels; images
-            of d pixels need about a * d / 3072).
+        scale: a of the guidance; default: 60000 for ``mse``, 1000 for ``ssim`` (inferred: public programs' on CIFAR-10
+            and ImageNet). With ``mse``, images of d pixels need about 60000 d / 3072, and a step overshoots the image
+            that came in where the step's variance times s_t times 2 / d exceeds 1: see docs/gdmp.md.
         distance: ``mse`` or ``ssim``.
         rounds: purifications in a row.
         second_order: see :class:`~purify.guidance.Guidance`.
@@ -73,6 +77,7 @@ def gdmp(
     """
     known = {name: kind for name, kind in GUIDANCES.items() if name in ("mse", "ssim")}
     choose(distance, known, "distance of GDMP")
+    scale = GDMP_SCALES[distance] if scale is None else scale
     settings = {"kind": distance, "scale": scale, "second_order": second_order, **options}
     guidance = registry.build(settings, known, "guidance of GDMP")
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance, rounds=rounds)

@@ -15,11 +15,11 @@ from purify import registry
 from purify.checks import check_count, check_images, is_number
 from purify.fingerprint import weights_digest
 from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
-from purify.guidance import GUIDANCES, Guidance
+from purify.guidance import GUIDANCES, Guidance, Guide
 from purify.levels import LEVELS, Constant, NoiseLevel
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
-from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, look_away
+from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
 from purify.resize import resized
 from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.schedule import Schedule, schedule_from_config
@@ -284,15 +284,29 @@ class Purifier(nn.Module):
 
     def held_bytes(self, x: Tensor, rows: int) -> int:
         """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
-        return self.engine.held(rows * self.graph_bytes(x), self.most_steps)
+        held = self.engine.held(rows * self.graph_bytes(x), self.most_steps)
+        return held + (rows * self.rebuilt_bytes(x) if self.engine.exact and self.guidance is not None else 0)
 
     def graph_bytes(self, x: Tensor) -> int:
         """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""
+        return saved_bytes(*self._first_step(x))[1]
+
+    def rebuilt_bytes(self, x: Tensor) -> int:
+        """Bytes of graph that guidance holds on top: of what came in, and of one grad D in the backward pass."""
+        step, u = self._first_step(x)
+        assert self.guidance is not None
+        assert isinstance(step.look, Guide)
+        of_input = saved_bytes(self.guidance.bind, u)[1]
+        second_order = self.guidance.exact and self.guidance.scale != 0
+        return of_input + (saved_bytes(step.look.rebuilt(self.score_model, step.t), u)[1] if second_order else 0)
+
+    def _first_step(self, x: Tensor) -> tuple[ReverseStep, Tensor]:
+        """The first reverse step and the state that it starts from, at the greatest noise level."""
         u = (2 * self.resized(x) - 1).requires_grad_()
         t_star = torch.full((len(x),), self.level.highest, dtype=torch.float64, device=x.device)
         noise = self.noise(len(x), x.device, range(len(x)), 0, 0)
         one_round = self.process(t_star, noise, images=u).rounds[0]
-        return saved_bytes(one_round.reverse[0], one_round.diffuse(u))[1]
+        return one_round.reverse[0], one_round.diffuse(u)
 
     @property
     def exact(self) -> bool:

@@ -122,6 +122,7 @@ def test_a_stochastic_step_by_hand():
 def test_other_rules_follow_the_guided_score(rule):
     """The same as a step with a network whose eps is eps + sigma s grad D."""
     model = smooth_model(torch.float64)
+    model.requires_grad_(False)
     u, source = torch.randn(2, 2, 1, 4, 4, dtype=torch.float64)
     t, s = torch.tensor([0.3, 0.2]).double(), torch.tensor([0.25, 0.1]).double()
     guidance = MSEGuidance(5.0, reference="input")
@@ -191,6 +192,34 @@ def test_a_layer_by_its_name(images):
     network = TinyClassifier()
     torch.testing.assert_close(guidance.represent(2 * images - 1), network.layers[:3](images))
     assert not guidance.auxiliary.get_submodule("layers.2")._forward_hooks
+
+
+def test_a_layer_before_one_that_works_in_place(images):
+    class InPlace(TinyClassifier):
+        def forward(self, x):
+            return self.layers(x).relu_()
+
+    u = images.double() * 2 - 1
+    guidance = AdversarialGuidance(1.0, auxiliary=InPlace().double(), layer="layers")
+    torch.testing.assert_close(guidance.represent(u), guidance.auxiliary.layers((u + 1) / 2))
+    assert (guidance.represent(u) < 0).any()
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "message"),
+    [
+        (nn.Sequential(TinyClassifier()), None, None),
+        (type("Dict", (TinyClassifier,), {"forward": lambda self, x: {"logits": x}})(), None, "it returned dict"),
+        (type("Idle", (TinyClassifier,), {"forward": lambda self, x: x})(), "layers", "'layers' .* does not run"),
+    ],
+)
+def test_auxiliary_networks_that_cannot_be_compared(network, layer, message):
+    guidance = AdversarialGuidance(1.0, auxiliary=network, layer=layer)
+    if message is None:
+        Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=guidance)
+        return
+    with pytest.raises(ValueError, match=message):
+        Purifier(smooth_model(), 0.3, "ddpm", 4, guidance=guidance)
 
 
 def test_ssim_by_a_loop():
@@ -265,6 +294,42 @@ def test_a_checkpointed_step_is_rebuilt_once_and_only_its_input_is_kept(kind, im
     through = purifier.guidance is not None and purifier.guidance.through_score  # grad D has the network in it
     assert len(calls) == (12 if through else 8)
     assert sum(kept) < 20 * x.numel()
+
+
+@pytest.mark.parametrize("kind", ["agdm", "agdm-through"])
+@pytest.mark.parametrize("engine", ["full", "checkpoint"])
+def test_autocast_of_the_caller_holds_in_the_backward_pass(kind, engine, images):
+    """Outside of the region as inside of it."""
+    purifier = make(kind, gradient=engine).float()
+    x = images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(purifier, x)
+        (inside,) = torch.autograd.grad(value, x, retain_graph=True)
+    (outside,) = torch.autograd.grad(value, x)
+    assert torch.equal(inside, outside)
+    assert not torch.equal(outside, gradient(purifier, images))
+
+
+def test_weights_that_want_gradients_are_refused(images):
+    """They would get none of what guidance owes them."""
+    for part in ("score_model", "auxiliary"):
+        purifier = make("agdm")
+        getattr(purifier, part).requires_grad_(True)
+        with torch.no_grad():
+            purifier(images.double(), sample_ids=IDS)
+        with pytest.raises(ValueError, match="do not reach weights; freeze all networks"):
+            gradient(purifier, images.double())
+        getattr(purifier, part).requires_grad_(False)
+
+
+def test_memory_that_guidance_adds_is_counted(images):
+    """The graph of grad D holds that of the network it goes through."""
+    x, plain = images.double(), make(None)
+    of_step = plain.graph_bytes(x)
+    assert make("agdm-through").rebuilt_bytes(x) > of_step
+    assert 0 < make("mse").rebuilt_bytes(x) < make("agdm").rebuilt_bytes(x)
+    held = {kind: make(kind, gradient="checkpoint").held_bytes(x, 7) for kind in (None, "mse", "agdm-through")}
+    assert held[None] < held["mse"] < held["agdm-through"]
 
 
 @pytest.mark.parametrize("kind", ["mse", "agdm", "agdm-through"])
@@ -493,7 +558,7 @@ def agdm_of(network):
         (lambda: MSEGuidance(1.0, point="u_s"), "Unknown guided point"),
         (lambda: MSEGuidance(1.0, reference="output"), "Unknown guidance reference"),
         (lambda: MSEGuidance(1.0, t_min=0.5, t_max=0.5), "t_min < t_max"),
-        (lambda: SSIMGuidance(1.0, sigma=0.0), "wider than 0"),
+        (lambda: SSIMGuidance(1.0, sigma=0.0), "finite width above 0"),
         (lambda: AdversarialGuidance(1.0), "needs its auxiliary network"),
         (lambda: AdversarialGuidance(1.0, auxiliary=TinyClassifier(), layer="conv9"), "Unknown layer"),
         (lambda: make("mse", gradient="adjoint"), "cannot differentiate guidance"),
