@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """How much better or worse than one defence are others? Differences on the same images, with paired intervals.
 
-Reads finished runs of run_autoattack.py; images that a run lacks are left out of its comparison.
+Reads finished runs of run_autoattack.py; images that a run lacks are left out of its comparison. Attacks that both met
+must have had the same budget. A defence marked ! failed a self-check or was attacked without the exact gradient.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from purify.evaluate.metrics import bootstrap, mean_correct, worst_mean
+from purify.evaluate.metrics import difference, mean_correct, worst_mean
 from purify.evaluate.runner import CLEAN
 from purify.leaderboard import Row, read_run
-from purify.leaderboard.rows import load_records
+from purify.leaderboard.rows import load_json, load_records
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,10 +45,28 @@ def compare(base: Row, row: Row) -> dict[str, str]:
     theirs, own = values(base).align(values(row), join="inner", axis=0)
     if own.empty:
         raise ValueError(f"{row.run} and {base.run} have no image in common; attack the same ones.")
-    above = {f"{name}, above": str(bootstrap((own - theirs)[name].to_numpy())).strip() for name in own}
+    above = {f"{name}, above": str(difference(own[name].to_numpy(), theirs[name].to_numpy())).strip() for name in own}
     accuracies = {name: f"{100 * own[name].mean():.1f}" for name in own}
+    strongest = {"attacks": str(len(row.attacks)), "strongest": row.strongest}
     level = {"t* clean": "-" if row.t_star is None else f"{row.t_star[0]:.3f}"}
-    return {"defence": row.name, "classifier": row.classifier, **level, "images": str(len(own)), **accuracies, **above}
+    name = {"defence": row.name + (" !" if row.failed_checks or not row.exact else ""), "classifier": row.classifier}
+    return {**name, **level, "images": str(len(own)), **strongest, **accuracies, **above}
+
+
+def budgets(row: Row) -> dict[str, dict[str, Any]]:
+    """The budget of each attack that the defence met."""
+    (config,) = load_json(Path(row.run) / "manifest.json", "config")
+    return {budget["attack"]: budget for budget in config["attacks"][row.name]}
+
+
+def check_comparable(base: Row, row: Row) -> None:
+    """Raise ValueError where differences would not be those of the defences."""
+    if (row.dataset, row.threat_model, row.eps) != (base.dataset, base.threat_model, base.eps):
+        raise ValueError(f"{row.run} is about another data set or threat model than {base.run}.")
+    theirs, own = budgets(base), budgets(row)
+    random = [name for name in theirs.keys() & own.keys() if theirs[name] != own[name]]
+    if random and row.draws > 1:  # a model without randomness needs no EOT
+        raise ValueError(f"{row.name} in {row.run} met another budget of {sorted(random)[0]} than {base.name} did.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         base = bases[args.defence]
         lines = []
         for row in (row for run in args.runs for row in read_run(run)):
-            if (row.dataset, row.threat_model, row.eps) != (base.dataset, base.threat_model, base.eps):
-                raise ValueError(f"{row.run} is about another data set or threat model than {base.run}.")
+            check_comparable(base, row)
             lines.append(compare(base, row))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

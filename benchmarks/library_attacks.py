@@ -28,7 +28,7 @@ from purify.attacks.base import check_budget
 from purify.checks import check_count
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
-from purify.evaluate.metrics import bootstrap, estimate, mean_correct, worst_mean
+from purify.evaluate.metrics import difference, estimate, mean_correct, worst_mean
 from purify.evaluate.models import fingerprint
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks, set_threads
@@ -111,7 +111,7 @@ def compare(
     rows.append(Row(OURS, estimate(worst)))
     for attack in theirs:
         right = mean_correct(answers(attack.label), labels)
-        rows.append(Row(attack.label, estimate(right), bootstrap(worst - right)))
+        rows.append(Row(attack.label, estimate(right), difference(worst, right)))
     return rows
 
 

@@ -16,7 +16,7 @@ from purify.evaluate.command import main
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import load_classifier
 from purify.evaluate.ranks import Ranks
-from purify.evaluate.runner import WORST_ONLY, batches, share
+from purify.evaluate.runner import WORST_ONLY, batches, share, share_out
 from purify.leaderboard import read_run
 
 # --- runner -------------------------------------------------------------------------------------------------------
@@ -66,9 +66,8 @@ def test_equal_names_are_refused(tmp_path):
     twins = [Defence("d", TinyClassifier(), [], 1, {})] * 2
     with pytest.raises(ValueError, match="Two defences are called 'd'"):
         evaluate(RunFolder(tmp_path, {}, {}), twins, samples, progress=False)
-    again = [Defence("d", TinyClassifier(), [PGD("Linf", 0.1, steps=1, eot=1)] * 2, 1, {})]
     with pytest.raises(ValueError, match="Two attacks on d are called 'pgd-eot'"):
-        evaluate(RunFolder(tmp_path, {}, {}), again, samples, progress=False)
+        Defence("d", TinyClassifier(), [PGD("Linf", 0.1, steps=1, eot=1)] * 2, 1, {})
 
 
 def test_a_model_that_cannot_take_the_images_is_refused_before_any_record(tmp_path):
@@ -110,6 +109,9 @@ def test_units_of_samples_are_shared_out_among_processes():
     assert sorted(i for part in shares for i in part) == ids.tolist()
     assert not any({i // 8 for i in shares[a]} & {i // 8 for i in shares[b]} for a, b in [(0, 1), (0, 2), (1, 2)])
     assert share(ids[:3], 8, Ranks(1, 3)).tolist() == []
+    few = Samples(torch.rand(3, 1, 4, 4), torch.zeros(3).long(), ids[:3])
+    with pytest.warns(UserWarning, match="2 of 3 processes have nothing to do, because samples are shared out by 8"):
+        assert len(share_out(few, 8, Ranks(0, 3))) == 3
 
 
 @pytest.mark.parametrize("criterion", WORST_ONLY)

@@ -12,6 +12,7 @@ from conftest import load_script
 
 from purify.evaluate.certify_command import main as certify
 from purify.evaluate.command import main as benchmark
+from purify.evaluate.metrics import worst_mean
 from purify.leaderboard import read_certified, read_run, read_runs, write_leaderboard
 
 SMALL = [
@@ -270,28 +271,32 @@ def test_nothing_to_rank_and_a_folder_that_cannot_be_written(run, tmp_path):
 def test_compare_pairs_the_images_of_two_runs(run, tmp_path, capsys):
     """Against differences taken by hand from the records; a run with fewer images is compared on those."""
     script = load_script("compare")
-    fewer = tmp_path / "fewer"
-    shutil.copytree(run, fewer)
-    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    kept = [r for r in records if r["sample"] < 4]
-    (fewer / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
-    manifest = json.loads((fewer / "manifest.json").read_text())
-    manifest["config"]["n_examples"] = 4
-    (fewer / "manifest.json").write_text(json.dumps(manifest))
+    fewer, weaker = tmp_path / "fewer", tmp_path / "weaker"
+    assert benchmark([*SMALL, "--n-examples", "4", "--out", str(fewer)]) == 0
+    assert benchmark([*SMALL, "--n-examples", "4", "--attack-steps", "1", "--out", str(weaker)]) == 0
+    capsys.readouterr()
 
-    def clean(name, n):
-        found = [r for r in records if (r["defence"], r["attack"]) == (name, "clean") and r["sample"] < n]
-        return np.array([np.mean([p == r["label"] for p in r["predictions"]]) for r in found])
+    def values(folder, name, n):
+        """Clean and worst-case values of the first n samples."""
+        lines = (folder / "records.jsonl").read_text().splitlines()
+        found = [r for r in map(json.loads, lines) if r["defence"] == name and r["sample"] < n]
+        stages = dict.fromkeys(r["attack"] for r in found)
+        right = {s: [[p == r["label"] for p in r["predictions"]] for r in found if r["attack"] == s] for s in stages}
+        return [np.mean(right["clean"], 1), worst_mean([np.array(r) for r in right.values()])]
 
     assert script.main([str(run), str(run), str(fewer)]) == 0
-    lines = capsys.readouterr().out.splitlines()[3:]
+    lines = [line.replace(" ! ", "   ") for line in capsys.readouterr().out.splitlines()[3:]]
+    names = [row.name for row in read_run(run)]
     assert len(lines) == 8
-    for line, n in zip(lines, [6] * 4 + [4] * 4, strict=True):
-        name = max((row.name for row in read_run(run) if line.startswith(row.name)), key=len)
-        gap = 100 * (clean(name, n) - clean("diffpure", n)).mean()
+    for i, line in enumerate(lines):
+        folder, n = (run, 6) if i < 4 else (fewer, 4)
+        assert line.startswith(names[i % 4])
         assert f" {n} " in line
-        assert f" {100 * clean(name, n).mean():.1f} " in line
-        assert f" {gap:.1f} [" in line
+        for own, base in zip(values(folder, names[i % 4], n), values(run, "diffpure", 6), strict=True):
+            assert f" {100 * own.mean():.1f} " in line
+            assert f" {100 * (own - base[:n]).mean():.1f} [" in line
+    assert script.main([str(run), str(weaker)]) == 2
+    assert "met another budget of" in capsys.readouterr().err
     assert script.main([str(run), str(run), "--defence", "gdmp"]) == 2
     assert "has no defence 'gdmp'; it has undefended" in capsys.readouterr().err
 

@@ -217,7 +217,8 @@ def test_pgd_is_about_as_strong_as_apgd(norm, eps):
     model = zoo.classifier("digits-standard")
     x, y = (t[:100] for t in load_dataset("digits", "test"))
     apgd = AutoAttack(model, norm, eps, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce"])
-    apgd.apgd.n_iter, apgd.apgd.n_restarts = 40, 1
+    adapter.set_apgd_steps(apgd.apgd, 40)
+    apgd.apgd.n_restarts = 1
     left = {}
     for name, images in (
         ("apgd", apgd.run_standard_evaluation(x, y)),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from purify.evaluate.metrics import estimate, summarize, wilson, worst_case, worst_mean
+from purify.evaluate.metrics import difference, estimate, summarize, wilson, worst_case, worst_mean
 
 
 def test_wilson_by_its_formula():
@@ -97,3 +97,15 @@ def test_choosing_among_equal_attacks_does_not_lower_the_mean():
     naive = np.min([r.mean(1) for r in right], axis=0).mean()
     assert naive < 0.36
     assert worst_mean(right).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_difference_that_hardly_varies_gets_an_interval_that_does_not_collapse():
+    same = np.ones(30)
+    found = difference(same, same)
+    assert (found.value, found.low, found.high) == (0.0, pytest.approx(-0.1), pytest.approx(0.1))
+    g = np.random.default_rng(0)
+    ours, theirs = g.random(200), g.random(200)
+    found = difference(ours, theirs)
+    half = 1.96 * (ours - theirs).std() / np.sqrt(200)
+    assert found.value == pytest.approx((ours - theirs).mean())
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), abs=0.01)

@@ -37,7 +37,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     whole = path.read_bytes()
     del folder
     second = whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    for cut in range(second, len(whole)):
+    for cut in range(second, len(whole) - 1):
         path.write_bytes(whole[:cut])
         again = RunFolder(tmp_path / "run", CONFIG, {})
         assert ("d", "clean", 1) in again
@@ -45,6 +45,33 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
         again.append(record(2))
         del again
         assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("end", [b"", b"\r"])
+def test_a_whole_last_line_is_kept_whatever_its_end(end, tmp_path):
+    folder = RunFolder(tmp_path / "run", CONFIG, {})
+    for i in range(3):
+        folder.append(record(i))
+    path = tmp_path / "run" / "records.jsonl"
+    del folder
+    path.write_bytes(path.read_bytes()[:-1].replace(b"\n", end or b"\n") + end)
+    again = RunFolder(tmp_path / "run", CONFIG, {})
+    again.append(record(3))
+    del again
+    last = RunFolder(tmp_path / "run", CONFIG, {})
+    assert all(("d", "clean", i) in last for i in range(4))
+
+
+def test_a_lost_image_is_one_sentence(tmp_path):
+    folder = RunFolder(tmp_path, CONFIG, {})
+    folder.append(record(3, attack="pgd"), np.ones((1, 2, 2), np.float32))
+    path = tmp_path / "adversarial" / "d" / "pgd" / "3.npy"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"3\.npy is missing or damaged; remove its record's line"):
+        folder.image("d", "pgd", 3)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"3\.npy is missing or damaged"):
+        folder.image("d", "pgd", 3)
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
@@ -91,6 +118,8 @@ def test_another_run_in_the_folder_is_refused_with_its_differences(tmp_path):
     with pytest.raises(ValueError, match=r"another run, which differs in attack\.eps, seed"):
         RunFolder(tmp_path, other, {})
     assert list(differences({"a": {"b": 1}}, {"a": 2})) == ["a"]
+    assert list(differences({"a": [{"eps": 1}, 2]}, {"a": [{"eps": 3}, 2]})) == ["a[0].eps"]
+    assert list(differences({"a": [1]}, {"a": [1, 2]})) == ["a"]
 
 
 def test_a_folder_that_cannot_be_used(tmp_path):

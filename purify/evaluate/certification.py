@@ -18,7 +18,7 @@ from purify.certify.metrics import abstentions, certified_accuracy, correct_radi
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.evaluate.metrics import Estimate, bootstrap, wilson
 from purify.evaluate.records import RunFolder
-from purify.evaluate.runner import Samples, batches, share
+from purify.evaluate.runner import Samples, batches, share_out
 from purify.noise import derive_seed
 
 CERTIFICATE = "certificate"
@@ -98,7 +98,7 @@ def certify_all(
     check_labels(samples.labels, len(samples))
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
-    own = samples[share(samples.ids, batch_size, folder.ranks)]
+    own = share_out(samples, batch_size, folder.ranks)
     parts = {s.name: own[torch.isin(own.ids, attacked(samples, s).ids)] for s in systems}
     total = sum(len(own) + (len(s.stages()) - 1) * len(parts[s.name]) for s in systems)
     shown = progress and folder.ranks.first

@@ -56,6 +56,20 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
     return Estimate(mean, *map(float, stats.bootstrap((values,), np.mean, **options).confidence_interval))
 
 
+def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
+    """Mean of ours - theirs over the same samples, (N,) each in [0, 1], with its paired interval.
+
+    Bootstrap (percentile); where fewer than ten samples differ from the commonest difference it would collapse, and is
+    widened by what was never seen: with 95 % confidence less than 3 / N of all samples, each by at most 1.
+    """
+    gaps = ours - theirs
+    found = bootstrap(gaps)
+    if len(gaps) - np.unique(gaps, return_counts=True)[1].max() >= 10:
+        return found
+    unseen = min(3 / len(gaps), 1.0)
+    return Estimate(found.value, max(found.low - unseen, -1.0), min(found.high + unseen, 1.0))
+
+
 def mean_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Share of a sample's purifications that are right."""
     return (predictions == labels[:, None]).mean(1)

@@ -64,7 +64,12 @@ class RunFolder:
             write_json(manifest, {"config": config, "sessions": [*sessions, environment]})
         for file in self._files():
             content = file.read_bytes()
-            os.truncate(file, content.rfind(b"\n") + 1)
+            end = content.rfind(b"\n") + 1
+            if parse(content[end:]) is not None:  # whole but for its end
+                with open(file, "ab") as f:
+                    f.write(b"\n")
+            elif b"\r" not in content[end:]:
+                os.truncate(file, end)
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
@@ -153,7 +158,11 @@ class RunFolder:
 
     def image(self, defence: str, attack: str, sample: int) -> np.ndarray:
         """The adversarial image of a record, float32 (C, H, W)."""
-        return np.load(self._image_path(defence, attack, sample), allow_pickle=False)
+        path = self._image_path(defence, attack, sample)
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is missing or damaged; remove its record's line to have it redone.") from error
 
     def _image_path(self, defence: str, attack: str, sample: int) -> Path:
         return self.path / "adversarial" / defence / attack / f"{sample}.npy"
@@ -208,10 +217,10 @@ def parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         names = [record["defence"], record["attack"]]
-        numbers = [record["sample"], record["label"], *record["predictions"]]
+        numbers = [record["sample"], record["label"], *(p + 1 for p in record["predictions"])]  # -1: no answer
     except (ValueError, TypeError, KeyError):
         return None
-    whole = all(type(n) is int for n in numbers) and len(numbers) > 2
+    whole = all(type(n) is int and n >= 0 for n in numbers) and len(numbers) > 2
     return record if whole and all(type(n) is str for n in names) else None
 
 
@@ -248,5 +257,8 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for name in sorted({*a, *b}):
             yield from differences(a.get(name), b.get(name), f"{where}.{name}" if where else name)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from differences(left, right, f"{where}[{index}]")
     elif a != b:
         yield where

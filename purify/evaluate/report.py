@@ -50,7 +50,9 @@ def level_table(folder: RunFolder, defences: Sequence[Defence], samples: Samples
     rows = {}
     for d in defences:
         stages = [stage_name(a) for a in d.stages()]
-        levels = {s: np.mean([folder.get(d.name, s, int(i))["t_star"] for i in samples.ids]) for s in stages}
+        levels = {
+            s: np.mean([folder.get(d.name, s, int(i)).get("t_star", np.nan) for i in samples.ids]) for s in stages
+        }
         rows[d.name] = {s: f"{v:.3f}" for s, v in levels.items()}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("-")
 

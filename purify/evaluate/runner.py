@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -47,6 +48,7 @@ class Defence:
 
     def __post_init__(self) -> None:
         check_count(self.draws, "judge draws")
+        check_unique(map(stage_name, self.stages()), f"attacks on {self.name}", "name each once")
 
     def stages(self) -> list[Attack | None]:
         """What is judged: the clean images (None), then each attack."""
@@ -102,13 +104,12 @@ def evaluate(
     check_images(samples.images)
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
-        check_unique(map(stage_name, defence.stages()), f"attacks on {defence.name}", "name each once")
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
     check_count(batch_size, "batch size")
     if worst_only is not None:
         choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
     groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
-    samples = samples[share(samples.ids, math.lcm(batch_size, *groups), folder.ranks)]
+    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks)
     total = sum(len(d.stages()) for d in defences) * len(samples)
     shown = progress and folder.ranks.first
     with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
@@ -226,6 +227,18 @@ def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -
     return SimpleNamespace(logits=keyed(model, seed)(images, ids, draws), t_star=None)
 
 
+def share_out(samples: Samples, unit: int, ranks: Ranks) -> Samples:
+    """What this process attacks; rank 0 warns if there are more processes than units."""
+    idle = ranks.world - len((samples.ids // unit).unique())
+    if ranks.first and idle > 0:
+        warnings.warn(
+            f"{idle} of {ranks.world} processes have nothing to do, because samples are shared out by {unit}; lower "
+            "--batch-size (AutoAttack's attacks go by 32 at least).",
+            stacklevel=3,
+        )
+    return samples[share(samples.ids, unit, ranks)]
+
+
 def share(ids: Tensor, unit: int, ranks: Ranks) -> Tensor:
     """Row indices of the samples that this process attacks: units of ids (id // unit) in turn."""
     units = ids // unit
@@ -279,10 +292,11 @@ def _stack(folder: RunFolder, defence: Defence, samples: Samples, find: Callable
     rows = []
     for i, label in zip(samples.ids.tolist(), samples.labels.tolist(), strict=True):
         record = find(i)
-        if record["label"] != label or len(record["predictions"]) != defence.draws:
+        answers = record["predictions"]
+        if record["label"] != label or len(answers) != defence.draws or min(answers) < 0:
             what = f"sample {i} ({defence.name}, {record['attack']})"
             raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
-        rows.append(record["predictions"])
+        rows.append(answers)
     return np.array(rows)
 
 

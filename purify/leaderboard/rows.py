@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from purify.attacks import AutoAttackRand
 from purify.evaluate.metrics import Estimate, summarize, worst_case
 from purify.evaluate.records import parse
 from purify.evaluate.runner import CLEAN
@@ -29,6 +30,7 @@ class Row:
         clean: on clean images.
         noise: under random noise of the attack's size; None if that was not run.
         attacks: under each attack.
+        autoattack: under AutoAttack's ``rand`` with its published budget (100 x 20); None if that was not run.
         worst: if each image meets the attack that is worst for it.
         t_star: mean noise level on clean and on the images of the strongest attack; None without a purifier.
         network_calls: score-network calls per answer (NFE).
@@ -37,7 +39,7 @@ class Row:
         failed_checks: self-checks that failed, each with what that means.
         exact: whether the attacks had the exact gradient.
         config: the defence as its manifest states it.
-        command, run, git: the command that reproduces the run, its folder, the revision that ran.
+        command, run, git: the command that reproduces the run, its folder, the revisions that ran.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Row:
     clean: dict[str, Estimate]
     noise: dict[str, Estimate] | None
     attacks: dict[str, dict[str, Estimate]]
+    autoattack: dict[str, Estimate] | None
     worst: dict[str, Estimate]
     t_star: tuple[float, float] | None
     network_calls: float | None
@@ -80,14 +83,18 @@ def read_run(folder: str | Path) -> list[Row]:
     """
     folder = Path(folder)
     config, sessions = load_json(folder / "manifest.json", "config", "sessions")
-    (checks,) = load_json(folder / "result.json", "self_checks")
+    checks, results = load_json(folder / "result.json", "self_checks", "results")
     if config.get("worst_only"):
         raise ValueError(
             f"{folder} was made with --worst-only; a leaderboard needs every attack on every sample: run its command "
             "without that option."
         )
     records = load_records(folder / "records.jsonl")
-    return [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
+    rows = [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
+    for row in rows:
+        if any(asdict(e) != results.get(row.name, {}).get("worst case", {}).get(c) for c, e in row.worst.items()):
+            raise ValueError(f"{folder}: result.json and the records differ for {row.name}; run its command again.")
+    return rows
 
 
 def load_json(path: Path, *keys: str) -> list[Any]:
@@ -126,13 +133,19 @@ def _row(
 ) -> Row:
     defence, budgets, n = config["defences"][name], config["attacks"][name], config["n_examples"]
     stages = [CLEAN, *(b["attack"] for b in budgets)]
+    samples = [(r["sample"], r["label"]) for r in records.get((name, CLEAN), [])]
     for stage in stages:
-        if len(records.get((name, stage), [])) != n:
+        found = [(r["sample"], r["label"]) for r in records.get((name, stage), [])]
+        if len(found) < n:
             raise ValueError(f"{folder} is not finished: {name}, {stage}, lacks samples; run its command again.")
+        if found != samples or len(set(samples)) != n:
+            raise ValueError(f"{folder}: the records of {name}, {stage}, are not those of its {n} samples.")
+    if all(stage in (CLEAN, NOISE) for stage in stages):
+        raise ValueError(f"{folder}: {name} met no attack, there is nothing to rank; add pgd-eot to its --attacks.")
     labels = np.array([r["label"] for r in records[name, CLEAN]])
     predictions = {s: np.array([r["predictions"] for r in records[name, s]]) for s in stages}
-    found = {stage: summarize(p, labels) for stage, p in predictions.items()}
-    attacks = {stage: value for stage, value in found.items() if stage not in (CLEAN, NOISE)}
+    accuracies = {stage: summarize(p, labels) for stage, p in predictions.items()}
+    attacks = {stage: value for stage, value in accuracies.items() if stage not in (CLEAN, NOISE)}
     strongest = min(attacks, key=lambda a: attacks[a]["mean"].value)
     draws = predictions[CLEAN].shape[1]
     return Row(
@@ -141,9 +154,10 @@ def _row(
         dataset=config["dataset"],
         threat_model=budgets[0]["norm"],
         eps=budgets[0]["eps"],
-        clean=found[CLEAN],
-        noise=found.get(NOISE),
+        clean=accuracies[CLEAN],
+        noise=accuracies.get(NOISE),
         attacks=attacks,
+        autoattack=attacks.get(AutoAttackRand.name) if _published(budgets, draws) else None,
         worst=worst_case(list(predictions.values()), labels),
         t_star=_levels(records[name, CLEAN], records[name, strongest]),
         network_calls=_mean(records[name, CLEAN], "network_calls"),
@@ -156,15 +170,23 @@ def _row(
         config=defence,
         command=sessions[0]["command"],
         run=str(folder),
-        git=sessions[0]["git"],
+        git=", ".join(dict.fromkeys(str(session["git"]) for session in sessions if session["git"])) or None,
     )
 
 
 def _stated(budget: dict[str, Any]) -> str:
     """An attack with its budget."""
     if "steps" in budget:
-        return f"{budget['attack']} {budget['steps']} x EOT {budget['eot']}"
+        restarts = f" x {budget['restarts']} restarts" if budget.get("restarts", 1) > 1 else ""
+        return f"{budget['attack']} {budget['steps']} x EOT {budget['eot']}{restarts}"
     return budget["attack"] + (f" {budget['queries']} queries" if "queries" in budget else "")
+
+
+def _published(budgets: list[dict[str, Any]], draws: int) -> bool:
+    """Whether AutoAttack's ``rand`` ran with its own budget; a model without randomness needs a single draw."""
+    found = next((b for b in budgets if b["attack"] == AutoAttackRand.name), {"steps": 0})
+    whole = AutoAttackRand("Linf", 0.0)
+    return found["steps"] >= whole.steps and (draws == 1 or found["eot"] >= whole.eot)
 
 
 def _mean(records: list[dict[str, Any]], key: str) -> float | None:

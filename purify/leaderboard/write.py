@@ -78,7 +78,7 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
         "threat_model": row.threat_model,
         "eps": f"{row.eps:g}",
         "clean_acc": f"{100 * row.clean['mean'].value:.1f}",
-        "autoattack_acc": percent(row.attacks.get("autoattack-rand")),
+        "autoattack_acc": percent(row.autoattack),
         "external": None,
         "unreliable": bool(row.failed_checks) or not row.exact,
         "robust_acc": f"{100 * row.worst['mean'].value:.1f}",
