@@ -100,7 +100,13 @@ def test_low_frequency_perturbations_are_smooth_inside_the_ball_and_do_harm(norm
     found = LowFrequencyPGD(norm, eps, steps=20, eot=1)(model, images, labels)
     delta = found.images - images
     assert (BALLS[norm].distance(delta) <= eps + 1e-5).all()
-    torch.testing.assert_close(low_pass(delta, 0.5), delta, atol=1e-6, rtol=0)  # no pixel meets the edge of [0, 1]
+
+    def above(v):
+        """Share of the energy above the cutoff."""
+        return ((v - low_pass(v, 0.5)).square().sum() / v.square().sum()).item()
+
+    plain = PGD(norm, eps, steps=20, eot=1)(model, images, labels).images - images
+    assert above(delta) < (1e-6 if norm == "L2" else 0.5 * above(plain))  # the L2 ball scales, and no pixel is clipped
     assert (found.loss > LOSSES["margin"](model(images), labels) + 1e-3).all()
     full = LowFrequencyPGD(norm, eps, steps=20, eot=1, cutoff=1.0)(model, images, labels)
     assert (full.loss >= found.loss - 1e-4).all()
