@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,8 +15,11 @@ def count(folder: Path) -> int:
 
 
 def lines(path: Path):
-    """Records without their timings, sorted."""
+    """Records without their timings but with digests of their images, sorted."""
     found = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    for r in found:
+        image = path / "adversarial" / r["defence"] / r["attack"] / f"{r['sample']}.npy"
+        r["image"] = sha256(image.read_bytes()).hexdigest() if image.exists() else None
     return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: str(sorted(r.items())))
 
 
