@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -299,6 +300,17 @@ def test_compare_pairs_the_images_of_two_runs(run, tmp_path, capsys):
     assert "met another budget of" in capsys.readouterr().err
     assert script.main([str(run), str(run), "--defence", "gdmp"]) == 2
     assert "has no defence 'gdmp'; it has undefended" in capsys.readouterr().err
+
+
+def test_the_committed_leaderboard_is_that_of_the_committed_records(tmp_path):
+    committed = Path(__file__).parent.parent / "docs" / "leaderboard"
+    shutil.copytree(committed / "runs", tmp_path / "runs")
+    rows, certified = read_runs(sorted((tmp_path / "runs").iterdir()))
+    write_leaderboard(rows, tmp_path, certified)
+    for name in ("leaderboard.json", "certified.json", "leaderboard.md", "index.html"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), f"{name}: run benchmarks/leaderboard.py"
+    assert {row.dataset for row in rows} == {"digits", "fashion_mnist"}
+    assert {row.name.split()[0] for row in rows} >= {"diffpure", "gdmp", "agdm", "gns"}
 
 
 @pytest.mark.slow
