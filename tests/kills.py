@@ -20,7 +20,10 @@ def lines(path: Path):
     for r in found:
         image = path / "adversarial" / r["defence"] / r["attack"] / f"{r['sample']}.npy"
         r["image"] = sha256(image.read_bytes()).hexdigest() if image.exists() else None
-    return sorted(({k: v for k, v in r.items() if k != "seconds"} for r in found), key=lambda r: (r["defence"], r["attack"], r["sample"]))
+    return sorted(
+        ({k: v for k, v in r.items() if k != "seconds"} for r in found),
+        key=lambda r: (r["defence"], r["attack"], r["sample"]),
+    )
 
 
 def kill_again_and_again(main: Callable, module: str, arguments: list[str], folder: Path, times: int) -> None:
