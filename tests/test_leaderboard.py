@@ -106,6 +106,27 @@ def test_unfinished_and_damaged_runs_are_refused(run, tmp_path):
         read_run(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r | {"predictions": [r["label"]] * 3}, "result.json and the records differ for diffpure"),
+        (lambda r: r | {"sample": (r["sample"] + 1) % 6}, "diffpure, pgd-eot, are not those of its 6 samples"),
+        (lambda r: r | {"label": (r["label"] + 1) % 10}, "diffpure, pgd-eot, are not those of its 6 samples"),
+    ],
+)
+def test_records_changed_by_hand_are_refused(change, message, run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    path = tmp_path / "copy" / "records.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    hit = [r["defence"] == "diffpure" and r["attack"] in ("pgd-eot", "autoattack-rand") for r in records]
+    first = next(i for i, h in enumerate(hit) if h)
+    chosen = hit if "differ" in message else [i == first for i in range(len(records))]
+    changed = [change(r) if c else r for r, c in zip(records, chosen, strict=True)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "copy")
+
+
 def test_certified_rows_have_the_numbers_of_the_run(certified):
     rows, found = read_runs(certified)
     assert rows == []

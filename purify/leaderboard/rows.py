@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def read_run(folder: str | Path) -> list[Row]:
     records = load_records(folder / "records.jsonl")
     rows = [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
     for row in rows:
-        if any(asdict(e) != results.get(row.name, {}).get("worst case", {}).get(c) for c, e in row.worst.items()):
+        stored = results.get(row.name, {}).get("worst case", {})
+        if any(abs(e.value - stored.get(c, {}).get("value", np.inf)) > 1e-9 for c, e in row.worst.items()):
             raise ValueError(f"{folder}: result.json and the records differ for {row.name}; run its command again.")
     return rows
 
