@@ -258,6 +258,20 @@ def table(points: Sequence[Point]) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("-").set_index("noise level")
 
 
+def paired(points: Sequence[Point]) -> pd.DataFrame:
+    """By how many points each varying level lies above each constant one on the same images: clean, and worst case."""
+    rows = {
+        p.name: {
+            c.name: ", ".join(str(difference(p.values[k], c.values[k])).strip() for k in ("clean", "worst"))
+            for c in points
+            if not c.varies
+        }
+        for p in points
+        if p.varies
+    }
+    return pd.DataFrame(rows)
+
+
 def plot(path: Path, points: Sequence[Point], title: str) -> None:
     """Worst-case against clean accuracy: the curve of constant t*, the SSNI points by each attack."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -358,6 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out / args.dataset
     print(f"{args.dataset}, seeds {args.seeds}, {args.n_examples} images each")
     print(table(points).to_string())
+    print("\nAbove constant levels, paired by image: clean, worst case")
+    print(paired(points).to_string())
     write_json(folder / "result.json", {"command": " ".join(sys.argv), "points": [p.plain() for p in points]})
     stated = budget(args.preset, args.dataset)
     title = f"{args.dataset}, L_inf {DATASETS[args.dataset].eps['Linf']:g}, PGD {stated.steps} x EOT {stated.eot}"

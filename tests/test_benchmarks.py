@@ -218,7 +218,12 @@ def test_noise_levels(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "digits" / "curve.png").stat().st_size > 10_000
     assert script.main(arguments) == 0  # everything is on disk
     assert (tmp_path / "digits" / "result.json").read_text() == first
-    assert "above curve" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "above curve" in out
+    gaps = [f"{100 * (points[2][k]['value'] - points[0][k]['value']):.1f} [" for k in ("clean", "worst")]
+    line = out[out.index("paired by image") :].splitlines()[2]
+    assert line.startswith(points[0]["name"])
+    assert all(gap.lstrip("-") in line for gap in gaps)
     for bad in (["--seeds", "0,0"], ["--seeds", "-1"], ["--seeds", "a"], ["--steps", "0"], ["--norm-weight", "nan"]):
         assert script.main([*bad, "--out", str(tmp_path / "bad")]) == 2
         assert not (tmp_path / "bad" / "digits").exists()

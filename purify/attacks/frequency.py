@@ -35,7 +35,7 @@ class LowFrequencyPGD(PGD):
 
     Purification removes fine structure and keeps coarse one; so steps, and after each of them the perturbation, are
     confined to the lowest spatial frequencies, and then brought back into the ball and into [0, 1]. That puts some of
-    the higher frequencies back: a tenth of the perturbation's energy on digits. Its perceptual budget is the threat
+    the higher frequencies back. Its perceptual budget is the threat
     model's ball (theirs is perceptual and larger).
 
     Args:

@@ -11,16 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.autoattack import AutoAttackRand
-from purify.attacks.base import with_gradient
+from purify.attacks.base import Attack, with_gradient
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
 
 
-def check_weight(norm_weight: float) -> None:
-    """Raise ValueError unless it is a finite number."""
-    if not is_number(norm_weight):
-        raise ValueError(f"norm_weight must be a finite number, got {norm_weight}.")
+class Weighted(Attack):
+    """An attack with a ``norm_weight``, which its label names."""
+
+    norm_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.norm_weight):
+            raise ValueError(f"norm_weight must be a finite number, got {self.norm_weight}.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({self.norm_weight:g})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class ConstantLevelAutoAttackRand(AutoAttackRand):
 
 
 @dataclass(frozen=True)
-class NormPGD(PGD):
+class NormPGD(Weighted, PGD):
     """PGD+EOT through t*(x) that also lowers (or raises) the statistic behind t*; for SSNI the score norm.
 
     It climbs along loss gradient - ``norm_weight`` * statistic gradient, each of unit L2 norm, in steps of L2 length:
@@ -68,14 +77,6 @@ class NormPGD(PGD):
 
     name: ClassVar[str] = "pgd-eot-norm"
     needs: ClassVar[str | None] = "level_varies"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight(self.norm_weight)
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}({self.norm_weight:g})"
 
     def evaluator(self, model: Any, seed: int) -> Evaluator:
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ class Lowering(nn.Module):
 
 
 @dataclass(frozen=True)
-class NormAutoAttackRand(AutoAttackRand):
+class NormAutoAttackRand(Weighted, AutoAttackRand):
     """AutoAttack's ``rand`` that also lowers (or raises) the statistic behind t*, mixed in as in ``pgd-eot-norm``.
 
     Its steps in L_inf are signs of a gradient, which the score norm detects: expect less of it than of
@@ -135,14 +136,6 @@ class NormAutoAttackRand(AutoAttackRand):
 
     name: ClassVar[str] = "autoattack-rand-norm"
     needs: ClassVar[str | None] = "level_varies"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_weight(self.norm_weight)
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}({self.norm_weight:g})"
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return Lowering(model, self.norm_weight)
