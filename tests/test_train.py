@@ -11,7 +11,7 @@ from torch import nn
 from purify import ContinuousVP, Noise, ScoreModel, zoo
 from purify.certify.splitting import Splitting, SplittingLevels
 from purify.data import load_dataset
-from purify.train.__main__ import build, main
+from purify.train.__main__ import build, main, recipe_name
 from purify.train.loop import Hyper, learning_rate, train, update_ema
 from purify.train.losses import (
     CrossEntropy,
@@ -182,6 +182,14 @@ def test_command(tmp_path, capsys):
     assert "clean_accuracy" in (tmp_path / "digits-standard.md").read_text()
     assert main(["nothing"]) == 2
     assert "Unknown recipe 'nothing'; known: digits" in capsys.readouterr().err
+    assert main(["digits-guide", "--dataset", "fashion_mnist"]) == 2
+    assert "digits-guide is a recipe for digits, not for fashion_mnist" in capsys.readouterr().err
+
+
+def test_a_recipe_may_be_named_without_its_data_set():
+    assert recipe_name("guide", None) == recipe_name("guide", "digits") == recipe_name("digits-guide", None)
+    assert recipe_name("guide", "fashion_mnist") == "fashion_mnist-guide"
+    assert recipe_name("fashion_mnist", "fashion_mnist") == "fashion_mnist"
 
 
 # --- splitting noise and diffusion calibration --------------------------------------------------------------------

@@ -68,7 +68,7 @@ def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, st
 
 
 def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
-    fig, ax = _axes(f"{rows[0].norm} radius", "certified accuracy, %", title)
+    fig, ax = _axes(f"{rows[0].norm} radius", "certified accuracy, %", title, len(rows))
     top = 1.05 * max(max(float(r.found.correct.max()) for r in rows), 1e-3)
     grid = np.linspace(0, top, 400)
     for i, row in enumerate(rows):
@@ -80,9 +80,9 @@ def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
 
 
 def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
-    fig, ax = _axes(label, "robust accuracy, worst case, %", title)
     several = len({r.classifier for r in rows if r.network_calls is not None}) > 1
     names = list(dict.fromkeys(series(r, several) for r in rows))
+    fig, ax = _axes(label, "robust accuracy, worst case, %", title, len(names))
     for i, name in enumerate(names):
         chosen = [r for r in rows if series(r, several) == name]
         worst = [r.worst["mean"] for r in chosen]
@@ -93,9 +93,9 @@ def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: s
     _save(fig, ax, path)
 
 
-def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
-    """An empty plot without a background."""
-    fig = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="none")
+def _axes(x: str, y: str, title: str, series: int) -> tuple[Figure, Axes]:
+    """An empty plot without a background, with room for the names of ``series`` below it."""
+    fig = Figure(figsize=(6.4, 3.9 + 0.09 * series), layout="constrained", facecolor="none")
     FigureCanvasSVG(fig)
     ax = fig.subplots()
     ax.set_facecolor("none")
@@ -111,5 +111,5 @@ def _axes(x: str, y: str, title: str) -> tuple[Figure, Axes]:
 
 def _save(fig: Figure, ax: Axes, path: Path) -> None:
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8, labelcolor=INK, facecolor="none", edgecolor=INK)
+    fig.legend(loc="outside lower center", ncols=2, fontsize=8, labelcolor=INK, facecolor="none", edgecolor=INK)
     fig.savefig(path, format="svg", metadata={"Date": None})

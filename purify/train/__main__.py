@@ -28,15 +28,33 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m purify.train",
         description="Train a network of the embedded default by its recipe. A run that was stopped resumes.",
-        epilog="example: python -m purify.train digits --out runs/train",
+        epilog="examples: python -m purify.train digits; python -m purify.train guide --dataset fashion_mnist",
     )
-    p.add_argument("name", help=f"which recipe: {', '.join(RECIPES)}")
+    p.add_argument(
+        "name",
+        help=f"which recipe: {', '.join(RECIPES)}; or what follows the data set in its name, as in: guide --dataset digits",
+    )
+    p.add_argument("--dataset", help="the data set, where the name does not say it (default: digits)")
     p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the weights (default: %(default)s)")
     p.add_argument("--data-dir", type=Path, help="folder with the data set's files")
     p.add_argument("--steps", type=int, help="training steps instead of the recipe's")
     p.add_argument("--seed", type=int, help="seed instead of the recipe's")
     p.add_argument("--threads", type=int, help="CPU threads for torch")
     return p
+
+
+def recipe_name(name: str, dataset: str | None) -> str:
+    """``name``, with its data set before it if it lacks one: ``guide`` is ``digits-guide``.
+
+    Raises:
+        ValueError: there is no such recipe, or it is one of another data set.
+    """
+    full = f"{dataset or 'digits'}-{name}"
+    found = full if full in RECIPES else name
+    recipe = choose(found, RECIPES, "recipe")
+    if dataset not in (None, recipe.dataset):
+        raise ValueError(f"{found} is a recipe for {recipe.dataset}, not for {dataset}; leave out one of the two.")
+    return found
 
 
 def build(recipe: Recipe) -> nn.Module:
@@ -119,17 +137,18 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parser().parse_args(argv)
     try:
-        recipe = choose(args.name, RECIPES, "recipe")
+        name = recipe_name(args.name, args.dataset)
+        recipe = RECIPES[name]
         changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
         recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
         if args.threads is not None:
             check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)
-        entry = run(args.name, recipe, args.out, args.data_dir)
+        entry = run(name, recipe, args.out, args.data_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.out / args.name}.safetensors")
+    print(f"wrote {args.out / name}.safetensors")
     for key, value in entry["measured"].items():
         print(f"  {key}: {value:.4f}")
     return 0
