@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "name",
-        help=f"which recipe: {', '.join(RECIPES)}; or what follows the data set in its name, as in: guide --dataset digits",
+        help=f"which recipe: {', '.join(RECIPES)}; or without its data set: guide --dataset digits",
     )
     p.add_argument("--dataset", help="the data set, where the name does not say it (default: digits)")
     p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the weights (default: %(default)s)")
