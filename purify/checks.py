@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -50,6 +50,16 @@ def check_labels(y: Tensor, n: int, num_classes: int | None = None) -> None:
     if n and (int(y.min()) < 0 or (num_classes is not None and int(y.max()) >= num_classes)):
         top = "" if num_classes is None else f" to {num_classes - 1}"
         raise ValueError(f"Labels must be classes 0{top}, got {int(y.min())} to {int(y.max())}.")
+
+
+# The same in both modes; some models (RobustBench's composite ones) do not hand their mode on to these.
+_MODELESS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+
+
+def check_eval(classifier: nn.Module, before: str) -> None:
+    """Raise ValueError if a part of the classifier whose answer depends on it is in train mode."""
+    if any(m.training for m in classifier.modules() if type(m) not in _MODELESS):
+        raise ValueError(f"The classifier is in train mode; call classifier.eval() before {before}.")
 
 
 def choose(name: str, registry: Mapping[str, T], what: str) -> T:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from purify.checks import check_count, check_images, choose
+from purify.checks import check_count, check_eval, check_images, choose
 from purify.gradients import GradientEngine
 from purify.levels import Share
 from purify.plans import FixedSteps
@@ -99,7 +99,7 @@ class DefendedClassifier(nn.Module):
         super().__init__()
         check_count(purifications, "purifications")
         self._aggregate = choose(aggregate, AGGREGATES, "aggregate")
-        _check_eval(classifier)
+        check_eval(classifier, "defending it")
         self.classifier = classifier.requires_grad_(False)
         self.purifier = purifier
         self.purifications, self.aggregate, self.image_shape = purifications, aggregate, image_shape
@@ -129,7 +129,7 @@ class DefendedClassifier(nn.Module):
         deviation: bool = False,
     ) -> Details:
         """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
-        _check_eval(self.classifier)
+        check_eval(self.classifier, "attacking it")
         check_images(x)
         if self.image_shape is not None and tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(
@@ -200,12 +200,3 @@ class DefendedClassifier(nn.Module):
             "purifications": self.purifications,
             "aggregate": self.aggregate,
         }
-
-
-# The same in both modes; some models (RobustBench's composite ones) do not hand their mode on to these.
-_MODELESS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
-
-
-def _check_eval(classifier: nn.Module) -> None:
-    if any(m.training for m in classifier.modules() if type(m) not in _MODELESS):
-        raise ValueError("The classifier is in train mode; call classifier.eval() before defending or attacking it.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,20 @@ def check_autocast(network: nn.Module, autocast: str) -> None:
     """Raise ValueError for a network of float64, which ``torch.autocast`` leaves as it is."""
     if any(p.dtype == torch.float64 for p in network.parameters()):
         raise ValueError(f"A float64 network does not run in {autocast}; convert it to float32, or leave autocast out.")
+
+
+@contextmanager
+def float32_proper() -> Iterator[None]:
+    """Convolutions and matrix products of float32 without TF32, to which PyTorch's convolutions default on GPUs."""
+    parts: tuple[Any, ...] = (getattr(torch.backends.cudnn, "conv"), torch.backends.cuda.matmul)  # noqa: B009 - untyped
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def _plain(network: nn.Module, u: Tensor, labels: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ class Attack(ABC):
             raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
         if not (is_number(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
+        if self.norm == "Linf" and self.eps > 1:
+            raise ValueError(f"An L_inf eps is for images in [0, 1] and at most 1, got {self.eps}; divide it by 255.")
 
     def __call__(
         self,

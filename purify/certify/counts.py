@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, check_images
+from purify.checks import check_count, check_eval, check_images
 from purify.noise import Noise
+from purify.precision import float32_proper
 
 Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
 
@@ -68,7 +70,8 @@ class NoisyCounts:
         return counts
 
     def _logits(self, noisy: Tensor) -> Tensor:
-        logits = self.classifier(noisy)
+        with nullcontext() if self.referee is None else float32_proper():  # TF32 errs by more than a near tie
+            logits = self.classifier(noisy)
         if logits.ndim != 2 or len(logits) != len(noisy) or logits.shape[1] < 2:
             raise ValueError(
                 f"The classifier must return logits (N, K) of at least two classes, it returned shape "
@@ -131,7 +134,6 @@ def keys(images: Tensor, sample_ids: Tensor | Sequence[int] | None, seed: int) -
 
 def check_classifier(classifier: nn.Module, max_rows: int | None) -> None:
     """Raise ValueError unless the classifier is in eval mode and ``max_rows`` a count."""
-    if any(m.training for m in classifier.modules()):
-        raise ValueError("The classifier is in train mode; call classifier.eval() before certifying it.")
+    check_eval(classifier, "certifying it")
     if max_rows is not None:
         check_count(max_rows, "max_rows")

@@ -138,8 +138,8 @@ class DSSN(Certifier):
     """Derandomized splitting noise: the answer over all L draws there are, with an exact L1 radius; never abstains.
 
     The certificate speaks of images on the grid k/255: of this one and of those it may be perturbed to.
-    The answer is the same in any batch and process: rows nearly tied in float32 are decided in float64. (Unless
-    rounding moves a logit by more than a thousandth of the largest: leave TF32 off.)
+    The answer is the same in any batch and process: rows nearly tied in float32 are decided in float64, and TF32 is
+    switched off. (Unless rounding moves a logit by more than a thousandth of the largest.)
 
     Args:
         classifier: split images, in [0, 1], to logits, in eval mode; it should be trained on this noise.

@@ -16,7 +16,7 @@ from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier, Draws
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
 from purify.checks import check_count, check_images, check_labels, check_unique
-from purify.evaluate.metrics import Estimate, bootstrap, wilson
+from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, share_out
 from purify.noise import derive_seed
@@ -198,7 +198,7 @@ class Summary:
 
     Attributes:
         radii, certified: certified accuracy at each radius, with Wilson's 95 % intervals.
-        acr: average certified radius, with a bootstrap interval.
+        acr: average certified radius, with its interval (:func:`purify.evaluate.metrics.bounded`).
         abstained: share without an answer.
         draws: mean noisy images classified per sample.
         attacked, refuted, unsure: attacks inside a certificate's radius, how many of them changed the answer, and how
@@ -243,7 +243,7 @@ def sum_up(
     return Summary(
         radii=list(radii),
         certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
-        acr=bootstrap(np.maximum(correct, 0)),
+        acr=bounded(np.maximum(correct, 0), 0.0, np.inf, spread=max(float(correct.max()), 0.0)),
         abstained=wilson(round(abstentions(classes) * n), n),
         draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),

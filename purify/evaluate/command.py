@@ -100,9 +100,10 @@ def show(
     )
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
     purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
-    checks = [check for d in defences for check in self_checks(folder, d, samples, args.seed, criterion is None)]
-    stored = [dataclasses.asdict(check) for check in checks]
-    context = {"budget": stated, "self_checks": stored, "sessions": folder.sessions}
+    context = {"budget": stated, "sessions": folder.sessions}
+    report.write_result(folder.path / "result.json", found, defences, context)  # the checks may take long, or fail
+    checks = [c for d in defences for c in self_checks(folder, d, samples, args.seed, criterion is None, args.max_rows)]
+    context["self_checks"] = [dataclasses.asdict(check) for check in checks]
     report.write_result(folder.path / "result.json", found, defences, context)
     print(f"\nAccuracy in %, {CRITERIA_TEXTS[criterion or 'mean'].format(allowed.judge_draws)}, [95 % interval]")
     print(report.table(found, criterion or "mean").to_string())

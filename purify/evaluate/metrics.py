@@ -57,17 +57,21 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """Mean of ours - theirs over the same samples, (N,) each in [0, 1], with its paired interval.
+    """Mean of ours - theirs over the same samples, (N,) each in [0, 1], with its paired interval."""
+    return bounded(ours - theirs, -1.0, 1.0, spread=1.0)
 
-    Bootstrap (percentile); where fewer than ten samples differ from the commonest difference it would collapse, and is
-    widened by what was never seen: with 95 % confidence less than 3 / N of all samples, each by at most 1.
+
+def bounded(values: np.ndarray, low: float, high: float, spread: float) -> Estimate:
+    """Mean of per-sample values (N,) in [low, high] with its bootstrap interval.
+
+    Where fewer than ten samples differ from the commonest value it would collapse, and is widened by what was never
+    seen: with 95 % confidence less than 3 / N of all samples, each by at most ``spread``.
     """
-    gaps = ours - theirs
-    found = bootstrap(gaps)
-    if len(gaps) - np.unique(gaps, return_counts=True)[1].max() >= 10:
+    found = bootstrap(values)
+    if len(values) - np.unique(values, return_counts=True)[1].max() >= 10:
         return found
-    unseen = min(3 / len(gaps), 1.0)
-    return Estimate(found.value, max(found.low - unseen, -1.0), min(found.high + unseen, 1.0))
+    unseen = min(3 / len(values), 1.0) * spread
+    return Estimate(found.value, max(found.low - unseen, low), min(found.high + unseen, high))
 
 
 def mean_correct(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

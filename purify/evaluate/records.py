@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,11 +46,7 @@ class RunFolder:
         if self.ranks.first:
             self._lock = self._claim()
             self._open(json.loads(json.dumps(config)), environment)  # the config as it will be read back
-        self.ranks.barrier()
-        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        for file in self._files():
-            self._read(file)
-        self.ranks.barrier()  # nobody appends while others read
+        self._load()
 
     def _open(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Check or write the manifest, and cut off what a killed process left half-written."""
@@ -117,11 +113,23 @@ class RunFolder:
             self._records[key(record)] = record
 
     def merge(self) -> None:
-        """Wait for all ranks; then rank 0 knows all records, which are in one file."""
+        """Wait for all ranks; then all know all records, which are in one file."""
         self.ranks.barrier()
         parts = [file for file in self._files() if file.name != MERGED]
-        if not self.ranks.first or not parts:
-            return
+        if self.ranks.first and parts:
+            self._join(parts)
+        self._load()
+
+    def _load(self) -> None:
+        """Read all records, once rank 0 has put the folder in order."""
+        self.ranks.barrier()
+        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        for file in self._files():
+            self._read(file)
+        self.ranks.barrier()  # nobody appends while others read
+
+    def _join(self, parts: Sequence[Path]) -> None:
+        """Move the records of all files into one."""
         self._records.clear()
         for file in self._files():
             self._read(file)

@@ -204,13 +204,23 @@ class Judgement:
 
 @torch.no_grad()
 def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: int = 2048) -> Judgement:
-    """The model's answers on draws that no attack has seen: their seed is the judges' own."""
+    """The model's answers on draws that no attack has seen: their seed is the judges' own.
+
+    Raises:
+        ValueError: it answers NaN or infinity, which is no class.
+    """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
     rows = torch.arange(n, device=images.device).repeat_interleave(draws)
     draw = torch.arange(draws, device=images.device).repeat(n)
     parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
     found = [details(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
+    lost = ~torch.cat([f.logits.isfinite().all(1) for f in found])
+    if bool(lost.any()):
+        raise ValueError(
+            f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "
+            "precision and the guidance's scale."
+        )
     predictions = torch.cat([f.logits.argmax(1) for f in found]).reshape(n, draws)
     if found[0].t_star is None:
         return Judgement(predictions, None, None)

@@ -19,6 +19,7 @@ from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.noise import derive_seed
 
+GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
 LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget
 
 
@@ -43,10 +44,13 @@ class Check:
     meaning: str
 
 
-def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True) -> list[Check]:
+def self_checks(
+    folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True, max_rows: int = 2048
+) -> list[Check]:
     """All checks of a defence whose records are in ``folder``; those of gradients if it has a purifier.
 
-    ``complete``: whether every sample met every attack, without which attacks cannot be compared.
+    ``complete``: whether every sample met every attack, without which attacks cannot be compared; ``max_rows``: as in
+    :func:`purify.evaluate.runner.evaluate`.
     """
     # Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
     few = samples[torch.arange(min(16, -(-len(samples) // 4)))]
@@ -55,7 +59,7 @@ def self_checks(folder: RunFolder, defence: Defence, samples: Samples, seed: int
     return [
         *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
         *(black_box_check(recorded, required=purified) if complete else []),
-        *convergence_checks(defence, few, seed, recorded if complete else None),
+        *convergence_checks(defence, few, seed, recorded if complete else None, max_rows),
     ]
 
 
@@ -84,12 +88,21 @@ def input_gradient(model: nn.Module, samples: Samples, dtype: torch.dtype, seed:
     return torch.autograd.grad(margin_loss(logits, samples.labels).sum(), x)[0].flatten(1).double()
 
 
+def reference(model: nn.Module) -> nn.Module:
+    """The defence in float64, without autocast, with the exact gradient in every part and bounded memory."""
+    double: Any = copy.deepcopy(model)
+    double.purifier.score_model = double.purifier.score_model.with_settings(autocast=None).requires_grad_(False).eval()
+    engine = {"kind": "full", "memory_budget": GRAPHS}
+    return double.double().with_gradient(engine, through_level=True, second_order=True)
+
+
 def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
     """The gradient in use against full backpropagation in float64, at its worst sample, and its share of zeros."""
     used = input_gradient(defence.model, samples, samples.images.dtype, seed)
-    double: Any = copy.deepcopy(defence.model).double()
-    whole = double.with_gradient("full", through_level=True, second_order=True)
-    exact = input_gradient(whole, samples, torch.float64, seed)
+    whole = reference(defence.model)
+    # One by one: the graphs of a network of ImageNet's size fill a GPU.
+    each = torch.arange(len(samples)).split(1)
+    exact = torch.cat([input_gradient(whole, samples[i], torch.float64, seed) for i in each])
     cosine = torch.cosine_similarity(used, exact, dim=1, eps=0.0).nan_to_num(0.0).min().item()
     zeros = (used == 0).double().mean().item()
     return [
@@ -130,7 +143,9 @@ def black_box_check(recorded: Recorded, required: bool = True) -> list[Check]:
     return [Check(defence, name, gain, 0.0, gain <= 0, meaning)]
 
 
-def convergence_checks(defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None) -> list[Check]:
+def convergence_checks(
+    defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None, max_rows: int = 2048
+) -> list[Check]:
     """How much lower twice the steps, or twice the draws, of the strongest PGD attack bring a few samples.
 
     Without records the first one counts as the strongest.
@@ -145,20 +160,20 @@ def convergence_checks(defence: Defence, samples: Samples, seed: int, recorded: 
     stronger = {"steps": replace(attack, steps=2 * attack.steps)}
     if defence.draws > 1:
         stronger["EOT draws"] = replace(attack, eot=2 * attack.eot)
-    before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed)
+    before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed, max_rows)
     checks = []
     for what, better in stronger.items():
-        lost = before - accuracy(defence, better, samples, seed)
+        lost = before - accuracy(defence, better, samples, seed, max_rows)
         meaning = f"{attack.label} has not converged: twice the {what} lower the accuracy further."
         checks.append(Check(defence.name, name.format(what, len(samples)), lost, LOST, lost <= LOST, meaning))
     return checks
 
 
-def accuracy(defence: Defence, attack: Attack, samples: Samples, seed: int) -> float:
+def accuracy(defence: Defence, attack: Attack, samples: Samples, seed: int, max_rows: int = 2048) -> float:
     """Mean over the judges' draws, as the runner would find it."""
     attack_seed = derive_seed(seed, "attack")
     found = attack(defence.model, samples.images, samples.labels, sample_ids=samples.ids, seed=attack_seed)
-    judged = judge(defence, found.images, samples.ids, seed)
+    judged = judge(defence, found.images, samples.ids, seed, max_rows)
     return share_right(judged.predictions.cpu().numpy(), samples)
 
 

@@ -24,6 +24,10 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        advice = "lower --batch-size or --max-rows, or set a smaller memory budget; what was finished is on disk"
+        print(f"error: out of memory ({str(error).splitlines()[0]}); {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
         return 130
