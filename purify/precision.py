@@ -59,7 +59,11 @@ def float32_proper() -> Iterator[None]:
 
 def _plain(network: nn.Module, u: Tensor, labels: Tensor) -> Tensor:
     output = network(u, labels)
-    return getattr(output, "sample", output)
+    output = getattr(output, "sample", output)
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise ValueError(f"The network must return a tensor, or an object with .sample, it returned a {kind}.")
+    return output
 
 
 class _Scale:

@@ -53,11 +53,6 @@ def _from_v(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Predicti
 
 
 def _from_learned_variance(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    if output.shape[1] != 2 * u.shape[1]:
-        raise ValueError(
-            f"A learned-variance network returns {2 * u.shape[1]} channels for these images, "
-            f"this one returned {output.shape[1]}; use prediction='eps'."
-        )
     eps, variance = output.chunk(2, dim=1)
     return Prediction(eps, variance)
 
@@ -130,6 +125,8 @@ class ScoreModel(nn.Module):
         autocast: str | torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"network must be a torch.nn.Module, got {type(network).__name__}.")
         if not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be a purify.ContinuousVP or DiscreteVP, got {schedule!r}.")
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
@@ -158,10 +155,28 @@ class ScoreModel(nn.Module):
         return labels + rounding
 
     def predict(self, u: Tensor, t: Tensor) -> Prediction:
-        """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,)."""
+        """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,).
+
+        Raises:
+            ValueError: the network returns another shape than its prediction has.
+        """
         output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
+        self._check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
+
+    def _check_output(self, output: Tensor, u: Tensor) -> None:
+        """Raise ValueError for what would be broadcast, or fail somewhere else."""
+        learned = self.prediction == "learned_variance"
+        expected = (len(u), (2 if learned else 1) * u.shape[1], *u.shape[2:])
+        if output.shape != expected:
+            advice = ""
+            if output.shape[1:2] == (2 * u.shape[1],) or learned:
+                advice = f"; use prediction='{'eps' if learned else 'learned_variance'}'"
+            raise ValueError(
+                f"A network that predicts {self.prediction} returns shape {expected} for these images, this one "
+                f"returned {tuple(output.shape)}{advice}."
+            )
 
     def eps(self, u: Tensor, t: Tensor) -> Tensor:
         """Predicted noise eps(u_t, t), (N, C, H, W)."""

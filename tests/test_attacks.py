@@ -24,6 +24,7 @@ class Linear(nn.Module):
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+        self.eval()
 
     def forward(self, x):
         value = x.flatten(1) @ self.w
@@ -262,6 +263,10 @@ def test_bad_input(images, labels):
         attack(TinyClassifier(), images, labels, sample_ids=torch.arange(3))
     with pytest.raises(ValueError, match="for a model that has a purifier; this one does not, use pgd-eot"):
         BPDA("Linf", 0.1, steps=1)(TinyClassifier(), images, labels)
+    with pytest.raises(ValueError, match="train mode"):
+        attack(TinyClassifier().train(), images, labels)
+    with pytest.raises(ValueError, match=r"at most 1, got 8\.0; divide it by 255"):
+        PGD("Linf", 8.0)
     with pytest.raises(ValueError, match="at least three classes"):
         PGD("Linf", 0.1, steps=1, loss="dlr")(Linear(), images, torch.ones(7, dtype=torch.int64))
 

@@ -224,6 +224,17 @@ def test_dssn_is_the_same_in_any_batch_and_process(tmp_path):
     assert json.loads(out) == whole.counts.tolist()
 
 
+def test_dssn_runs_without_tf32(images):
+    """TF32, PyTorch's default for convolutions on GPUs, errs by more than what counts as a near tie."""
+    conv, seen = torch.backends.cudnn.conv, []
+    classifier = TinyClassifier()
+    classifier.register_forward_pre_hook(lambda *_: seen.append(conv.fp32_precision))
+    before = conv.fp32_precision
+    DSSN(classifier, lam=2 / 255).certify((images * 255).round() / 255)
+    assert set(seen) == {"ieee"}
+    assert conv.fp32_precision == before != "ieee"
+
+
 def test_images_off_the_grid_are_refused():
     dssn = DSSN(TinyClassifier(), 0.05)
     on = torch.randint(256, (3, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 255

@@ -11,7 +11,7 @@ from test_resume import TINY
 
 from purify import DefendedClassifier, diffpure
 from purify.attacks import PGD, AutoAttackRand
-from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
+from purify.evaluate import Defence, RunFolder, Samples, command, evaluate, results
 from purify.evaluate.command import main
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.models import load_classifier
@@ -96,6 +96,32 @@ def test_judges_use_other_noise_than_the_attack(tmp_path):
     attacking = {s for s, grad in seeds if grad}
     assert len(attacking) == 1
     assert seeds[-1][0] not in attacking
+
+
+def test_an_answer_that_is_not_a_number_is_no_class(tmp_path):
+    class Broken(TinyClassifier):
+        def forward(self, x):
+            logits = super().forward(x)
+            return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.9, torch.nan, logits)
+
+    images = torch.full((3, 1, 4, 4), 0.5)
+    images[1] = 0.95
+    samples = Samples(images, torch.zeros(3).long(), torch.tensor([4, 7, 9]))
+    folder = RunFolder(tmp_path / "run", {}, {})
+    with pytest.raises(ValueError, match="broken answers NaN or infinity on sample 7"):
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, progress=False)
+
+
+def test_results_are_on_disk_before_the_self_checks(tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(command, "self_checks", fail)
+    assert main([*TINY, "--attacks", "random-noise", "--out", str(tmp_path / "run")]) == 2
+    assert "out of memory (no room); lower --batch-size" in capsys.readouterr().err
+    assert "diffpure" in json.loads((tmp_path / "run" / "result.json").read_text())["results"]
+    with pytest.raises(ValueError, match="run its command again"):
+        read_run(tmp_path / "run")  # a leaderboard wants the checks
 
 
 def test_batches_are_groups_of_ids():

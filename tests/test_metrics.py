@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from purify.evaluate.metrics import difference, estimate, summarize, wilson, worst_case, worst_mean
+from purify.evaluate.metrics import bootstrap, bounded, difference, estimate, summarize, wilson, worst_case, worst_mean
 
 
 def test_wilson_by_its_formula():
@@ -97,6 +97,15 @@ def test_choosing_among_equal_attacks_does_not_lower_the_mean():
     naive = np.min([r.mean(1) for r in right], axis=0).mean()
     assert naive < 0.36
     assert worst_mean(right).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_mean_of_equal_radii_has_an_interval():
+    """A law that gives 0.6 with probability p and 0 otherwise: 32 equal radii are likely for p near 1."""
+    found = bounded(np.full(32, 0.6), 0.0, np.inf, spread=0.6)
+    assert found.value == pytest.approx(0.6)
+    assert found.low <= 0.6 * 0.05 ** (1 / 32) < 0.6 <= found.high
+    varied = np.linspace(0, 1, 40)
+    assert bounded(varied, 0.0, np.inf, 1.0) == bootstrap(varied)
 
 
 def test_a_difference_that_hardly_varies_gets_an_interval_that_does_not_collapse():

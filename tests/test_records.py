@@ -4,11 +4,15 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from purify.evaluate import RunFolder
+from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import differences
 
 CONFIG = {"attack": {"eps": 0.1, "steps": 3}, "seed": 0}
@@ -159,6 +163,39 @@ def test_a_full_disk_loses_nothing(tmp_path):
         del again
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process, which meet at ``met``."""
+
+    met = threading.Barrier(2, timeout=60)
+
+    def barrier(self):
+        self.met.wait()
+
+
+def test_a_second_use_of_a_folder_loses_no_rank_s_records(tmp_path, monkeypatch):
+    """Rank 1 goes on while rank 0 still merges, unless it waits."""
+    join = RunFolder._join
+
+    def slow(self, parts):
+        join(self, [])
+        time.sleep(0.5)
+        for part in parts:
+            part.unlink()
+
+    def use(rank):
+        folder = RunFolder(tmp_path, CONFIG, {}, Threads(rank, 2))
+        for attack in ("first", "second"):
+            folder.append({**record(rank), "attack": attack})
+            folder.merge()
+        return [(attack, i) for attack in ("first", "second") for i in range(2) if ("d", attack, i) in folder]
+
+    monkeypatch.setattr(RunFolder, "_join", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(use, range(2)))
+    assert found[0] == found[1] == [("first", 0), ("first", 1), ("second", 0), ("second", 1)]
+    assert [p.name for p in tmp_path.glob("records*")] == ["records.jsonl"]
 
 
 def test_records_of_ranks_are_merged_and_a_merge_that_was_killed_is_finished(tmp_path):

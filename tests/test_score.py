@@ -51,8 +51,38 @@ def test_learned_variance_is_kept_and_its_channels_are_checked():
     model = ScoreModel(As("learned_variance"), ContinuousVP(), "learned_variance")
     assert (model.predict(torch.zeros(1, 1, 2, 2), torch.tensor([0.5])).variance == 0.3).all()
     narrow = ScoreModel(SmoothNet(), ContinuousVP(), "learned_variance")
-    with pytest.raises(ValueError, match="returns 2 channels"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 4, 4\).* returned \(1, 1, 4, 4\); use prediction='eps'"):
         narrow.eps(torch.zeros(1, 1, 4, 4), torch.tensor([0.5]))
+
+
+class Returns(nn.Module):
+    """A network that returns what ``make`` makes of u."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, u, labels):
+        return self.make(u)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda u: u[:, :1], r"predicts eps returns shape \(2, 3, 4, 4\) for these images, this one returned \(2, 1,"),
+        (lambda u: u.mean((2, 3), keepdim=True), r"this one returned \(2, 3, 1, 1\)\."),
+        (lambda u: torch.cat([u, u], 1), r"this one returned \(2, 6, 4, 4\); use prediction='learned_variance'"),
+        (lambda u: (u,), "must return a tensor, or an object with .sample, it returned a tuple"),
+    ],
+)
+def test_what_would_be_broadcast_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        ScoreModel(Returns(make), ContinuousVP()).eps(torch.zeros(2, 3, 4, 4), torch.tensor([0.5, 0.5]))
+
+
+def test_a_network_is_a_module():
+    with pytest.raises(ValueError, match=r"network must be a torch.nn.Module, got function"):
+        ScoreModel(lambda u, labels: u, ContinuousVP())
 
 
 def test_labels_of_a_discrete_model_are_exactly_k_minus_1():

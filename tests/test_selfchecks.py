@@ -45,6 +45,28 @@ def test_exact_gradients_pass_and_approximate_ones_fail(samples):
         assert zeros.value == 0
 
 
+def test_the_reference_gradient_recomputes_what_does_not_fit(samples, monkeypatch):
+    """With room for no graph at all the answer is the same."""
+    found = []
+    for room in (2**30, 1):
+        monkeypatch.setattr(selfchecks, "GRAPHS", room)
+        found.append(input_gradient(selfchecks.reference(defence().model), samples, torch.float64, 0))
+        calls = []
+        double = selfchecks.reference(defence().model)
+        double.purifier.score_model.network.register_forward_pre_hook(lambda m, a, calls=calls: calls.append(len(a[0])))
+        input_gradient(double, samples, torch.float64, 0)
+        assert (len(calls) == 4) if room > 1 else (len(calls) >= 8)
+    assert torch.equal(*found)
+
+
+def test_a_purifier_under_autocast_is_checked_against_one_without(samples):
+    model = smooth_model().with_settings(autocast="bfloat16")
+    defended = DefendedClassifier(TinyClassifier(), diffpure(model, 0.1, 4, "ddpm"))
+    cosine, _ = gradient_checks(Defence("d", defended, [], 4, {}), samples, seed=0)
+    assert 0.99 < cosine.value < 1 - 1e-9  # near the float64 gradient, and not it
+    assert model.autocast == "bfloat16"
+
+
 def test_vanishing_gradients_fail(samples):
     class Saturated(TinyClassifier):
         def forward(self, x):

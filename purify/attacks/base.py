@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, check_images, check_labels, is_number
+from purify.checks import check_count, check_eval, check_images, check_labels, is_number
 from purify.noise import derive_seed
 
 Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
@@ -67,9 +67,10 @@ class Attack(ABC):
         gradients (a :class:`~purify.DefendedClassifier` freezes its own); the attack then costs a third less.
 
         Raises:
-            ValueError: images or labels out of range, or a loss or gradient that is not finite.
+            ValueError: images or labels out of range, a model in train mode, or a loss or gradient that is not finite.
         """
         check_images(images)
+        check_eval(model, "attacking it")
         ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
         if ids.shape != (len(images),):
             raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
