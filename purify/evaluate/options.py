@@ -86,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="random-noise,transfer,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,pgd-eot-guide",
+        default="random-noise,transfer,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,pgd-eot-first-order,"
+        "pgd-eot-guide",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
     g.add_argument(
