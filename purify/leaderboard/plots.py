@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from purify.certify.metrics import certified_accuracy
+from purify.evaluate.metrics import Estimate
 from purify.leaderboard.certified import CertifiedRow
 from purify.leaderboard.rows import Row
 
@@ -21,22 +24,21 @@ MARKERS = "osD^vP*X"
 LINES = ["-", "--", "-.", ":"]
 
 
-def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
-    """Draw what there is data for; returns file and description of each."""
-    plots: list[tuple[str, str, str, Callable[[Row], float | None]]] = [
-        ("robust-clean", "clean accuracy, %", "Robust (worst case) against clean accuracy", clean),
-        ("accuracy-level", "mean t* on clean images", "Robust accuracy against the noise level", level),
-        ("cost", "score-network calls per answer", "Robust accuracy against cost", calls),
-    ]
-    drawn = []
-    for dataset in dict.fromkeys(r.dataset for r in rows):
-        for name, label, title, where in plots:
-            shown = [r for r in rows if r.dataset == dataset and where(r) is not None]
-            if shown:
-                file = f"{dataset}-{name}.svg"
-                _draw(folder / file, shown, where, label, f"{title}: {dataset}")
-                drawn.append({"file": file, "title": f"{title}: {dataset}"})
-    return drawn
+@dataclass(frozen=True)
+class Horizontal:
+    """What a plot shows from left to right.
+
+    Attributes:
+        file, label, title: the plot's name, its axis and what it shows.
+        value: of a row; None where there is none.
+        interval: the lengths to the left and right of it; without, equal values are drawn side by side.
+    """
+
+    file: str
+    label: str
+    title: str
+    value: Callable[[Row], float | None]
+    interval: Callable[[Row], tuple[float, float]] | None = None
 
 
 def clean(row: Row) -> float | None:
@@ -51,9 +53,63 @@ def calls(row: Row) -> float | None:
     return row.network_calls
 
 
+def sides(found: Estimate) -> tuple[float, float]:
+    """Lengths of an interval below and above its value, in %."""
+    return 100 * (found.value - found.low), 100 * (found.high - found.value)
+
+
+ABREAST = " (equal ones side by side)"
+PLOTS = (
+    Horizontal(
+        "robust-clean",
+        "clean accuracy, %",
+        "Robust (worst case) against clean accuracy",
+        clean,
+        lambda row: sides(row.clean["mean"]),
+    ),
+    Horizontal(
+        "accuracy-level",
+        "mean t* on clean images" + ABREAST,
+        "Robust accuracy against the noise level",
+        level,
+    ),
+    Horizontal("cost", "score-network calls per answer" + ABREAST, "Robust accuracy against cost", calls),
+)
+
+
+def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
+    """Draw what there is data for, one point for each row; returns file and description of each plot.
+
+    Rows of reduced budgets are left out where a data set has others.
+    """
+    drawn = []
+    for dataset in dict.fromkeys(r.dataset for r in rows):
+        own = [r for r in rows if r.dataset == dataset]
+        own = [r for r in own if not r.reduced] or own
+        for plot in PLOTS:
+            shown = [r for r in own if plot.value(r) is not None]
+            if shown:
+                file, title = f"{dataset}-{plot.file}.svg", f"{plot.title}: {dataset}"
+                _draw(folder / file, shown, plot, title)
+                drawn.append({"file": file, "title": title})
+    return drawn
+
+
 def series(row: Row, several: bool) -> str:
     """What a legend calls the row; ``several``: purifiers stand before more than one classifier."""
-    return f"{row.name}, {row.classifier}" if several else row.name
+    called = f" ({row.called})" if row.called and row.bare else ""
+    return f"{row.title}, {row.classifier}{called}" if several or row.bare else row.title
+
+
+def abreast(values: Sequence[float]) -> list[float]:
+    """Where points with these values are drawn: equal ones 1.5 % of the plot's width apart, centred on their value."""
+    step = 0.015 * (max(values) - min(values) or abs(values[0]) or 1.0)
+    placed = []
+    for i, value in enumerate(values):
+        rank = sum(math.isclose(value, other, abs_tol=1e-9) for other in values[:i])
+        count = sum(math.isclose(value, other, abs_tol=1e-9) for other in values)
+        placed.append(value + step * (rank - (count - 1) / 2))
+    return placed
 
 
 def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, str]]:
@@ -79,17 +135,23 @@ def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
     _save(fig, ax, path)
 
 
-def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
-    several = len({r.classifier for r in rows if r.network_calls is not None}) > 1
+def _draw(path: Path, rows: Sequence[Row], plot: Horizontal, title: str) -> None:
+    several = len({r.classifier for r in rows if not r.bare}) > 1
     names = list(dict.fromkeys(series(r, several) for r in rows))
-    fig, ax = _axes(label, "robust accuracy, worst case, %", title, len(names))
-    for i, name in enumerate(names):
-        chosen = [r for r in rows if series(r, several) == name]
-        worst = [r.worst["mean"] for r in chosen]
-        y = [100 * e.value for e in worst]
-        sides = [[100 * (e.value - e.low) for e in worst], [100 * (e.high - e.value) for e in worst]]
+    fig, ax = _axes(plot.label, "robust accuracy, worst case, %", title, len(names))
+    x = [value for r in rows if (value := plot.value(r)) is not None]
+    x = x if plot.interval else abreast(x)
+    for row, at in zip(rows, x, strict=True):
+        i = names.index(series(row, several))
+        worst = row.worst["mean"]
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.errorbar([where(r) for r in chosen], y, yerr=sides, label=name, ls="", capsize=2, **style)
+        style |= {"mfc": "none"} if row.marked or row.reduced else {}
+        xerr = None if plot.interval is None else np.array(plot.interval(row))[:, None]
+        yerr = np.array(sides(worst))[:, None]
+        label = f"_{names[i]}" if series(row, several) in (series(r, several) for r in rows[: rows.index(row)]) else names[i]
+        ax.errorbar([at], [100 * worst.value], yerr=yerr, xerr=xerr, label=label, ls="", capsize=2, lw=1, **style)
+    if any(r.marked or r.reduced for r in rows):
+        ax.plot([], [], ls="", marker="o", mfc="none", color=INK, label="hollow: marked in the table")
     _save(fig, ax, path)
 
 
