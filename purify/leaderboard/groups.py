@@ -7,6 +7,7 @@ from typing import Any
 
 from purify.leaderboard.rows import Row
 
+
 def ranked(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows by systems, each system's lowest worst case first.
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from purify.certify.metrics import certified_accuracy
 from purify.evaluate.metrics import Estimate
@@ -20,7 +23,7 @@ from purify.leaderboard.rows import Row
 
 INK = "#808890"  # contrast on white and on near-black
 COLOURS = ["#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800"]
-MARKERS = "osD^vP*X"
+MARKERS = "osD^v<>p"  # hollow ones differ, too
 LINES = ["-", "--", "-.", ":"]
 
 
@@ -127,32 +130,39 @@ def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
     fig, ax = _axes(f"{rows[0].norm} radius", "certified accuracy, %", title, len(rows))
     top = 1.05 * max(max(float(r.found.correct.max()) for r in rows), 1e-3)
     grid = np.linspace(0, top, 400)
+    handles: dict[str, Line2D] = {}
     for i, row in enumerate(rows):
         shares = 100 * certified_accuracy(row.found.correct, grid)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)]}
-        ax.step(grid, shares, where="post", label=f"{row.name}, ACR {row.found.acr.value:.3f}", **style)
+        label = f"{row.name}, ACR {row.found.acr.value:.3f}"
+        (handles[label],) = ax.step(grid, shares, where="post", **style)
     ax.set_xlim(0, top)
-    _save(fig, ax, path)
+    ax.set_ylim(bottom=0)
+    _save(fig, handles, path)
 
 
 def _draw(path: Path, rows: Sequence[Row], plot: Horizontal, title: str) -> None:
     several = len({r.classifier for r in rows if not r.bare}) > 1
-    names = list(dict.fromkeys(series(r, several) for r in rows))
+    labels = [series(r, several) for r in rows]
+    names = list(dict.fromkeys(labels))
     fig, ax = _axes(plot.label, "robust accuracy, worst case, %", title, len(names))
     x = [value for r in rows if (value := plot.value(r)) is not None]
     x = x if plot.interval else abreast(x)
-    for row, at in zip(rows, x, strict=True):
-        i = names.index(series(row, several))
-        worst = row.worst["mean"]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+    handles: dict[str, Line2D] = {}
+    for row, label, at in zip(rows, labels, x, strict=True):
+        i = names.index(label)
+        colour = COLOURS[i % len(COLOURS)]
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ms": 7}
         style |= {"mfc": "none"} if row.marked or row.reduced else {}
-        xerr = None if plot.interval is None else np.array(plot.interval(row))[:, None]
-        yerr = np.array(sides(worst))[:, None]
-        label = f"_{names[i]}" if series(row, several) in (series(r, several) for r in rows[: rows.index(row)]) else names[i]
-        ax.errorbar([at], [100 * worst.value], yerr=yerr, xerr=xerr, label=label, ls="", capsize=2, lw=1, **style)
+        bars: dict[str, Any] = {"yerr": np.array(sides(row.worst["mean"]))[:, None], "ecolor": to_rgba(colour, 0.6)}
+        bars |= {"xerr": np.array(plot.interval(row))[:, None]} if plot.interval else {}
+        drawn = ax.errorbar([at], [100 * row.worst["mean"].value], ls="", capsize=2, elinewidth=1, **bars, **style)
+        handles.setdefault(label, drawn.lines[0])
     if any(r.marked or r.reduced for r in rows):
-        ax.plot([], [], ls="", marker="o", mfc="none", color=INK, label="hollow: marked in the table")
-    _save(fig, ax, path)
+        hollow = "hollow: marked in the table"
+        handles[hollow] = ax.plot([], [], ls="", marker="o", ms=7, mfc="none", color=INK)[0]
+    ax.set_ylim(bottom=-0.03 * ax.get_ylim()[1])  # markers at 0 are seen whole
+    _save(fig, handles, path)
 
 
 def _axes(x: str, y: str, title: str, series: int) -> tuple[Figure, Axes]:
@@ -171,7 +181,9 @@ def _axes(x: str, y: str, title: str, series: int) -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def _save(fig: Figure, ax: Axes, path: Path) -> None:
-    ax.set_ylim(bottom=0)
-    fig.legend(loc="outside lower center", ncols=2, fontsize=8, labelcolor=INK, facecolor="none", edgecolor=INK)
-    fig.savefig(path, format="svg", metadata={"Date": None})
+def _save(fig: Figure, handles: Mapping[str, Line2D], path: Path) -> None:
+    """Write the plot, with a legend of what is drawn by name."""
+    style: dict[str, Any] = {"ncols": 2, "fontsize": 8, "labelcolor": INK, "facecolor": "none", "edgecolor": INK}
+    fig.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
+    with rc_context({"svg.hashsalt": path.name}):  # the same plot is the same file
+        fig.savefig(path, format="svg", metadata={"Date": None})
