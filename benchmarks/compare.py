@@ -49,7 +49,7 @@ def compare(base: Row, row: Row) -> dict[str, str]:
     accuracies = {name: f"{100 * own[name].mean():.1f}" for name in own}
     strongest = {"attacks": str(len(row.attacks)), "strongest": row.strongest}
     level = {"t* clean": "-" if row.t_star is None else f"{row.t_star[0]:.3f}"}
-    name = {"defence": row.name + (" !" if row.failed_checks or not row.exact else ""), "classifier": row.classifier}
+    name = {"defence": row.name + (" !" if row.marked else ""), "classifier": row.classifier}
     return {**name, **level, "images": str(len(own)), **strongest, **accuracies, **above}
 
 

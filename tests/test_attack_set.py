@@ -6,12 +6,25 @@ from conftest import TinyClassifier, smooth_model
 from scipy.fft import dctn
 from test_attacks import Linear
 
-from purify import DefendedClassifier, FixedDt, diffpure
-from purify.attacks import APGD, PGD, LowFrequencyPGD, Square, StepsPGD, Transfer
+from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
+from purify.attacks import (
+    APGD,
+    ATTACKS,
+    PGD,
+    AutoAttackRand,
+    LowFrequencyPGD,
+    NormAutoAttackRand,
+    Square,
+    StepsPGD,
+    SurrogatePGD,
+    Transfer,
+    kind_of,
+)
 from purify.attacks.apgd import checkpoints
 from purify.attacks.frequency import low_pass, projector
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES
+from purify.guidance import AdversarialGuidance
 
 IDS = torch.arange(7)
 
@@ -23,6 +36,39 @@ def defended(**options):
 @pytest.fixture
 def labels():
     return torch.arange(7) % 5
+
+
+# --- whose gradient -----------------------------------------------------------------------------------------------
+
+
+# All but autoattack-rand-norm, which mixes the statistic in before the gradient can be seen.
+GRADIENTS = [k for k in ATTACKS.values() if issubclass(k, PGD | AutoAttackRand) and k is not NormAutoAttackRand]
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_attacks_say_whether_they_differentiate_the_judged_model(kind, images, labels):
+    """On a purifier where each stand-in, and each part held constant, changes the gradient."""
+    score = smooth_model()
+    found = calibrate(score, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2")
+    purifier = Purifier(score, SSNISigmoid(0.4, found), "ddpm", 4, guidance=guidance)
+    model = DefendedClassifier(TinyClassifier(), purifier)
+    attack = kind("Linf", 0.1, **({"surrogate_steps": 2} if kind is SurrogatePGD else {}))
+    draws = torch.zeros(7, dtype=torch.long)
+
+    def gradient(evaluate):
+        x = images.clone().requires_grad_()
+        return torch.autograd.grad(evaluate(x, labels, IDS, draws)[0].sum(), x)[0]
+
+    own = attack.evaluator if isinstance(attack, PGD) else PGD("Linf", 0.1).evaluator
+    used, true = gradient(own(attack.attacked(model), 3)), gradient(PGD("Linf", 0.1).evaluator(model, 3))
+    assert torch.allclose(used, true, rtol=1e-4, atol=1e-6) is attack.exact_gradient
+
+
+def test_records_name_the_kind_of_an_attack():
+    for kind in ATTACKS.values():
+        assert kind_of(kind(norm="Linf", eps=0.1).label) is kind
+    assert kind_of("one of somebody else's") is None
 
 
 # --- APGD ---------------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from conftest import load_script
 
+from purify.evaluate.budgets import reduced
 from purify.evaluate.certify_command import main as certify
 from purify.evaluate.command import main as benchmark
-from purify.evaluate.metrics import worst_mean
-from purify.leaderboard import read_certified, read_run, read_runs, write_leaderboard
+from purify.evaluate.metrics import Estimate, worst_mean
+from purify.evaluate.selfchecks import INEXACT
+from purify.leaderboard import plots, read_certified, read_run, read_runs, write_leaderboard
 
 SMALL = [
     *("--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "3", "--steps", "3"),
@@ -87,6 +89,135 @@ def test_what_several_runs_measured_alike_is_one_row(run, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     rows = read_runs([run, copy])[0]
     assert [row.name for row in rows if row.run == str(copy)] == ["diffpure"]
+
+
+def worst_of(row, value, **changes):
+    """The row with another worst case."""
+    return replace(row, worst=dict.fromkeys(row.worst, Estimate(value, value, value)), **changes)
+
+
+def test_a_system_stands_once_at_its_lowest_worst_case(run, tmp_path):
+    """Whatever its runs called, differentiated and judged it; other systems and other images stay apart."""
+    base = replace(read_run(run)[1], reduced=False)
+    purifier, trained = base.config["purifier"], read_run(run)[3]
+    guess = {**base.config, "purifier": {**purifier, "gradient": {"kind": "bpda"}}, "exact": False, "draws": 7}
+    steps = {**base.config, "purifier": {**purifier, "steps": {"kind": "fixed_steps", "steps": 4}}}
+    others = [
+        worst_of(base, 0.9, run="others", images=frozenset((i + 6, 0) for i, _ in base.images)),
+        worst_of(base, 0.8, run="steps", config=steps),
+        worst_of(base, 0.7, run="classifier", config={**base.config, "classifier": "another"}),
+        worst_of(base, 0.6, run="eps", eps=0.1),
+        worst_of(base, 0.55, run="at-1", config=trained.config, name="undefended"),
+    ]
+    same = [
+        worst_of(base, 0.5, run="same-1", config=guess, exact=False),
+        worst_of(base, 0.4, run="same-2", images=frozenset(list(base.images)[:2])),
+        worst_of(base, 0.65, run="same-3", name="mine"),
+        worst_of(others[-1], 0.58, run="at-2", name="adversarial training"),
+    ]
+    expected = ["eps", "others", "steps", "classifier", "at-1", "at-2", "same-2", "same-1", "same-3"]
+    for rows in ([*others, *same], [*same, *others], [*others, *same][::-1]):
+        write_leaderboard(rows, tmp_path)
+        entries = json.loads((tmp_path / "leaderboard.json").read_text())
+        assert [e["manifest"].split("/")[-2] for e in entries] == expected
+    leads = {e["manifest"].split("/")[-2]: e["stronger"] for e in entries}
+    assert [name for name, above in leads.items() if above is None] == [*expected[:5], "same-2"]
+    assert leads["at-2"].endswith("at-1/manifest.json")
+    assert leads["same-1"] == leads["same-3"] == next(e["manifest"] for e in entries if "same-2" in e["manifest"])
+    lines = [line for line in (tmp_path / "leaderboard.md").read_text().splitlines() if "manifest.json)" in line]
+    assert [line.startswith("| *also:* ") for line in lines] == [leads[name] is not None for name in expected]
+    assert sum("no purifier" in line for line in lines) == 2
+    page = Cells()
+    page.feed((tmp_path / "index.html").read_text())
+    assert len(page.rows) == 1 + 6
+    assert "also measured: 50.0, 65.0" in page.rows[-1]
+    assert sum("also measured" in text for text in page.rows) == 2
+
+
+def test_a_reduced_budget_stands_last_and_never_for_a_system(run, tmp_path):
+    """Neither when it looks better than all others nor when it looks worse than its own system's full budget."""
+    rows = read_run(run)
+    assert all(row.reduced for row in rows)  # --preset quick with two steps
+    full = replace(rows[1], reduced=False)
+    write_leaderboard([worst_of(rows[2], 0.9), worst_of(full, 0.5), worst_of(rows[1], 0.1)], tmp_path)
+    entries = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert [(e["robust_acc"], e["reduced"], e["stronger"]) for e in entries] == [
+        ("50.0", False, None),
+        ("90.0", True, None),
+        ("10.0", True, None),
+    ]
+    page = Cells()
+    page.feed((tmp_path / "index.html").read_text())
+    assert ["not to be quoted" in text for text in page.rows[1:]] == [False, True, True]
+    lines = [line for line in (tmp_path / "leaderboard.md").read_text().splitlines() if "manifest.json)" in line]
+    assert ["*reduced:*" in line for line in lines] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("stated", "dataset", "expected"),
+    [
+        ({"preset": "standard", "steps": 40, "eot": 10}, "digits", False),
+        ({"preset": "standard", "steps": 20, "eot": 8}, "fashion_mnist", False),
+        ({"preset": "standard", "steps": 20, "eot": 10}, "digits", True),
+        ({"preset": "standard", "steps": 40, "eot": 1}, "digits", True),
+        ({"preset": "paper", "steps": 200, "eot": 20}, "cifar10", False),
+        ({"preset": "quick", "steps": 40, "eot": 10}, "digits", True),
+    ],
+)
+def test_budgets_below_the_standard_one_are_reduced(stated, dataset, expected):
+    assert reduced(stated, dataset) is expected
+
+
+def test_stored_checks_are_read_with_a_tolerance_and_new_ones_are_derived(run, tmp_path):
+    """From the records of runs that knew neither: a check at its limit passes, an inexact gradient that wins fails."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    result = json.loads((copy / "result.json").read_text())
+    check = {"defence": "diffpure", "limit": 0.05, "passed": False, "meaning": "m"}
+    result["self_checks"] = [
+        {**check, "name": "by rounding", "value": 0.050000000000000044},
+        {**check, "name": "by a draw", "value": 0.05625},
+        {**check, "name": "not asked", "value": None},
+    ]
+    (copy / "result.json").write_text(json.dumps(result))
+    assert read_run(copy)[1].failed_checks == ("by a draw: m", "not asked: m")
+    for file in ("manifest.json", "records.jsonl", "result.json"):  # AutoAttack's records under another attack's name
+        text = (copy / file).read_text()
+        (copy / file).write_text(text.replace("autoattack-rand", "pgd-eot-first-order"))
+    row = read_run(copy)[1]
+    exact, inexact = (row.attacks[name]["mean"].value for name in ("pgd-eot", "pgd-eot-first-order"))
+    assert abs(exact - inexact) > 0.05
+    assert any(c.startswith(INEXACT) for c in row.failed_checks) is (exact > inexact)
+    for file in ("manifest.json", "records.jsonl", "result.json"):  # and the other way round
+        text = (copy / file).read_text().replace('"pgd-eot"', '"x"').replace("pgd-eot-first-order", "pgd-eot")
+        (copy / file).write_text(text.replace('"x"', '"pgd-eot-first-order"'))
+    assert any(c.startswith(INEXACT) for c in read_run(copy)[1].failed_checks) is (exact < inexact)
+
+
+def test_plots_show_each_point_of_each_system(run, tmp_path, monkeypatch):
+    rows = read_run(run)
+    rows = [rows[0], replace(rows[1], failed_checks=("c",)), replace(rows[1], name="twin", failed_checks=()), rows[3]]
+    figures = {}
+    monkeypatch.setattr(plots, "_save", lambda fig, handles, path: figures.setdefault(path.stem, (fig, handles)))
+    shown = [replace(row, reduced=False) for row in rows]
+    plots.draw_plots([*shown, replace(rows[2], name="reduced")], tmp_path)
+    fig, handles = figures["digits-cost"]
+    points = [c.lines[0] for c in fig.axes[0].containers]
+    x = [p.get_xdata()[0] for p in points]
+    assert len(set(x)) == len(x) == 2
+    assert np.mean(x) == pytest.approx(3)
+    assert np.ptp(x) < 0.1
+    assert [p.get_markerfacecolor() == "none" for p in points] == [True, False]
+    assert list(handles) == ["diffpure", "twin", "hollow: marked in the table"]
+    fig, handles = figures["digits-robust-clean"]
+    drawn = fig.axes[0].containers
+    assert next(iter(handles)) == "no purifier, digits-standard"
+    for container, row in zip(drawn, shown, strict=True):
+        clean, worst = row.clean["mean"], row.worst["mean"]
+        assert container.lines[0].get_xydata()[0] == pytest.approx([100 * clean.value, 100 * worst.value])
+        wide, high = (bars.get_segments()[0] for bars in container.lines[2])
+        assert wide[:, 0] == pytest.approx([100 * clean.low, 100 * clean.high])
+        assert high[:, 1] == pytest.approx([100 * worst.low, 100 * worst.high])
 
 
 def test_unfinished_and_damaged_runs_are_refused(run, tmp_path):
@@ -221,7 +352,7 @@ def test_a_page_without_certified_runs_does_not_speak_of_them(run, tmp_path):
 
 def test_certified_runs_beside_attacked_ones(run, certified, tmp_path):
     """Entries of leaderboard.json stay as they were; page and Markdown show what certified.json holds."""
-    write_leaderboard(read_run(run), tmp_path / "alone")
+    write_leaderboard(read_runs([run])[0], tmp_path / "alone")
     rows, found = read_runs([run, *certified])
     board = tmp_path / "board"
     write_leaderboard(rows, board, found)
@@ -275,7 +406,7 @@ def test_certified_runs_alone_and_a_refuted_certificate(certified, tmp_path):
 
 def test_names_from_runs_are_escaped(run, certified, tmp_path):
     evil = {"name": "<script>alert(1)</script>"}
-    row, proven = replace(read_run(run)[0], **evil), replace(read_certified(certified[0])[0], **evil)
+    row, proven = replace(read_run(run)[1], **evil), replace(read_certified(certified[0])[0], **evil)
     write_leaderboard([row], tmp_path, [proven])
     text = (tmp_path / "index.html").read_text()
     assert "<script>alert" not in text
@@ -323,6 +454,17 @@ def test_compare_pairs_the_images_of_two_runs(run, tmp_path, capsys):
     assert "has no defence 'gdmp'; it has undefended" in capsys.readouterr().err
 
 
+def test_compare_says_that_it_takes_no_certificates(run, certified, capsys):
+    script = load_script("compare")
+    for folders in ([run, certified[0]], [certified[0], run]):
+        assert script.main([str(folder) for folder in folders]) == 2
+        error = capsys.readouterr().err
+        assert f"{certified[0]} is a run of certificates (run_certify.py)" in error
+        assert "run_autoattack.py" in error
+    with pytest.raises(ValueError, match=r"is a run of attacks \(run_autoattack.py\); give folders of run_certify.py"):
+        read_certified(run)
+
+
 def test_the_committed_leaderboard_is_that_of_the_committed_records(tmp_path):
     committed = Path(__file__).parent.parent / "docs" / "leaderboard"
     shutil.copytree(committed / "runs", tmp_path / "runs")
@@ -332,13 +474,18 @@ def test_the_committed_leaderboard_is_that_of_the_committed_records(tmp_path):
         assert (tmp_path / name).read_text() == (committed / name).read_text(), f"{name}: run benchmarks/leaderboard.py"
     assert {row.dataset for row in rows} == {"digits", "fashion_mnist"}
     assert {row.name.split()[0] for row in rows} >= {"diffpure", "gdmp", "agdm", "gns"}
+    entries = json.loads((committed / "leaderboard.json").read_text())
+    bare = [(e["classifier"], e["eps"]) for e in entries if e["name"] == "no purifier" and e["stronger"] is None]
+    assert len(set(bare)) == len(bare) >= 4
+    assert {e["classifier_called"] for e in entries if e["classifier"].endswith("-at")} == {"adversarial training"}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_the_page_sorts_and_filters_in_a_browser(run, certified, tmp_path):
     rows, found = read_runs([run, *certified])
-    write_leaderboard(rows, tmp_path, found)
+    full = replace(rows[1], name="full", reduced=False, clean=worst_of(rows[1], 0.0).worst)
+    write_leaderboard([*rows, full, worst_of(full, 1.0)], tmp_path, found)
     page = tmp_path / "index.html"
     script = (
         "<script>document.querySelectorAll('#board thead button')[4].click();"
@@ -351,10 +498,13 @@ def test_the_page_sorts_and_filters_in_a_browser(run, certified, tmp_path):
     dom = subprocess.run(
         [*chromium, "--dump-dom", f"file://{tmp_path / 'driven.html'}"], capture_output=True, text=True, check=True
     ).stdout
-    assert "2 of 9 rows" in dom
+    assert "2 of 10 rows" in dom
     assert dom.count('aria-sort="descending"') == 3
-    names = [row.split("<small")[0].split("</th>")[0] for row in dom.split('<th scope="row" rowspan="2">')[1:]]
-    clean = {r.name: r.clean["mean"].value for r in rows}
-    values = [clean[n] for n in names[:4]]
+    heads = [row.split("</th>")[0] for row in dom.split('<th scope="row" rowspan="')[1:]]
+    names = [head[3:].split("</small>")[0].replace("<small>", ", ") for head in heads]
+    assert names[0] == "full, digits-standard"  # before all others, which have reduced budgets
+    assert heads[0].startswith("3")  # with a weaker measurement below
+    clean = {f"{r.title}, {r.classifier}": r.clean["mean"].value for r in rows}
+    values = [clean[n.removesuffix(", adversarial training")] for n in names[1:5]]
     assert values == sorted(values, reverse=True)
-    assert names[4:] == ["ssn", "dssn", "multiscale", "cohen 0.25", "cohen 0.1"]
+    assert [n.split("<")[0] for n in names[5:]] == ["ssn", "dssn", "multiscale", "cohen 0.25", "cohen 0.1"]

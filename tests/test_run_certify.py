@@ -197,7 +197,14 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
     assert {r["draws"] for r in lines(tmp_path / "a")} <= {26, 42, 74}
     model = ["--method", "ssn,dssn", "--model", "digits-standard"]
     assert main([*small, *model, "--lam", "0.05", "--out", str(tmp_path / "b")]) == 0
-    assert "dssn" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "dssn" in text
+    assert "REDUCED" in text
+    exact = [*small[:2], *small[6:], "--method", "dssn", "--model", "digits-standard", "--lam", "0.05"]
+    assert main([*exact, "--out", str(tmp_path / "exact")]) == 0
+    text = capsys.readouterr().out
+    assert "REDUCED" not in text  # it draws nothing
+    assert "3 samples, no draws, exact;" in text
     assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
 
 

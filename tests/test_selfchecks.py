@@ -8,7 +8,7 @@ import torch
 from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import BPDA, PGD, RandomNoise, Transfer
+from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, Transfer
 from purify.attacks.norms import BALLS
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
@@ -18,6 +18,7 @@ from purify.evaluate.selfchecks import (
     black_box_check,
     convergence_checks,
     gradient_checks,
+    inexact_check,
     input_gradient,
     self_checks,
 )
@@ -127,6 +128,32 @@ def test_a_black_box_attack_must_not_win(white, black, passes, samples, tmp_path
     assert black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), required=False) == []
 
 
+@pytest.mark.parametrize(
+    ("left", "value", "passes"),
+    [
+        ({PGD: 0.45, BPDA: 0.40, Transfer: 0.0}, 0.05, True),
+        ({PGD: 0.45, FirstOrderPGD: 0.39}, 0.06, False),
+        ({PGD: 0.45, APGD: 0.35, FirstOrderPGD: 0.36, BPDA: 0.38}, -0.01, True),
+        ({BPDA: 0.4, Transfer: 0.5}, None, False),
+    ],
+)
+def test_an_inexact_gradient_must_not_lead_much_lower(left, value, passes):
+    """Black-box attacks have a check of their own; a difference at the limit passes whatever its rounding."""
+    (check,) = inexact_check("d", list(left.items()))
+    assert check.passed is passes
+    assert check.value == (None if value is None else pytest.approx(value))
+    assert inexact_check("d", [(PGD, 0.4), (Transfer, 0.1), (RandomNoise, 0.0)]) == []
+
+
+def test_a_loss_at_the_limit_passes_whatever_its_rounding(samples, monkeypatch):
+    for after, passes in ((0.5, True), (0.49375, False)):
+        found = iter([0.55, after])
+        monkeypatch.setattr(selfchecks, "accuracy", lambda *arguments, found=found: next(found))
+        (check,) = convergence_checks(defence(attacks=[PGD("Linf", 0.1)], draws=1), samples, seed=0)
+        assert check.value > selfchecks.LOST  # 0.55 - 0.5 is 0.050000000000000044
+        assert check.passed is passes
+
+
 def test_a_weak_attack_has_not_converged_and_a_strong_one_has(samples):
     def checks(steps, step_size):
         attack = PGD("Linf", 0.25, steps=steps, eot=4, step_size=step_size, random_start=False, schedule="constant")
@@ -164,6 +191,12 @@ def test_all_checks_of_a_run(samples, tmp_path):
     assert len({check.name for check in checks}) == 5
     few = samples[torch.arange(4)]
     assert convergence_checks(one, few, seed=0) == checks[3:]  # found again without the records
+    two = replace(one, attacks=[*attacks, BPDA("Linf", 0.2, steps=1, eot=1)])
+    evaluate(folder, [two], samples, progress=False)
+    (check,) = [c for c in self_checks(folder, two, samples, seed=0) if c.name == selfchecks.INEXACT]
+    recorded = Recorded(folder, two, samples)
+    assert check.value == recorded.accuracy(attacks[1]) - recorded.accuracy(two.attacks[2])
+    assert not [c for c in self_checks(folder, two, samples, seed=0, complete=False) if c.name == selfchecks.INEXACT]
 
 
 def test_random_noise_is_keyed_and_fills_the_ball(samples):

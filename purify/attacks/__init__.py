@@ -34,6 +34,12 @@ ATTACKS: dict[str, type[Attack]] = {
     )
 }
 
+
+def kind_of(label: str) -> type[Attack] | None:
+    """The class of the attack that records call ``label``; None for an attack that is not one of ``ATTACKS``."""
+    return ATTACKS.get(label.partition("(")[0])
+
+
 __all__ = [
     "APGD",
     "ATTACKS",
@@ -57,4 +63,5 @@ __all__ = [
     "StepsPGD",
     "SurrogatePGD",
     "Transfer",
+    "kind_of",
 ]

@@ -43,6 +43,9 @@ class Attack(ABC):
     # What the attack is about, and says nothing without; see FEATURES.
     needs: ClassVar[str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
+    # Whether the loss is differentiated through the judged model itself; False for a stand-in or with parts of it held
+    # constant. What an attack mixes into that gradient does not count.
+    exact_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:

@@ -42,6 +42,7 @@ class ConstantLevelPGD(PGD):
 
     name: ClassVar[str] = "pgd-eot-constant-t"
     needs: ClassVar[str | None] = "level_varies"
+    exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, through_level=False)
@@ -53,6 +54,7 @@ class ConstantLevelAutoAttackRand(AutoAttackRand):
 
     name: ClassVar[str] = "autoattack-rand-constant-t"
     needs: ClassVar[str | None] = "level_varies"
+    exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, through_level=False)
@@ -157,6 +159,7 @@ class LowLevelPGD(NormPGD):
     share: float = 0.7
 
     name: ClassVar[str] = "pgd-eot-low-level"
+    exact_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

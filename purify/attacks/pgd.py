@@ -202,6 +202,7 @@ class BPDA(PGD):
 
     name: ClassVar[str] = "bpda-eot"
     needs: ClassVar[str | None] = "purifier"
+    exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, gradient="bpda")
@@ -215,6 +216,7 @@ class SurrogatePGD(PGD):
 
     name: ClassVar[str] = "surrogate-eot"
     needs: ClassVar[str | None] = "purifier"
+    exact_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,6 +232,7 @@ class FirstOrderPGD(PGD):
 
     name: ClassVar[str] = "pgd-eot-first-order"
     needs: ClassVar[str | None] = "guided"
+    exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return with_gradient(model, second_order=False)

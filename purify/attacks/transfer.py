@@ -24,6 +24,7 @@ class Transfer(PGD):
     name: ClassVar[str] = "transfer"
     needs: ClassVar[str | None] = "purifier"
     black_box: ClassVar[bool] = True
+    exact_gradient: ClassVar[bool] = False
 
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         return PGD.run(replace(self, eot=1), model, x, y, ids, seed)  # the bare classifier has no randomness

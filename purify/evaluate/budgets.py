@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from purify.checks import choose
 
@@ -40,3 +42,10 @@ DEARER: dict[tuple[str, str], dict[str, int]] = {
 def budget(preset: str, dataset: str) -> Budget:
     """The budget of a preset on a data set."""
     return replace(choose(preset, PRESETS, "preset"), **DEARER.get((preset, dataset), {}))
+
+
+def reduced(stated: Mapping[str, Any], dataset: str) -> bool:
+    """Whether a run's budget (preset, steps, eot) is too small to quote its numbers: below ``standard`` on the data
+    set."""
+    least = budget("standard", dataset)
+    return stated["preset"] == "quick" or stated["steps"] < least.steps or stated["eot"] < least.eot

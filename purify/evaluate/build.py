@@ -39,6 +39,7 @@ from purify.purifier import DEFAULT_ENGINE
 from purify.resize import needs_resize
 from purify.score import ScoreModel
 
+UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
 SHARED_OPTIONS = ("score_model", "t_star", "steps", "reverse", "gradient")  # these have options of their own
 
 
@@ -206,7 +207,7 @@ def build_defences(
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
-    defences = [Defence("undefended", bare, once, 1, described(model_name(args), bare)), *purified]
+    defences = [Defence(UNDEFENDED, bare, once, 1, described(model_name(args), bare)), *purified]
     baseline = f"{args.dataset}-at"
     if baseline in zoo.names("classifier") and args.model is None:
         trained = zoo.classifier(baseline).to(device)

@@ -121,15 +121,17 @@ def run(args: argparse.Namespace, command: str) -> int:
         "batch_size": args.batch_size,
         "systems": {s.name: {**s.config, "draws": asdict(s.draws), "attack": asdict(s.attack)} for s in systems},
     }
+    drawn = not set(READ_BY["draws"]).isdisjoint(methods)
     name = f"{args.dataset}-certified-{'-'.join(methods)}-{args.preset}"
     folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
-        budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}"
+        budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if drawn else "no draws, exact"
         print(f"{args.dataset}, {n} samples, {budget}; records in {folder.path}")
     certify_all(folder, systems, samples, args.seed, args.batch_size)
     if ranks.first:
         show(folder, systems, samples, radii, args.preset)
-        small(draws.n)
+        if drawn:
+            small(draws.n)
     leave()
     return 0
 

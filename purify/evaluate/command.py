@@ -12,7 +12,7 @@ from purify.checks import check_count, check_unique, choose
 from purify.data import DATASETS
 from purify.defended import DefendedClassifier
 from purify.evaluate import report
-from purify.evaluate.budgets import Budget
+from purify.evaluate.budgets import Budget, reduced
 from purify.evaluate.build import build_attacks, build_defences, resolve_budget
 from purify.evaluate.dryrun import dry_run, duration
 from purify.evaluate.dryrun import table as dry_run_table
@@ -120,7 +120,7 @@ def show(
     exact = all(getattr(d.model.purifier, "exact", False) for d in purified)
     gradient = f"{args.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({args.preset}); {gradient}.")
-    if args.preset == "quick":
+    if reduced(stated, args.dataset):
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "
             "paper before quoting any."

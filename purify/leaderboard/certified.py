@@ -47,6 +47,8 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     """
     folder = Path(folder)
     config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    if "systems" not in config:
+        raise ValueError(f"{folder} is a run of attacks (run_autoattack.py); give folders of run_certify.py.")
     (results,) = load_json(folder / "result.json", "results")
     records = load_records(folder / "records.jsonl")
     rows = []

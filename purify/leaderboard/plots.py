@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from purify.certify.metrics import certified_accuracy
+from purify.evaluate.metrics import Estimate
 from purify.leaderboard.certified import CertifiedRow
 from purify.leaderboard.rows import Row
 
 INK = "#808890"  # contrast on white and on near-black
 COLOURS = ["#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800"]
-MARKERS = "osD^vP*X"
+MARKERS = "osD^v<>p"  # hollow ones differ, too
 LINES = ["-", "--", "-.", ":"]
 
 
-def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
-    """Draw what there is data for; returns file and description of each."""
-    plots: list[tuple[str, str, str, Callable[[Row], float | None]]] = [
-        ("robust-clean", "clean accuracy, %", "Robust (worst case) against clean accuracy", clean),
-        ("accuracy-level", "mean t* on clean images", "Robust accuracy against the noise level", level),
-        ("cost", "score-network calls per answer", "Robust accuracy against cost", calls),
-    ]
-    drawn = []
-    for dataset in dict.fromkeys(r.dataset for r in rows):
-        for name, label, title, where in plots:
-            shown = [r for r in rows if r.dataset == dataset and where(r) is not None]
-            if shown:
-                file = f"{dataset}-{name}.svg"
-                _draw(folder / file, shown, where, label, f"{title}: {dataset}")
-                drawn.append({"file": file, "title": f"{title}: {dataset}"})
-    return drawn
+@dataclass(frozen=True)
+class Horizontal:
+    """What a plot shows from left to right.
+
+    Attributes:
+        file, label, title: the plot's name, its axis and what it shows.
+        value: of a row; None where there is none.
+        interval: the lengths to the left and right of it; without, equal values are drawn side by side.
+    """
+
+    file: str
+    label: str
+    title: str
+    value: Callable[[Row], float | None]
+    interval: Callable[[Row], tuple[float, float]] | None = None
 
 
 def clean(row: Row) -> float | None:
@@ -51,9 +56,63 @@ def calls(row: Row) -> float | None:
     return row.network_calls
 
 
+def sides(found: Estimate) -> tuple[float, float]:
+    """Lengths of an interval below and above its value, in %."""
+    return 100 * (found.value - found.low), 100 * (found.high - found.value)
+
+
+ABREAST = " (equal ones side by side)"
+PLOTS = (
+    Horizontal(
+        "robust-clean",
+        "clean accuracy, %",
+        "Robust (worst case) against clean accuracy",
+        clean,
+        lambda row: sides(row.clean["mean"]),
+    ),
+    Horizontal(
+        "accuracy-level",
+        "mean t* on clean images" + ABREAST,
+        "Robust accuracy against the noise level",
+        level,
+    ),
+    Horizontal("cost", "score-network calls per answer" + ABREAST, "Robust accuracy against cost", calls),
+)
+
+
+def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
+    """Draw what there is data for, one point for each row; returns file and description of each plot.
+
+    Rows of reduced budgets are left out where a data set has others.
+    """
+    drawn = []
+    for dataset in dict.fromkeys(r.dataset for r in rows):
+        own = [r for r in rows if r.dataset == dataset]
+        own = [r for r in own if not r.reduced] or own
+        for plot in PLOTS:
+            shown = [r for r in own if plot.value(r) is not None]
+            if shown:
+                file, title = f"{dataset}-{plot.file}.svg", f"{plot.title}: {dataset}"
+                _draw(folder / file, shown, plot, title)
+                drawn.append({"file": file, "title": title})
+    return drawn
+
+
 def series(row: Row, several: bool) -> str:
     """What a legend calls the row; ``several``: purifiers stand before more than one classifier."""
-    return f"{row.name}, {row.classifier}" if several else row.name
+    called = f" ({row.called})" if row.called and row.bare else ""
+    return f"{row.title}, {row.classifier}{called}" if several or row.bare else row.title
+
+
+def abreast(values: Sequence[float]) -> list[float]:
+    """Where points with these values are drawn: equal ones 1.5 % of the plot's width apart, centred on their value."""
+    step = 0.015 * (max(values) - min(values) or abs(values[0]) or 1.0)
+    placed = []
+    for i, value in enumerate(values):
+        rank = sum(math.isclose(value, other, abs_tol=1e-9) for other in values[:i])
+        count = sum(math.isclose(value, other, abs_tol=1e-9) for other in values)
+        placed.append(value + step * (rank - (count - 1) / 2))
+    return placed
 
 
 def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, str]]:
@@ -71,26 +130,39 @@ def _draw_curves(path: Path, rows: Sequence[CertifiedRow], title: str) -> None:
     fig, ax = _axes(f"{rows[0].norm} radius", "certified accuracy, %", title, len(rows))
     top = 1.05 * max(max(float(r.found.correct.max()) for r in rows), 1e-3)
     grid = np.linspace(0, top, 400)
+    handles: dict[str, Line2D] = {}
     for i, row in enumerate(rows):
         shares = 100 * certified_accuracy(row.found.correct, grid)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)]}
-        ax.step(grid, shares, where="post", label=f"{row.name}, ACR {row.found.acr.value:.3f}", **style)
+        label = f"{row.name}, ACR {row.found.acr.value:.3f}"
+        (handles[label],) = ax.step(grid, shares, where="post", **style)
     ax.set_xlim(0, top)
-    _save(fig, ax, path)
+    ax.set_ylim(bottom=0)
+    _save(fig, handles, path)
 
 
-def _draw(path: Path, rows: Sequence[Row], where: Callable[[Row], Any], label: str, title: str) -> None:
-    several = len({r.classifier for r in rows if r.network_calls is not None}) > 1
-    names = list(dict.fromkeys(series(r, several) for r in rows))
-    fig, ax = _axes(label, "robust accuracy, worst case, %", title, len(names))
-    for i, name in enumerate(names):
-        chosen = [r for r in rows if series(r, several) == name]
-        worst = [r.worst["mean"] for r in chosen]
-        y = [100 * e.value for e in worst]
-        sides = [[100 * (e.value - e.low) for e in worst], [100 * (e.high - e.value) for e in worst]]
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.errorbar([where(r) for r in chosen], y, yerr=sides, label=name, ls="", capsize=2, **style)
-    _save(fig, ax, path)
+def _draw(path: Path, rows: Sequence[Row], plot: Horizontal, title: str) -> None:
+    several = len({r.classifier for r in rows if not r.bare}) > 1
+    labels = [series(r, several) for r in rows]
+    names = list(dict.fromkeys(labels))
+    fig, ax = _axes(plot.label, "robust accuracy, worst case, %", title, len(names))
+    x = [value for r in rows if (value := plot.value(r)) is not None]
+    x = x if plot.interval else abreast(x)
+    handles: dict[str, Line2D] = {}
+    for row, label, at in zip(rows, labels, x, strict=True):
+        i = names.index(label)
+        colour = COLOURS[i % len(COLOURS)]
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ms": 7}
+        style |= {"mfc": "none"} if row.marked or row.reduced else {}
+        bars: dict[str, Any] = {"yerr": np.array(sides(row.worst["mean"]))[:, None], "ecolor": to_rgba(colour, 0.6)}
+        bars |= {"xerr": np.array(plot.interval(row))[:, None]} if plot.interval else {}
+        drawn = ax.errorbar([at], [100 * row.worst["mean"].value], ls="", capsize=2, elinewidth=1, **bars, **style)
+        handles.setdefault(label, drawn.lines[0])
+    if any(r.marked or r.reduced for r in rows):
+        hollow = "hollow: marked in the table"
+        handles[hollow] = ax.plot([], [], ls="", marker="o", ms=7, mfc="none", color=INK)[0]
+    ax.set_ylim(bottom=-0.03 * ax.get_ylim()[1])  # markers at 0 are seen whole
+    _save(fig, handles, path)
 
 
 def _axes(x: str, y: str, title: str, series: int) -> tuple[Figure, Axes]:
@@ -109,7 +181,9 @@ def _axes(x: str, y: str, title: str, series: int) -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def _save(fig: Figure, ax: Axes, path: Path) -> None:
-    ax.set_ylim(bottom=0)
-    fig.legend(loc="outside lower center", ncols=2, fontsize=8, labelcolor=INK, facecolor="none", edgecolor=INK)
-    fig.savefig(path, format="svg", metadata={"Date": None})
+def _save(fig: Figure, handles: Mapping[str, Line2D], path: Path) -> None:
+    """Write the plot, with a legend of what is drawn by name."""
+    style: dict[str, Any] = {"ncols": 2, "fontsize": 8, "labelcolor": INK, "facecolor": "none", "edgecolor": INK}
+    fig.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
+    with rc_context({"svg.hashsalt": path.name}):  # the same plot is the same file
+        fig.savefig(path, format="svg", metadata={"Date": None})

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from purify.attacks import AutoAttackRand
+from purify.attacks import AutoAttackRand, kind_of
+from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, summarize, worst_case
 from purify.evaluate.records import parse
 from purify.evaluate.runner import CLEAN
+from purify.evaluate.selfchecks import INEXACT, at_limit, inexact_check
 
 NOISE = "random-noise"
+RESULT = ("budget", "self_checks", "results")  # what is read of result.json
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Row:
     Accuracies are shares with 95 % intervals, by criterion (``mean``, ``any_of_r``, ``majority``).
 
     Attributes:
-        name: the defence.
+        name: how the run calls the defence.
         classifier: name of the classifier in it.
         dataset, threat_model, eps: what was attacked, and how far.
         clean: on clean images.
@@ -36,10 +40,13 @@ class Row:
         network_calls: score-network calls per answer (NFE).
         budget: the attacks with their budgets, and how many images and purifications judged them.
         samples, draws, seed: how much was measured.
+        images: id and label of each sample.
+        reduced: whether the budget is too small to quote the numbers.
         failed_checks: self-checks that failed, each with what that means.
         exact: whether the attacks had the exact gradient.
         config: the defence as its manifest states it.
         command, run, git: the command that reproduces the run, its folder, the revisions that ran.
+        called: what runs call the classifier by itself, if they say more than that it is undefended.
     """
 
     name: str
@@ -58,12 +65,30 @@ class Row:
     samples: int
     draws: int
     seed: int
+    images: frozenset[tuple[int, int]]
+    reduced: bool
     failed_checks: tuple[str, ...]
     exact: bool
     config: dict[str, Any]
     command: str
     run: str
     git: str | None
+    called: str | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is no purifier."""
+        return "purifier" not in self.config
+
+    @property
+    def title(self) -> str:
+        """What the defence is: a classifier without purifier is the same however its run calls it."""
+        return "no purifier" if self.bare else self.name
+
+    @property
+    def marked(self) -> bool:
+        """Whether the measurement is not to be believed as it stands."""
+        return bool(self.failed_checks) or not self.exact
 
     @property
     def strongest(self) -> str:
@@ -72,7 +97,8 @@ class Row:
 
     def repeats(self, other: Row) -> bool:
         """Whether both are one measurement, as of the undefended classifier that several runs attack alike."""
-        return replace(self, command="", run="", git=None) == replace(other, command="", run="", git=None)
+        origin: dict[str, Any] = {"name": "", "command": "", "run": "", "git": None}
+        return replace(self, **origin) == replace(other, **origin)
 
 
 def read_run(folder: str | Path) -> list[Row]:
@@ -83,16 +109,18 @@ def read_run(folder: str | Path) -> list[Row]:
     """
     folder = Path(folder)
     config, sessions = load_json(folder / "manifest.json", "config", "sessions")
-    checks, results = load_json(folder / "result.json", "self_checks", "results")
+    if "systems" in config:
+        raise ValueError(f"{folder} is a run of certificates (run_certify.py); give folders of run_autoattack.py.")
+    result = dict(zip(RESULT, load_json(folder / "result.json", *RESULT), strict=True))
     if config.get("worst_only"):
         raise ValueError(
             f"{folder} was made with --worst-only; a leaderboard needs every attack on every sample: run its command "
             "without that option."
         )
     records = load_records(folder / "records.jsonl")
-    rows = [_row(folder, name, config, sessions, checks, records) for name in config["defences"]]
+    rows = [_row(folder, name, config, sessions, result, records) for name in config["defences"]]
     for row in rows:
-        stored = results.get(row.name, {}).get("worst case", {})
+        stored = result["results"].get(row.name, {}).get("worst case", {})
         if any(abs(e.value - stored.get(c, {}).get("value", np.inf)) > 1e-9 for c, e in row.worst.items()):
             raise ValueError(f"{folder}: result.json and the records differ for {row.name}; run its command again.")
     return rows
@@ -129,7 +157,7 @@ def _row(
     name: str,
     config: dict[str, Any],
     sessions: list[dict[str, Any]],
-    checks: list[dict[str, Any]],
+    result: dict[str, Any],
     records: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> Row:
     defence, budgets, n = config["defences"][name], config["attacks"][name], config["n_examples"]
@@ -166,13 +194,29 @@ def _row(
         samples=n,
         draws=draws,
         seed=config["seed"],
-        failed_checks=tuple(f"{c['name']}: {c['meaning']}" for c in checks if c["defence"] == name and not c["passed"]),
+        images=frozenset(samples),
+        reduced=reduced(result["budget"], config["dataset"]),
+        failed_checks=_failed(name, result["self_checks"], attacks),
         exact=defence.get("exact", True),  # there is no gradient to miss without a purifier
         config=defence,
         command=sessions[0]["command"],
         run=str(folder),
         git=", ".join(dict.fromkeys(str(session["git"]) for session in sessions if session["git"])) or None,
     )
+
+
+def _failed(name: str, stored: list[dict[str, Any]], attacks: Mapping[str, dict[str, Estimate]]) -> tuple[str, ...]:
+    """The self-checks that failed: the run's own, and the one of inexact gradients, which old runs did not ask."""
+    known = [(kind_of(label), accuracy["mean"].value) for label, accuracy in attacks.items()]
+    found = inexact_check(name, [(kind, left) for kind, left in known if kind is not None])
+    own = [check for check in stored if check["defence"] == name and check["name"] != INEXACT]
+    failed = [check for check in [*own, *map(asdict, found)] if not _passed(check)]
+    return tuple(f"{check['name']}: {check['meaning']}" for check in failed)
+
+
+def _passed(check: dict[str, Any]) -> bool:
+    """Whether a stored check passed; old runs failed at the limit by rounding."""
+    return check["passed"] or (check["value"] is not None and at_limit(check["value"], check["limit"]))
 
 
 def _stated(budget: dict[str, Any]) -> str:

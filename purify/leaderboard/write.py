@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from purify.evaluate.build import UNDEFENDED
 from purify.evaluate.metrics import Estimate
 from purify.evaluate.records import write_json
 from purify.leaderboard.certified import CertifiedRow, read_certified
+from purify.leaderboard.groups import ranked
 from purify.leaderboard.plots import draw_curves, draw_plots
 from purify.leaderboard.rows import Row, load_json, read_run
 
@@ -25,20 +27,26 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
     Raises:
         ValueError: a folder holds no run, or one that is not finished or was damaged.
     """
-    rows: list[Row] = []
+    found: list[Row] = []
     certified: list[CertifiedRow] = []
     for folder in map(Path, folders):
         (config,) = load_json(folder / "manifest.json", "config")
         if "systems" in config:
             certified += read_certified(folder)
         else:
-            rows += [row for row in read_run(folder) if not any(row.repeats(other) for other in rows)]
+            found += read_run(folder)
+    called = {row.config.get("classifier"): row.name for row in found if row.bare and row.name != UNDEFENDED}
+    rows: list[Row] = []
+    for row in (replace(row, called=called.get(row.config.get("classifier"))) for row in found):
+        if not any(row.repeats(other) for other in rows):
+            rows.append(row)
     return rows, certified
 
 
 def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequence[CertifiedRow] = ()) -> None:
-    """Write all files into ``folder``, the strongest defence of each data set first.
+    """Write all files into ``folder``, the strongest defence of each data set first, those of reduced budgets last.
 
+    A system that several runs measured is ranked by its lowest worst case; the other measurements follow it.
     ``leaderboard.json`` lists attacked defences; certified systems have a file of their own, ``certified.json``, so
     that all entries of a file have the same fields.
 
@@ -48,17 +56,18 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
     if not rows and not certified:
         raise ValueError("There is nothing to rank; give the folders of finished runs.")
     folder = Path(folder)
-    rows = sorted(rows, key=lambda r: (r.dataset, r.threat_model, r.eps, -r.worst["mean"].value, r.name))
+    groups = ranked(rows)
     certified = sorted(certified, key=lambda r: (r.dataset, r.norm, -r.found.acr.value, r.name))
-    content: dict[str, list[dict[str, Any]]] = {
-        "rows": [entry(row, folder) for row in rows],
+    content: dict[str, list[Any]] = {
+        "groups": [[entry(row, folder, group[0]) for row in group] for group in groups],
         "certified": [certified_entry(row, folder) for row in certified],
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        content["rows"] = [row for group in content["groups"] for row in group]
         write_json(folder / "leaderboard.json", content["rows"])
         write_json(folder / "certified.json", content["certified"])
-        content["plots"], content["curves"] = draw_plots(rows, folder), draw_curves(certified, folder)
+        content["plots"], content["curves"] = draw_plots([g[0] for g in groups], folder), draw_curves(certified, folder)
         environment = Environment(
             loader=PackageLoader("purify.leaderboard"), autoescape=select_autoescape(), trim_blocks=True
         )
@@ -69,18 +78,24 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out.") from error
 
 
-def entry(row: Row, folder: Path) -> dict[str, Any]:
-    """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours."""
+def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
+    """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours.
+
+    ``lowest``: the row of the same system with the lowest worst case; unless it is this one, its manifest is named.
+    """
     return {
-        "name": row.name,
+        "name": row.title,
         "classifier": row.classifier,
+        "classifier_called": row.called,
         "dataset": row.dataset,
         "threat_model": row.threat_model,
         "eps": f"{row.eps:g}",
         "clean_acc": f"{100 * row.clean['mean'].value:.1f}",
         "autoattack_acc": percent(row.autoattack),
         "external": None,
-        "unreliable": bool(row.failed_checks) or not row.exact,
+        "unreliable": row.marked,
+        "reduced": row.reduced,
+        "stronger": None if row is lowest else manifest(lowest, folder),
         "robust_acc": f"{100 * row.worst['mean'].value:.1f}",
         "strongest_attack": row.strongest,
         "clean": texts(row.clean),
