@@ -10,7 +10,7 @@ import torch
 from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, diffpure, zoo
-from purify.attacks import PGD, AutoAttack, AutoAttackRand
+from purify.attacks import PGD, AutoAttack, AutoAttackRand, Square
 from purify.attacks import autoattack as adapter
 from purify.data import load_dataset
 
@@ -227,3 +227,14 @@ def test_pgd_is_about_as_strong_as_apgd(norm, eps):
         left[name] = (model(images).argmax(1) == y).float().mean().item()
     assert left["apgd"] < 0.9
     assert left["pgd"] <= left["apgd"] + 0.03
+
+
+def test_square_shrinks_its_squares_within_its_queries():
+    """As it would over 10,000 queries; with the published lengths as they are, 500 end with squares of 0.8 / 8."""
+    model = zoo.classifier("digits-standard")
+    attack = Square("Linf", 0.1, queries=500)
+    square = attack.prepare(model, 0, torch.device("cpu")).square
+    assert [square.p_selection(i) for i in (0, 1, 4, 499)] == [0.8, 0.4, 0.2, 0.8 / 512]
+    x, y = (t[:64] for t in load_dataset("digits", "test"))
+    right = model(attack(model, x, y).images).argmax(1) == y
+    assert right.float().mean() < 0.72

@@ -237,6 +237,7 @@ class AutoAttackRand(_Library):
 class Square(_Library):
     """Square (Andriushchenko et al. 2020), black box: ``queries`` random squares, kept where they raise the loss.
 
+    The squares shrink over ``queries``, by the schedule published for 10,000 (ibid., section 4.1) rescaled.
     It needs no gradient, so it must not beat the attacks that have one; where it does, their gradient is masked.
     """
 
@@ -257,4 +258,5 @@ class Square(_Library):
         settings: dict[str, Any] = {"version": "custom", "attacks_to_run": ["square"], "verbose": False}
         attack = AutoAttack(model, self.norm, self.eps, seed, device=device, **settings)
         attack.square.n_queries = self.queries
+        attack.square.rescale_schedule = True  # else squares shrink as if there were 10,000 queries
         return attack
