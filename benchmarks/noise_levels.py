@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from purify import Constant, DefendedClassifier, diffpure, zoo
 from purify.attacks import APGD, PGD, Attack, ConstantLevelPGD, LowLevelPGD, NormPGD
-from purify.attacks.norms import BALLS
+from purify.attacks.norms import unit
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
@@ -82,8 +82,8 @@ class UnitPGD(NormPGD):
     label = name
     evaluator = PGD.evaluator
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        return BALLS["L2"].direction(gradients[0], z)
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
+        return unit(gradients[0])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import ATTACKS, BPDA, PGD, SurrogatePGD
+from purify.attacks import APGD, ATTACKS, BPDA, PGD, SurrogatePGD
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 
@@ -79,17 +79,54 @@ def test_directions_are_unit_ascent_and_scale_free(norm):
     gradient = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(2))
     z = torch.full_like(gradient, 0.5)
     ball = BALLS[norm]
-    d = ball.direction(gradient, z)
+    x = z - 0.1 * (torch.arange(16).reshape(4, 4) < 6)  # L1: four pixels move
+    d = ball.direction(gradient, z, x)
     torch.testing.assert_close(ball.distance(d), torch.ones(5))
     assert ((d * gradient).flatten(1).sum(1) > 0).all()
-    torch.testing.assert_close(ball.direction(gradient * 1e-30, z), d)
-    assert (ball.direction(torch.zeros_like(z), z) == 0).all()
+    torch.testing.assert_close(ball.direction(gradient * 1e-30, z, x), d)
+    assert (ball.direction(torch.zeros_like(z), z, x) == 0).all()
 
 
 def test_l1_direction_skips_pixels_that_cannot_move():
     gradient = torch.tensor([[[[5.0, 1.0], [-4.0, 0.5]]]])
     z = torch.tensor([[[[1.0, 0.5], [0.0, 0.5]]]])
-    assert BALLS["L1"].direction(gradient, z).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert BALLS["L1"].direction(gradient, z, z).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_l1_direction_moves_two_thirds_as_many_pixels_as_have_moved():
+    """Of each sample's own; a twentieth of all pixels where none has."""
+    gradient = torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(3))
+    x, moved = torch.full_like(gradient, 0.5), torch.tensor([0, 1, 9, 25])
+    z = x + 0.1 * (torch.arange(25) < moved[:, None]).reshape(x.shape)
+    d = BALLS["L1"].direction(gradient, z, x).flatten(1)
+    for i, count in enumerate((1, 1, 6, 17)):
+        largest = gradient[i].flatten().abs().argsort(descending=True)[:count]
+        expected = torch.zeros(25)
+        expected[largest] = gradient[i].flatten()[largest].sign() / count
+        torch.testing.assert_close(d[i], expected)
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD])
+def test_l1_runs_start_in_larger_balls_and_yield_what_lies_in_the_last(kind, images, labels):
+    """3 eps for 30 % of the steps, 2 eps for the next 30 % (Croce & Hein 2021); as many gradients as steps."""
+    model, distances = TinyClassifier().requires_grad_(False), []
+
+    class Spy(kind):
+        def evaluator(self, model, seed):
+            inner = super().evaluator(model, seed)
+
+            def evaluate(z, *args):
+                distances.append(BALLS["L1"].distance(z.detach() - images).max().item())
+                return inner(z, *args)
+
+            return evaluate
+
+    attack = Spy("L1", 1.0, steps=10, eot=1)
+    found = list(attack._iterates(attack.evaluator(model, 0), images, labels, torch.arange(7), 0, 0, None))
+    assert distances == pytest.approx([3.0] * 3 + [2.0] * 3 + [1.0] * 5, rel=0.1)
+    assert len(found) == 5
+    assert all(BALLS["L1"].distance(z - images).max() <= 1 + 1e-5 for z, _ in found)
+    assert [steps for _, steps in PGD("L1", 1.0, steps=1).phases()] == [range(2)]
 
 
 # --- optima -------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_direction_of_the_norm_attack(weight):
     """Unit vectors of both gradients, mixed, of unit length."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3, 1, 2, 2, generator=g) for _ in range(2))
-    got = NormPGD("Linf", 0.1, norm_weight=weight).direction([a, b], torch.zeros_like(a))
+    got = NormPGD("Linf", 0.1, norm_weight=weight).direction([a, b], torch.zeros_like(a), torch.zeros_like(a))
     for i in range(3):
         mixed = a[i] / a[i].norm() - weight * b[i] / b[i].norm()
         torch.testing.assert_close(got[i], mixed / mixed.norm(), rtol=1e-5, atol=1e-6)

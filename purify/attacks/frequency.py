@@ -51,9 +51,13 @@ class LowFrequencyPGD(PGD):
         if not (is_number(self.cutoff) and 0 < self.cutoff <= 1):
             raise ValueError(f"The cutoff of the low-frequency attack must lie in (0, 1], got {self.cutoff}.")
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        step = super().direction([low_pass(gradients[0], self.cutoff)], z)
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
+        # In L1 the number of pixels in a step follows how many have moved; here all have, so it is that of the start.
+        step = super().direction([low_pass(gradients[0], self.cutoff)], z, z)
         return low_pass(step, self.cutoff)
+
+    def phases(self) -> list[tuple[PGD, range]]:
+        return [(self, range(self.steps + 1))]  # a smaller L1 ball would cut away what is low in frequency
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         return super().project(x + low_pass(z - x, self.cutoff), x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from purify.attacks.autoattack import AutoAttackRand
 from purify.attacks.base import Attack, with_gradient
-from purify.attacks.norms import BALLS
+from purify.attacks.norms import unit
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
 
@@ -87,8 +87,8 @@ class NormPGD(Weighted, PGD):
 
         return evaluate
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        return BALLS["L2"].direction(mixed(gradients, z, -self.norm_weight), z)
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
+        return unit(mixed(gradients, -self.norm_weight))
 
     def mean_step(self, x: Tensor) -> float:
         if self.step_size is not None:
@@ -117,7 +117,7 @@ class Lowering(nn.Module):
 
         def mix(gradient: Tensor) -> Tensor:
             length = gradient.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
-            return length * mixed((gradient, statistic), z, -self.norm_weight)
+            return length * mixed((gradient, statistic), -self.norm_weight)
 
         z.register_hook(mix)
         return details.logits

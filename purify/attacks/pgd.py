@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
-from purify.attacks.norms import BALLS
+from purify.attacks.norms import BALLS, unit
 from purify.checks import check_count, choose, is_number
 from purify.noise import Noise
 
@@ -113,13 +113,23 @@ class PGD(Attack):
         call = keyed(model, seed)
         return lambda images, y, ids, draws: (LOSSES[self.loss](call(images, ids, draws), y),)
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
         """Where to go from z, given the gradient of each of the evaluator's terms."""
-        return BALLS[self.norm].direction(gradients[0], z)
+        return BALLS[self.norm].direction(gradients[0], z, x)
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Back into the threat model's ball around x, and into [0, 1]."""
         return BALLS[self.norm].project(z, x, self.eps)
+
+    def phases(self) -> list[tuple[PGD, range]]:
+        """The attack at each radius of a run, and the iterates that lie within it; the last radius is ``eps``."""
+        parts, end = [], self.steps + 1
+        for factor, share in reversed(BALLS[self.norm].phases):
+            start = int(share * self.steps)
+            if start < end:
+                parts.append((self if factor == 1 else replace(self, eps=factor * self.eps), range(start, end)))
+            end = start
+        return parts[::-1]
 
     def mean_step(self, x: Tensor) -> float:
         """Mean length of a step along :meth:`direction`."""
@@ -144,16 +154,19 @@ class PGD(Attack):
     def _iterates(
         self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every iterate of one run with its estimated loss."""
-        z = self._start(x, ids, seed, restart, first)
-        for step in range(self.steps + 1):
-            first_draw = (restart * (self.steps + 1) + step) * self.eot
-            last = step == self.steps
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
-            yield z, loss
-            if not last:
-                size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
-                z = self.project(z + size * self.direction(gradients, z), x)
+        """Yield every iterate of one run within ``eps``, with its estimated loss."""
+        z = x
+        for phase, steps in self.phases():
+            z = phase.project(z, x) if steps.start else phase._start(x, ids, seed, restart, first)
+            for step in steps:
+                first_draw = (restart * (self.steps + 1) + step) * self.eot
+                last = step == self.steps
+                loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
+                if phase is self:
+                    yield z, loss
+                if not last:
+                    size = phase.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
+                    z = phase.project(z + size * phase.direction(gradients, z, x), x)
 
     def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
         if restart == 0 and first is not None:
@@ -190,9 +203,9 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
 
 
-def mixed(gradients: Sequence[Tensor], z: Tensor, weight: float) -> Tensor:
+def mixed(gradients: Sequence[Tensor], weight: float) -> Tensor:
     """Loss gradient plus ``weight`` times the gradient of the second term, each of unit L2 norm."""
-    loss, other = (BALLS["L2"].direction(gradient, z) for gradient in gradients)
+    loss, other = (unit(gradient) for gradient in gradients)
     return loss + weight * other
 
 

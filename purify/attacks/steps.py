@@ -39,5 +39,5 @@ class StepsPGD(PGD):
 
         return evaluate
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        return BALLS[self.norm].direction(mixed(gradients, z, self.step_weight), z)
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
+        return BALLS[self.norm].direction(mixed(gradients, self.step_weight), z, x)

@@ -91,8 +91,8 @@ class GuidePGD(PGD):
 
         return evaluate
 
-    def direction(self, gradients: Sequence[Tensor], z: Tensor) -> Tensor:
-        return BALLS[self.norm].direction(mixed(gradients, z, self.guide_weight), z)
+    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
+        return BALLS[self.norm].direction(mixed(gradients, self.guide_weight), z, x)
 
     def mean_step(self, x: Tensor) -> float:
         return self.eps / 4 if self.step_size is None else self.step_size
