@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import APGD, ATTACKS, BPDA, PGD, SurrogatePGD
+from purify.attacks import ATTACKS, BPDA, PGD, SurrogatePGD
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 
@@ -104,29 +104,6 @@ def test_l1_direction_moves_two_thirds_as_many_pixels_as_have_moved():
         expected = torch.zeros(25)
         expected[largest] = gradient[i].flatten()[largest].sign() / count
         torch.testing.assert_close(d[i], expected)
-
-
-@pytest.mark.parametrize("kind", [PGD, APGD])
-def test_l1_runs_start_in_larger_balls_and_yield_what_lies_in_the_last(kind, images, labels):
-    """3 eps for 30 % of the steps, 2 eps for the next 30 % (Croce & Hein 2021); as many gradients as steps."""
-    model, distances = TinyClassifier().requires_grad_(False), []
-
-    class Spy(kind):
-        def evaluator(self, model, seed):
-            inner = super().evaluator(model, seed)
-
-            def evaluate(z, *args):
-                distances.append(BALLS["L1"].distance(z.detach() - images).max().item())
-                return inner(z, *args)
-
-            return evaluate
-
-    attack = Spy("L1", 1.0, steps=10, eot=1)
-    found = list(attack._iterates(attack.evaluator(model, 0), images, labels, torch.arange(7), 0, 0, None))
-    assert distances == pytest.approx([3.0] * 3 + [2.0] * 3 + [1.0] * 5, rel=0.1)
-    assert len(found) == 5
-    assert all(BALLS["L1"].distance(z - images).max() <= 1 + 1e-5 for z, _ in found)
-    assert [steps for _, steps in PGD("L1", 1.0, steps=1).phases()] == [range(2)]
 
 
 # --- optima -------------------------------------------------------------------------------------------------------

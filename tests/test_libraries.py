@@ -231,19 +231,19 @@ def test_pgd_is_about_as_strong_as_apgd(norm, eps):
 
 @pytest.mark.parametrize("eps", [2.0, 4.0])
 def test_l1_attacks_are_about_as_strong_as_l1_apgd(eps):
-    """Croce & Hein's L1-APGD with its larger radii, at equal steps; a fixed sparsity of 5 % leaves 20 % more right."""
+    """Croce & Hein's L1-APGD at equal steps and radius; a fixed sparsity of 5 % leaves 12 % more right at eps 4."""
     model = zoo.classifier("digits-at")
     x, y = (t[:128] for t in load_dataset("digits", "test"))
     package = AutoAttack(model, "L1", eps, seed=0, verbose=False, version="custom", attacks_to_run=["apgd-ce"])
     adapter.set_apgd_steps(package.apgd, 50)
-    package.apgd.n_restarts, package.apgd.use_largereps = 1, True
+    package.apgd.n_restarts, package.apgd.use_largereps = 1, False
 
     def left(images):
         return (model(images).argmax(1) == y).float().mean().item()
 
     theirs = left(package.run_standard_evaluation(x, y))
     for kind in (PGD, APGD):
-        assert left(kind("L1", eps, steps=50, eot=1, loss="ce")(model, x, y).images) <= theirs + 0.06, kind
+        assert left(kind("L1", eps, steps=50, eot=1, loss="ce")(model, x, y).images) <= theirs + 0.02, kind
 
 
 def test_square_shrinks_its_squares_within_its_queries():

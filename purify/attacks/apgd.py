@@ -37,28 +37,24 @@ class APGD(PGD):
     def _iterates(
         self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        best = x
-        for phase, steps in self.phases():
-            z = previous = phase.project(best, x) if steps.start else phase._start(x, ids, seed, restart, first)
-            pace = _Pace(len(x), 2 * phase.mean_step(x), x.device)
-            marks = checkpoints(len(steps) - 1)
-            for i, step in enumerate(steps):
-                first_draw = (restart * (self.steps + 1) + step) * self.eot
-                loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=step < self.steps)
-                if phase is self:
-                    yield z, loss
-                if step == self.steps:
-                    return
-                pace.see(z, loss, gradients[0])
-                back = pace.reconsider(i - max([m for m in marks if m < i], default=0)) if i in marks else None
-                gradient = gradients[0]
-                if back is not None:
-                    z, gradient = torch.where(back, pace.best, z), torch.where(back, pace.best_gradient, gradient)
-                    previous = torch.where(back, z, previous)
-                moved = phase.project(z + pace.size * phase.direction([gradient], z, x), x)
-                share = MOMENTUM if i else 1.0
-                z, previous = phase.project(z + share * (moved - z) + (1 - share) * (z - previous), x), z
-            best = pace.best
+        z = previous = self._start(x, ids, seed, restart, first)
+        pace = _Pace(len(x), 2 * self.mean_step(x), x.device)
+        marks = checkpoints(self.steps)
+        for step in range(self.steps + 1):
+            first_draw = (restart * (self.steps + 1) + step) * self.eot
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=step < self.steps)
+            yield z, loss
+            if step == self.steps:
+                return
+            pace.see(z, loss, gradients[0])
+            back = pace.reconsider(step - max([m for m in marks if m < step], default=0)) if step in marks else None
+            gradient = gradients[0]
+            if back is not None:
+                z, gradient = torch.where(back, pace.best, z), torch.where(back, pace.best_gradient, gradient)
+                previous = torch.where(back, z, previous)
+            moved = self.project(z + pace.size * self.direction([gradient], z, x), x)
+            share = MOMENTUM if step else 1.0
+            z, previous = self.project(z + share * (moved - z) + (1 - share) * (z - previous), x), z
 
 
 class _Pace:

@@ -56,9 +56,6 @@ class LowFrequencyPGD(PGD):
         step = super().direction([low_pass(gradients[0], self.cutoff)], z, z)
         return low_pass(step, self.cutoff)
 
-    def phases(self) -> list[tuple[PGD, range]]:
-        return [(self, range(self.steps + 1))]  # a smaller L1 ball would cut away what is low in frequency
-
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         return super().project(x + low_pass(z - x, self.cutoff), x)
 

@@ -121,16 +121,6 @@ class PGD(Attack):
         """Back into the threat model's ball around x, and into [0, 1]."""
         return BALLS[self.norm].project(z, x, self.eps)
 
-    def phases(self) -> list[tuple[PGD, range]]:
-        """The attack at each radius of a run, and the iterates that lie within it; the last radius is ``eps``."""
-        parts, end = [], self.steps + 1
-        for factor, share in reversed(BALLS[self.norm].phases):
-            start = int(share * self.steps)
-            if start < end:
-                parts.append((self if factor == 1 else replace(self, eps=factor * self.eps), range(start, end)))
-            end = start
-        return parts[::-1]
-
     def mean_step(self, x: Tensor) -> float:
         """Mean length of a step along :meth:`direction`."""
         return self.eps if self.step_size is None else self.step_size
@@ -154,19 +144,16 @@ class PGD(Attack):
     def _iterates(
         self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every iterate of one run within ``eps``, with its estimated loss."""
-        z = x
-        for phase, steps in self.phases():
-            z = phase.project(z, x) if steps.start else phase._start(x, ids, seed, restart, first)
-            for step in steps:
-                first_draw = (restart * (self.steps + 1) + step) * self.eot
-                last = step == self.steps
-                loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
-                if phase is self:
-                    yield z, loss
-                if not last:
-                    size = phase.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
-                    z = phase.project(z + size * phase.direction(gradients, z, x), x)
+        """Yield every iterate of one run with its estimated loss."""
+        z = self._start(x, ids, seed, restart, first)
+        for step in range(self.steps + 1):
+            first_draw = (restart * (self.steps + 1) + step) * self.eot
+            last = step == self.steps
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
+            yield z, loss
+            if not last:
+                size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
+                z = self.project(z + size * self.direction(gradients, z, x), x)
 
     def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
         if restart == 0 and first is not None:
