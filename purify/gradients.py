@@ -4,7 +4,7 @@
 and with the noise that were run, and they can be differentiated again. ``Adjoint``, ``BPDA`` and ``Surrogate``
 are approximations, offered for comparison and as attack tools; ``engine.exact`` tells.
 
-Every engine gives the same forward values, bit for bit (the ODE's ``Adjoint``: up to rounding of its times).
+Every engine gives the same forward values, bit for bit.
 """
 
 from __future__ import annotations
@@ -216,25 +216,17 @@ class _StochasticAdjoint(torch.autograd.Function):
         return grad, None
 
 
-class _Flow(nn.Module):
-    """The probability flow of a whole chain over tau in [0, 1], as odeint_adjoint wants it: a module."""
-
-    def __init__(self, first: ReverseStep, last: ReverseStep, rule: ProbabilityFlow) -> None:
-        super().__init__()
-        self.model, self.rule = first.model, rule
-        self.start, self.span = first.t.detach(), (last.s - first.t).detach()
-
-    def forward(self, tau: Tensor, u: Tensor) -> Tensor:
-        t = self.start + tau * self.span
-        return self.span.to(u.dtype).reshape(-1, 1, 1, 1) * self.rule.velocity(self.model, u, t)
+# The times are constants of the adjoint, and no weight has a gradient.
+_odeint_adjoint = partial(odeint_adjoint, adjoint_params=())
 
 
 @dataclass(frozen=True)
 class Adjoint(GradientEngine):
-    """Continuous adjoint in constant memory: approximate, as in DiffPure, for comparison.
+    """Continuous adjoint without graphs: approximate, as in DiffPure, for comparison.
 
-    The ODE goes through torchdiffeq's ``odeint_adjoint``; stochastic and DDIM chains through a stochastic adjoint
-    that reconstructs the states backward. Gradients do not flow into the times; no second derivative; no guidance.
+    The ODE goes step by step through torchdiffeq's ``odeint_adjoint``, which keeps both ends of each step; stochastic
+    and DDIM chains through a stochastic adjoint that keeps the last state and reconstructs the others backward.
+    Gradients do not flow into the times; no second derivative; no guidance.
     """
 
     exact: ClassVar[bool] = False
@@ -260,10 +252,9 @@ class Adjoint(GradientEngine):
             return run(steps, u)
         if not isinstance(rule, ProbabilityFlow):
             return _StochasticAdjoint.apply(u, steps)
-        grid = torch.linspace(0, 1, len(steps) + 1, dtype=torch.float64, device=u.device)
-        flow = _Flow(steps[0], steps[-1], rule)
-        options = {"rtol": rule.rtol, "atol": rule.atol, "method": rule.solver, "adjoint_params": ()}
-        return odeint_adjoint(flow, u, grid, **options)[-1]
+        for step in steps:
+            u = rule.solve(_odeint_adjoint, step.model, u, step.t, step.s)
+        return u
 
 
 @dataclass(frozen=True)
