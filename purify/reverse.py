@@ -237,7 +237,13 @@ class ProbabilityFlow(ReverseRule):
         return self.solve(odeint, model, u, t, s, look)
 
     def solve(
-        self, integrate: Callable[..., Tensor], model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, look: Look = unguided
+        self,
+        integrate: Callable[..., Tensor],
+        model: ScoreModel,
+        u: Tensor,
+        t: Tensor,
+        s: Tensor,
+        look: Look = unguided,
     ) -> Tensor:
         """u_s by ``integrate``: torchdiffeq's ``odeint``, or another of its interface."""
 

@@ -259,6 +259,18 @@ def test_surrogate_is_exact_with_all_steps_and_that_of_the_short_process_with_fe
     assert relative(short, gradient(make("ddpm", Full()), images)) > 1e-3
 
 
+SURROGATE_BUDGETS = {None: 2 * 4, 0: 1 + 2 * 4, 12_000: 2 * 4 - 2, 10**9: 4}
+
+
+@pytest.mark.parametrize("budget", SURROGATE_BUDGETS)
+def test_surrogates_keep_what_fits_and_recompute_the_rest(budget, images):
+    """Whatever is kept, the gradient is the same; network calls beyond the forward pass tell what was recomputed."""
+    calls, purifier = [], make("ddpm", Surrogate(4, memory_budget=budget))
+    purifier.score_model.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(gradient(purifier, images), gradient(make("ddpm", Full(), steps=4), images))
+    assert len(calls) == 6 + SURROGATE_BUDGETS[budget]
+
+
 def test_engines_are_found_by_name_and_errors_are_clear():
     purifier = diffpure(smooth_model(), gradient={"kind": "surrogate", "steps": 3})
     assert purifier.engine == Surrogate(3)
