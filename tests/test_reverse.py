@@ -79,7 +79,7 @@ def test_published_variant_reverses_at_diffpures_times():
 
 
 def test_published_variant_drives_a_discrete_network_as_diffpure_does(images):
-    """DiffPure's guided-diffusion branch written out: the table's noise, continuous beta(t) and sigma(t), whole labels."""
+    """DiffPure's guided-diffusion branch written out: continuous beta(t) and sigma(t), whole labels."""
     network = SmoothNet().double()
     discrete = ScoreModel(network, DiscreteVP.linear(1000))
     with pytest.raises(ValueError, match="score model's schedule is discrete; use variant='consistent', or drive"):
