@@ -16,8 +16,8 @@ from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
 from purify.score import ScoreModel
 
-# DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network, and
-# hands the result on unclamped.
+# DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network,
+# and hands the result on unclamped.
 DIFFPURE_VARIANTS: dict[str, dict[str, Any]] = {
     "consistent": {},
     "published": {"t_end": 1e-5, "forward_schedule": DiscreteVP.linear(1000), "clip": False},
