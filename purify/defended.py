@@ -13,7 +13,6 @@ from torch.nn.functional import one_hot
 
 from purify.checks import check_count, check_eval, check_images, choose
 from purify.gradients import GradientEngine
-from purify.levels import Share
 from purify.plans import FixedSteps
 from purify.purifier import Purifier
 
@@ -171,8 +170,8 @@ class DefendedClassifier(nn.Module):
 
     @property
     def in_step(self) -> bool:
-        """Whether all samples take the same number of reverse steps."""
-        return isinstance(self.purifier.plan, FixedSteps)
+        """Whether all samples take the same number of reverse steps, and each step has its exact gradient."""
+        return isinstance(self.purifier.plan, FixedSteps) and self.purifier.engine.exact
 
     def with_gradient(
         self,
@@ -185,7 +184,7 @@ class DefendedClassifier(nn.Module):
 
     def at_share(self, share: float) -> DefendedClassifier:
         """The same model (sharing all weights) with its purifier at this share, in (0, 1], of its noise level."""
-        return self.with_purifier(self.purifier.with_level(Share(self.purifier.level, share)))
+        return self.with_purifier(self.purifier.at_share(share))
 
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""

@@ -4,14 +4,14 @@
 and with the noise that were run, and they can be differentiated again. ``Adjoint``, ``BPDA`` and ``Surrogate``
 are approximations, offered for comparison and as attack tools; ``engine.exact`` tells.
 
-Every engine gives the same forward values, bit for bit (the ODE's ``Adjoint``: up to rounding of its times).
+Every engine gives the same forward values, bit for bit.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ from purify.plans import FixedSteps, Plan
 from purify.process import Evaluate, Process, ReverseStep, Round, Step
 from purify.reverse import OneShot, ProbabilityFlow
 from purify.scorenorm import plain_total
+
+DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class GradientEngine(ABC):
         """Sum of independent network evaluations of u, which noise levels are computed from; graphs are recomputed."""
         evaluate = recompute if torch.is_grad_enabled() else keep
         return plain_total([partial(evaluate, term) for term in terms], u)
+
+    def shorter(self, rounds: int) -> Shorter | None:
+        """What a gradient goes through of a process of so many rounds; None: all of it."""
+        return None
 
     def held(self, step_bytes: int, steps: int) -> int:
         """Bytes of step graphs that a gradient through ``steps`` steps holds at once, if one has ``step_bytes``."""
@@ -140,8 +146,8 @@ class WithinBudget:
 
 
 @dataclass(frozen=True)
-class _Exact(GradientEngine):
-    """Shared by the two exact engines: ``memory_budget`` is the bytes that kept step graphs may take.
+class _Budgeted(GradientEngine):
+    """Shared by engines that differentiate steps: ``memory_budget`` is the bytes that kept step graphs may take.
 
     Graphs of a noise level that is computed by the network may take as much again.
     """
@@ -155,7 +161,9 @@ class _Exact(GradientEngine):
             check_count(self.memory_budget, "memory_budget (bytes)", 0)
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
-        process = build(None)
+        return self._run(build(None), u)
+
+    def _run(self, process: Process, u: Tensor) -> Tensor:
         return process.run(u, self._evaluate(process.batch_sizes()))
 
     def held(self, step_bytes: int, steps: int) -> int:
@@ -175,14 +183,14 @@ class _Exact(GradientEngine):
 
 
 @dataclass(frozen=True)
-class Full(_Exact):
+class Full(_Budgeted):
     """Plain backpropagation: every step's graph is kept, or as many as ``memory_budget`` (bytes) allows."""
 
     unbounded: ClassVar[Evaluate] = staticmethod(keep)
 
 
 @dataclass(frozen=True)
-class Checkpoint(_Exact):
+class Checkpoint(_Budgeted):
     """One image per step is kept and graphs are recomputed, but for what ``memory_budget`` (bytes) can keep."""
 
     unbounded: ClassVar[Evaluate] = staticmethod(recompute)
@@ -216,25 +224,17 @@ class _StochasticAdjoint(torch.autograd.Function):
         return grad, None
 
 
-class _Flow(nn.Module):
-    """The probability flow of a whole chain over tau in [0, 1], as odeint_adjoint wants it: a module."""
-
-    def __init__(self, first: ReverseStep, last: ReverseStep, rule: ProbabilityFlow) -> None:
-        super().__init__()
-        self.model, self.rule = first.model, rule
-        self.start, self.span = first.t.detach(), (last.s - first.t).detach()
-
-    def forward(self, tau: Tensor, u: Tensor) -> Tensor:
-        t = self.start + tau * self.span
-        return self.span.to(u.dtype).reshape(-1, 1, 1, 1) * self.rule.velocity(self.model, u, t)
+# The times are constants of the adjoint, and no weight has a gradient.
+_odeint_adjoint = partial(odeint_adjoint, adjoint_params=())
 
 
 @dataclass(frozen=True)
 class Adjoint(GradientEngine):
-    """Continuous adjoint in constant memory: approximate, as in DiffPure, for comparison.
+    """Continuous adjoint without graphs: approximate, as in DiffPure, for comparison.
 
-    The ODE goes through torchdiffeq's ``odeint_adjoint``; stochastic and DDIM chains through a stochastic adjoint
-    that reconstructs the states backward. Gradients do not flow into the times; no second derivative; no guidance.
+    The ODE goes step by step through torchdiffeq's ``odeint_adjoint``, which keeps both ends of each step; stochastic
+    and DDIM chains through a stochastic adjoint that keeps the last state and reconstructs the others backward.
+    Gradients do not flow into the times; no second derivative; no guidance.
     """
 
     exact: ClassVar[bool] = False
@@ -260,10 +260,9 @@ class Adjoint(GradientEngine):
             return run(steps, u)
         if not isinstance(rule, ProbabilityFlow):
             return _StochasticAdjoint.apply(u, steps)
-        grid = torch.linspace(0, 1, len(steps) + 1, dtype=torch.float64, device=u.device)
-        flow = _Flow(steps[0], steps[-1], rule)
-        options = {"rtol": rule.rtol, "atol": rule.atol, "method": rule.solver, "adjoint_params": ()}
-        return odeint_adjoint(flow, u, grid, **options)[-1]
+        for step in steps:
+            u = rule.solve(_odeint_adjoint, step.model, u, step.t, step.s)
+        return u
 
 
 @dataclass(frozen=True)
@@ -273,25 +272,32 @@ class BPDA(GradientEngine):
     exact: ClassVar[bool] = False
     through_level: ClassVar[bool] = False
 
+    def shorter(self, rounds: int) -> Shorter:
+        return Shorter((), ())
+
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         return _with_gradient_of(_forward(build, u), u)
 
 
 @dataclass(frozen=True)
-class Surrogate(GradientEngine):
+class Surrogate(_Budgeted):
     """Exact forward; backward through a shorter process (Lee & Kim 2023, section 4.2).
 
     Args:
         steps: steps at most, in every round or one number for each round that is kept.
         rounds: indices of the rounds that are kept; default: all. Theirs for gradual noise: rounds (3, 5, 7) with
             steps (1, 1, 5).
+        memory_budget: bytes that kept step graphs of the shorter process may take; None: they are all recomputed.
     """
 
     steps: int | Sequence[int] = 5
     rounds: Sequence[int] | None = None
+    memory_budget: int | None = field(default=DEFAULT_BUDGET, kw_only=True)
     exact: ClassVar[bool] = False
+    unbounded: ClassVar[Evaluate] = staticmethod(recompute)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "rounds"):  # lists, as JSON has them
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -305,14 +311,15 @@ class Surrogate(GradientEngine):
         if not isinstance(self.steps, int) and len(self.steps) != len(kept):
             raise ValueError(f"The surrogate keeps {len(kept)} rounds but has {len(self.steps)} numbers of steps.")
 
+    def shorter(self, rounds: int) -> Shorter:
+        kept = range(rounds) if self.rounds is None else self.rounds
+        return Shorter(kept, (self.steps,) * len(kept) if isinstance(self.steps, int) else self.steps)
+
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return _forward(build, u)
-        rounds = self.rounds
-        if rounds is None:
-            rounds = range(len(build(None).rounds))
-        steps = (self.steps,) * len(rounds) if isinstance(self.steps, int) else self.steps
-        return _with_gradient_of(_forward(build, u), build(Shorter(rounds, steps)).run(u, keep))
+        shorter = self.shorter(len(build(None).rounds))
+        return _with_gradient_of(_forward(build, u), self._run(build(shorter), u))
 
 
 def _forward(build: Build, u: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
 from purify.score import ScoreModel
 
-# DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, and hands the
-# result on unclamped.
+# DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network,
+# and hands the result on unclamped.
 DIFFPURE_VARIANTS: dict[str, dict[str, Any]] = {
     "consistent": {},
     "published": {"t_end": 1e-5, "forward_schedule": DiscreteVP.linear(1000), "clip": False},
@@ -41,10 +41,22 @@ def diffpure(
         steps: reverse steps, or an execution plan; with ``t_star / steps`` = 1e-3 these are DiffPure's.
         reverse: reverse rule: ``sde`` (DiffPure), ``ddpm``, ``ddim``, ``ode``, ``one-shot``, or a rule object.
         gradient: gradient engine: ``full``, ``checkpoint``, ``adjoint``, ``bpda``, ``surrogate``, or an engine object.
-        variant: ``consistent`` (default), or ``published``: the released program's exact time convention, noise by
-            the discrete table abar[T-1] and reverse SDE from the continuous time T/1000 to 1e-5.
+        variant: ``consistent`` (default), or ``published``: the released program's time convention, noise by the
+            discrete table abar[T-1] and the continuous reverse SDE from time T/1000 to 1e-5. A network of 1000 linear
+            steps is driven so with ``score_model.with_settings(schedule=ContinuousVP(), time_scale=1000,
+            time_offset=0)``: labels are then 1000 t, which in steps of 1e-3 are the program's whole ones.
+
+    Raises:
+        ValueError: what :class:`~purify.purifier.Purifier` refuses; ``published`` for a model of a discrete schedule,
+            whose own betas and labels are not the program's.
     """
     options = choose(variant, DIFFPURE_VARIANTS, "DiffPure variant")
+    if variant == "published" and isinstance(score_model, ScoreModel) and isinstance(score_model.schedule, DiscreteVP):
+        raise ValueError(
+            "variant='published' reverses the continuous SDE, but this score model's schedule is discrete; use "
+            "variant='consistent', or drive a network of 1000 linear steps as DiffPure does: score_model.with_settings("
+            "schedule=purify.ContinuousVP(), time_scale=1000, time_offset=0)."
+        )
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, **options)
 
 

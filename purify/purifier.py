@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from purify import registry
 from purify.checks import check_count, check_images, is_number
 from purify.fingerprint import weights_digest
-from purify.gradients import ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
+from purify.gradients import DEFAULT_BUDGET, ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
 from purify.guidance import GUIDANCES, Guidance, Guide
-from purify.levels import LEVELS, Constant, NoiseLevel
+from purify.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.noise import Noise
 from purify.plans import PLANS, FixedSteps, Parts, Plan
 from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
@@ -26,7 +26,7 @@ from purify.schedule import Schedule, schedule_from_config
 from purify.score import ScoreModel
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
-DEFAULT_ENGINE = Checkpoint(memory_budget=2**30)
+DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,8 @@ class Purifier(nn.Module):
         self.level.check(score_model)
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
-        _check_end(t_end, self.plan, self.level.highest * min(self.rounds))
-        if len(self.rounds) > MOST_ROUNDS or self.most_steps >= ROUND_INDICES * len(self.rounds):
-            raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
-        if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
-            raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {steps}.")
         self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
@@ -119,11 +114,31 @@ class Purifier(nn.Module):
         if self.guidance is not None:
             self.guidance.check(score_model)
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
-        self.engine.check(self.task)
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = forward_schedule
-        _check_resize(resize, score_model)
         self.resize = resize
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError unless the parts go together. Each was held against the score model when it was given."""
+        lowest = self.plan.step_length(self.level.highest * min(self.rounds))
+        if lowest <= self.t_end:
+            raise ValueError(f"t_end = {self.t_end} must be smaller than a step, {lowest:.3g}.")
+        if len(self.rounds) > MOST_ROUNDS or max(self._most_steps()) >= ROUND_INDICES:
+            raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
+        if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
+            raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
+        if self.resize and self.score_model.image_shape is None:
+            raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
+        self.engine.check(self.task)
+
+    def _with(self, **changed: Any) -> Purifier:
+        """A twin that shares the weights, with other parts, checked."""
+        twin = copy.copy(self)
+        for name, part in changed.items():
+            setattr(twin, name, part)
+        twin._check()
+        return twin
 
     def forward(
         self,
@@ -156,12 +171,15 @@ class Purifier(nn.Module):
         """As :meth:`forward`, with the noise levels and what they cost; with the deviation, if asked for.
 
         Raises:
-            ValueError: the deviation of a process whose samples are not in step; guidance in inference mode.
+            ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
+                guidance in inference mode.
         """
         if self.guidance is not None and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
+        if deviation and not self.engine.exact:
+            raise ValueError("Intermediate steps have a gradient under the engines full and checkpoint only; use one.")
         shape = self.score_model.image_shape
         check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
@@ -227,17 +245,20 @@ class Purifier(nn.Module):
 
         ``images``: what came in, u (N, C, H, W) in [-1, 1] space; guidance needs it.
         """
-        kept = [(j, self.plan) for j in range(len(self.rounds))]
-        if shorter is not None:
-            kept = [(j, self.plan.at_most(n)) for j, n in zip(shorter.rounds, shorter.steps, strict=True)]
         forward = self.forward_schedule or self.score_model.schedule
         bound = None if self.guidance is None or images is None else self.guidance.bind(images)
         rounds = []
-        for j, plan in kept:
+        for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
             parts = Parts(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
             rounds.append(plan.round(parts, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
+
+    def _plans(self, shorter: Shorter | None = None) -> list[tuple[int, Plan]]:
+        """The index of each round that runs, with its plan."""
+        if shorter is None:
+            return [(j, self.plan) for j in range(len(self.rounds))]
+        return [(j, self.plan.at_most(n)) for j, n in zip(shorter.rounds, shorter.steps, strict=True)]
 
     def with_gradient(
         self,
@@ -247,45 +268,52 @@ class Purifier(nn.Module):
     ) -> Purifier:
         """The same purifier (sharing its weights) under another gradient engine, or with t* or the guidance held
         constant in it."""
-        twin = copy.copy(self)
+        changed: dict[str, Any] = {}
         if gradient is not None:
-            twin.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
-            twin.engine.check(self.task)
+            changed["engine"] = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         if through_level is not None:
-            twin.through_level = through_level
+            changed["through_level"] = through_level
         if second_order is not None and self.guidance is not None:
-            twin.guidance = replace(self.guidance, second_order=second_order)
-        return twin
+            changed["guidance"] = replace(self.guidance, second_order=second_order)
+        return self._with(**changed)
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""
-        twin = copy.copy(self)
-        twin.plan = _plan(steps)
-        twin.engine.check(twin.task)
-        return twin
+        return self._with(plan=_plan(steps))
 
     def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) with another rule for its noise level."""
-        twin = copy.copy(self)
-        twin.level = _level(level)
-        twin.level.check(self.score_model)
-        _check_end(self.t_end, self.plan, twin.level.highest * min(self.rounds))
-        twin.engine.check(twin.task)
-        return twin
+        rule = _level(level)
+        rule.check(self.score_model)
+        return self._with(level=rule)
+
+    def at_share(self, share: float) -> Purifier:
+        """The same purifier (sharing its weights) at this share, in (0, 1], of its noise level."""
+        return self._with(level=Share(self.level, share))
 
     def at_most(self, steps: int) -> Purifier:
-        """The same purifier with at most so many reverse steps per round, for surrogates and for estimates of cost."""
-        return self.with_steps(self.plan.at_most(steps))
+        """The same purifier with at most so many reverse steps per round, for estimates of cost."""
+        twin = copy.copy(self)
+        twin.plan = self.plan.at_most(steps)  # unchecked: fewer steps may end before t_end, and cost the same
+        return twin
+
+    def _most_steps(self, shorter: Shorter | None = None) -> list[int]:
+        """Reverse steps of each round, at the greatest noise level."""
+        highest = torch.tensor([self.level.highest], dtype=torch.float64)
+        return [int(plan.counts(self.rounds[j] * highest)) for j, plan in self._plans(shorter)]
 
     @property
     def most_steps(self) -> int:
         """Reverse steps, in all rounds, of a sample at the greatest noise level."""
-        return int(self.steps(torch.tensor([self.level.highest], dtype=torch.float64))[0])
+        return sum(self._most_steps())
 
     def held_bytes(self, x: Tensor, rows: int) -> int:
         """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
-        held = self.engine.held(rows * self.graph_bytes(x), self.most_steps)
-        return held + (rows * self.rebuilt_bytes(x) if self.engine.exact and self.guidance is not None else 0)
+        steps = sum(self._most_steps(self.engine.shorter(len(self.rounds))))
+        if steps == 0:
+            return 0
+        held = self.engine.held(rows * self.graph_bytes(x), steps)
+        return held + (rows * self.rebuilt_bytes(x) if self.guidance is not None else 0)
 
     def graph_bytes(self, x: Tensor) -> int:
         """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""
@@ -316,10 +344,7 @@ class Purifier(nn.Module):
 
     def with_resize(self, resize: bool = True) -> Purifier:
         """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
-        _check_resize(resize, self.score_model)
-        twin = copy.copy(self)
-        twin.resize = resize
-        return twin
+        return self._with(resize=resize)
 
     def config(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_config` builds the same purifier around the same score model."""
@@ -390,17 +415,6 @@ def _plan(steps: Any) -> Plan:
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
     return FixedSteps(steps)
-
-
-def _check_resize(resize: bool, score_model: ScoreModel) -> None:
-    if resize and score_model.image_shape is None:
-        raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
-
-
-def _check_end(t_end: float, plan: Plan, highest: float) -> None:
-    step = plan.step_length(highest)
-    if step <= t_end:
-        raise ValueError(f"t_end = {t_end} must be smaller than a step, {step:.3g}.")
 
 
 def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:

@@ -234,12 +234,25 @@ class ProbabilityFlow(ReverseRule):
     def __call__(
         self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
     ) -> Tensor:
+        return self.solve(odeint, model, u, t, s, look)
+
+    def solve(
+        self,
+        integrate: Callable[..., Tensor],
+        model: ScoreModel,
+        u: Tensor,
+        t: Tensor,
+        s: Tensor,
+        look: Look = unguided,
+    ) -> Tensor:
+        """u_s by ``integrate``: torchdiffeq's ``odeint``, or another of its interface."""
+
         # tau in [0, 1] stands for t + tau (s - t), so that every sample has its own times.
         def field(tau: Tensor, v: Tensor) -> Tensor:
             return per_sample(s - t, v) * self.velocity(model, v, t + tau * (s - t), look)
 
         span = torch.tensor([0.0, 1.0], dtype=torch.float64, device=u.device)
-        return odeint(field, u, span, method=self.solver, rtol=self.rtol, atol=self.atol)[-1]
+        return integrate(field, u, span, method=self.solver, rtol=self.rtol, atol=self.atol)[-1]
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,18 @@ def test_deviation_of_packed_processes_is_refused(images):
         purifier.purify(images, deviation=True)
 
 
+@pytest.mark.parametrize("engine", ["bpda", "adjoint", "surrogate"])
+def test_deviation_and_its_attack_need_an_exact_engine(engine, images, labels):
+    model = defended().with_gradient(engine)
+    with pytest.raises(ValueError, match="engines full and checkpoint only"):
+        model.purifier.purify(images, deviation=True)
+    attack = StepsPGD("Linf", 0.1, steps=1, eot=1)
+    assert attack.applies_to(defended())
+    assert not attack.applies_to(model)
+    with pytest.raises(ValueError, match="with the gradient full or checkpoint; this one does not"):
+        attack(model, images, labels)
+
+
 # --- black boxes --------------------------------------------------------------------------------------------------
 
 

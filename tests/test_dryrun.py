@@ -8,7 +8,7 @@ from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.evaluate import Defence, Samples, dryrun
 from purify.evaluate.command import main
-from purify.gradients import Checkpoint, Full, saved_bytes
+from purify.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 PLAIN = {
     "pgd-eot": lambda: PGD("Linf", 0.1, steps=3, eot=2, restarts=2),
@@ -111,6 +111,42 @@ def test_memory_is_that_of_the_graphs_held(engine, rows, images):
     one = purifier.graph_bytes(images)
     assert engine.held(one, 6) == pytest.approx(rows * one, abs=1)
     assert whole == pytest.approx(6 * one, rel=0.1)
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(10**9, 6), (1, 1), (None, 1)])
+def test_memory_of_a_surrogate_is_that_of_its_rounds_and_steps(budget, steps, images):
+    """Two of three rounds, of 2 and 4 steps; measured on that process under `full`."""
+    engine = Surrogate((2, 4), rounds=(0, 2), memory_budget=budget)
+    purifier = Purifier(smooth_model(), 0.2, "ddpm", 9, gradient=engine, rounds=3, clip=False)
+    t = torch.full((7,), 0.2, dtype=torch.float64)
+    noise = purifier.noise(7, t.device, range(7), 0, 0)
+    short = purifier.process(t, noise, engine.shorter(3))
+    u = (2 * images - 1).requires_grad_()
+    whole = saved_bytes(lambda v: Full()(lambda _: short, v), u)[1]
+    assert purifier.held_bytes(images[:1], 7) == pytest.approx(steps / 6 * whole, rel=0.1)
+
+
+def test_memory_is_that_of_the_attack_that_takes_most(images):
+    samples, score = Samples(images, torch.zeros(7).long(), torch.arange(7)), smooth_model()
+    model = DefendedClassifier(TinyClassifier(), diffpure(score, 0.2, 9, "ddpm", Adjoint()), purifications=3)
+    step = model.purifier.graph_bytes(images[:1])
+
+    def memory(*attacks):
+        return dryrun.estimate(Defence("d", model, attacks, 1, {}), samples, 4).memory
+
+    own, surrogate = PGD("Linf", 0.1), ATTACKS["surrogate-eot"]("Linf", 0.1, surrogate_steps=5)
+    assert memory() == memory(own, Transfer("Linf", 0.1)) == 4 * 3 * step
+    assert memory(own, surrogate) == 5 * 4 * 3 * step
+    assert DefendedClassifier(TinyClassifier(), diffpure(score, 0.2, 9, gradient="bpda")).purifier.held_bytes(
+        images[:1], 4
+    ) == 0
+
+
+def test_a_surrogate_attack_keeps_to_the_memory_budget_of_the_run():
+    for engine, budget in ((Checkpoint(), None), (Full(memory_budget=7), 7), (Adjoint(), 2**30)):
+        model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.2, 3, gradient=engine))
+        attacked = ATTACKS["surrogate-eot"]("Linf", 0.1).attacked(model)
+        assert attacked.purifier.engine == Surrogate(5, memory_budget=budget)
 
 
 def test_a_batch_that_does_not_fit_is_one_sentence(images, monkeypatch):

@@ -1,5 +1,6 @@
 """Attacks that know SSNI: what they differentiate, what they reach, and where they do not apply."""
 
+import copy
 import math
 
 import pytest
@@ -160,6 +161,21 @@ def test_the_low_level_attack_climbs_at_a_share_of_the_level(share, images, labe
     for bad in (0.0, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
             LowLevelPGD(**BUDGET, share=bad)
+
+
+def test_the_low_level_attack_takes_the_rule_as_it_is(images, labels, monkeypatch):
+    """The calibration was checked when the purifier was built: not again in a float64 copy, nor at every batch."""
+    model, attack = defended(), LowLevelPGD("Linf", 0.2, steps=1, eot=1)
+    images, labels = images[:2], labels[:2]
+    single = attack(model, images, labels)
+    double = attack(copy.deepcopy(model).double(), images.double(), labels)
+    torch.testing.assert_close(double.loss.float(), single.loss, rtol=0, atol=1e-2)
+    monkeypatch.setattr("purify.score.weights_digest", None)
+    assert torch.equal(attack(model, images, labels).images, single.images)
+    other = diffpure(smooth_model().with_settings(time_scale=999), 0.4, 4, "ddpm")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="calibrated with another score model"):
+        other.with_level(model.purifier.level)
 
 
 @pytest.mark.parametrize("kind", [PGD, ConstantLevelPGD, NormPGD, LowLevelPGD])

@@ -8,7 +8,7 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 from torch.nn.functional import one_hot
 
-from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure
+from purify import ContinuousVP, DefendedClassifier, FixedDt, Purifier, ScoreModel, diffpure
 from purify.gradients import BPDA
 from purify.levels import Constant
 from purify.reverse import DDIM
@@ -180,6 +180,46 @@ def test_bad_images(x, message, purifications):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+TINY_END = {"score_model": smooth_model(), "level": 0.1, "steps": 10, "t_end": 0.005}
+TINY_STEPS = {"score_model": smooth_model(), "level": 0.9, "steps": FixedDt(1e-4), "rounds": (1.0, 0.01)}
+
+
+@pytest.mark.parametrize(
+    ("twin", "changed", "message"),
+    [
+        (lambda: Purifier(smooth_model(), 0.1, "one-shot", 1).with_steps(5), {}, "one-shot rule denoises in one step"),
+        (lambda: Purifier(**TINY_END).with_steps(50), {"steps": 50}, "t_end = 0.005 must be smaller than a step"),
+        (lambda: Purifier(**TINY_END).with_level(0.04), {"level": 0.04}, "t_end = 0.005 must be smaller than a step"),
+        (lambda: Purifier(**TINY_END).at_share(0.4), {"level": 0.04}, "t_end = 0.005 must be smaller than a step"),
+        (
+            lambda: Purifier(**TINY_STEPS).with_steps(FixedDt(1e-5)),
+            {"steps": FixedDt(1e-5)},  # 90000 steps and 900: fewer on average than indices of a round
+            "rounds of 65535 steps at most",
+        ),
+        (lambda: Purifier(**TINY_STEPS).with_gradient("adjoint"), {"gradient": "adjoint"}, "plan fixed_steps"),
+        (lambda: Purifier(ScoreModel(SmoothNet(), ContinuousVP())).with_resize(), {}, "resize needs to know"),
+    ],
+)
+def test_twins_are_held_to_what_the_constructor_is(twin, changed, message):
+    with pytest.raises(ValueError, match=message):
+        twin()
+    if changed:
+        parts = TINY_END if "t_end" in message else TINY_STEPS
+        with pytest.raises(ValueError, match=message):
+            Purifier(**{**parts, **changed})
+
+
+def test_rounds_with_the_most_steps_share_no_noise_and_longer_ones_are_refused():
+    """Noise indices of all steps are distinct up to the bound."""
+    purifier = Purifier(smooth_model(), 0.65535, "ddpm", FixedDt(1e-5), rounds=(1.0, 0.01))
+    assert purifier.most_steps == 65535 + 655
+    found = purifier.process(torch.tensor([0.65535], dtype=torch.float64), purifier.noise(1, None, [0], 0, 0)).rounds
+    first, second = (one.reverse[-1].index for one in found)
+    assert int(first) < found[1].diffuse.index < int(second)
+    with pytest.raises(ValueError, match="rounds of 65535 steps at most"):
+        purifier.with_level(0.65536)
 
 
 def test_bad_keys_and_a_classifier_put_back_into_train_mode():

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import GaussianEps, MixtureEps, smooth_model
+from conftest import GaussianEps, MixtureEps, SmoothNet, smooth_model
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
@@ -76,6 +76,28 @@ def test_published_variant_reverses_at_diffpures_times():
     steps = purifier.process(torch.tensor([0.1], dtype=torch.float64), Noise.keyed(0, [0])).rounds[0].reverse
     times = [s.t.item() for s in steps] + [steps[-1].s.item()]
     assert times == pytest.approx([k / 1000 for k in range(100, 0, -1)] + [1e-5], rel=1e-12)
+
+
+def test_published_variant_drives_a_discrete_network_as_diffpure_does(images):
+    """DiffPure's guided-diffusion branch written out: continuous beta(t) and sigma(t), whole labels."""
+    network = SmoothNet().double()
+    discrete = ScoreModel(network, DiscreteVP.linear(1000))
+    with pytest.raises(ValueError, match="score model's schedule is discrete; use variant='consistent', or drive"):
+        diffpure(discrete, 0.01, 10, variant="published")
+    twin = discrete.with_settings(schedule=ContinuousVP(), time_scale=1000, time_offset=0)
+    purifier, x0 = diffpure(twin, 0.01, 10, variant="published"), 2 * images.double() - 1
+    noise = purifier.noise(7, x0.device, range(7), 0, 0)
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)[10 - 1]
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise.normal(0, x0.shape[1:], torch.float64)
+    times = [*(k / 1000 for k in range(10, 0, -1)), 1e-5]
+    for j, (t, s) in enumerate(pairwise(times)):
+        beta, label = 0.1 + 19.9 * t, int(1000 * t + 1e-6)
+        score = -network(x, torch.full((7,), float(label), dtype=torch.float64))
+        score = score / math.sqrt(1 - math.exp(-0.5 * 19.9 * t**2 - 0.1 * t))
+        drift = -0.5 * beta * x - beta * score
+        z = noise.normal(j + 1, x0.shape[1:], torch.float64)
+        x = x - drift * (t - s) + math.sqrt(beta * (t - s)) * z
+    torch.testing.assert_close(2 * purifier(images.double(), sample_ids=range(7)) - 1, x, rtol=1e-9, atol=1e-9)
 
 
 def test_ddim_with_eta_1_is_the_ddpm_posterior():

@@ -126,7 +126,7 @@ FEATURES = {
     "level_varies": "chooses a noise level for each image",
     "guided": "guides its reverse steps",
     "auxiliary": "is guided by an auxiliary network",
-    "in_step": "steps all samples together (a number of steps, not --dt)",
+    "in_step": "steps all samples together (a number of steps, not --dt), with the gradient full or checkpoint",
 }
 NORMS = ("Linf", "L2", "L1")
 

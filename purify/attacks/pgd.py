@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
 from purify.attacks.norms import BALLS, unit
 from purify.checks import check_count, choose, is_number
+from purify.gradients import DEFAULT_BUDGET, Surrogate
 from purify.noise import Noise
 
 
@@ -210,7 +211,10 @@ class BPDA(PGD):
 
 @dataclass(frozen=True)
 class SurrogatePGD(PGD):
-    """PGD+EOT on the gradient of a purifier with ``surrogate_steps`` steps (Lee & Kim 2023)."""
+    """PGD+EOT on the gradient of a purifier with ``surrogate_steps`` steps (Lee & Kim 2023).
+
+    Their graphs get the memory budget of the model's own gradient.
+    """
 
     surrogate_steps: int = 5
 
@@ -222,8 +226,9 @@ class SurrogatePGD(PGD):
         super().__post_init__()
         check_count(self.surrogate_steps, "surrogate steps")
 
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, gradient={"kind": "surrogate", "steps": self.surrogate_steps})
+    def attacked(self, model: Any) -> nn.Module:
+        budget = getattr(model.purifier.engine, "memory_budget", DEFAULT_BUDGET)
+        return with_gradient(model, gradient=Surrogate(self.surrogate_steps, memory_budget=budget))
 
 
 @dataclass(frozen=True)

@@ -219,11 +219,11 @@ def gradient_config(args: argparse.Namespace) -> dict[str, Any]:
     """The gradient engine named on the command line, with its parameters."""
     engine = choose(args.gradient, ENGINES, "gradient engine")
     config: dict[str, Any] = {"kind": args.gradient}
-    if args.memory_budget is not None and engine not in (Full, Checkpoint):
-        raise ValueError(f"--memory-budget is for --gradient full or checkpoint, not {args.gradient}.")
+    if args.memory_budget is not None and engine not in (Full, Checkpoint, Surrogate):
+        raise ValueError(f"--memory-budget is for --gradient full, checkpoint or surrogate, not {args.gradient}.")
     if engine is Surrogate:
         config["steps"] = args.surrogate_steps
-    elif args.memory_budget is not None:
+    if args.memory_budget is not None:
         config["memory_budget"] = args.memory_budget
     elif engine is Checkpoint:
         config["memory_budget"] = DEFAULT_ENGINE.memory_budget

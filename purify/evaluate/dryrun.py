@@ -27,7 +27,7 @@ class Cost:
         rows: images times draws in the model at once.
         gradient, forward: seconds per row, at the greatest noise level.
         seconds: of all its attacks and judgements in one process.
-        memory: bytes that graphs of reverse steps take in a gradient of ``rows`` rows.
+        memory: bytes that graphs of reverse steps take in a gradient of ``rows`` rows, of the attack that takes most.
     """
 
     rows: int
@@ -47,7 +47,7 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     try:
         purified = isinstance(model, DefendedClassifier)
         forward, gradient = purified_times(model, samples, rows) if purified else times(model, samples, rows)
-        memory = model.purifier.held_bytes(samples.images[:1], rows) if purified else 0
+        memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
@@ -64,6 +64,14 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     total = sum(a.gradients * gradient + a.forwards * forward for a in defence.attacks) * n
     total += len(defence.stages()) * defence.draws * forward * n
     return Cost(rows, gradient, forward, total, memory)
+
+
+def most_held(defence: Defence, x: Tensor, rows: int) -> int:
+    """Bytes of step graphs for ``rows`` images like x (1, C, H, W): the most of the model's and of its attacks'."""
+    attacked = [attack.attacked(defence.model) for attack in defence.attacks if attack.applies_to(defence.model)]
+    parts = [part for model in (defence.model, *attacked) for part in model.modules()]
+    purified = [part for part in parts if isinstance(part, DefendedClassifier)]
+    return max((part.purifier.held_bytes(x, rows * part.purifications) for part in purified), default=0)
 
 
 def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:

@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
         "--gradient", default="checkpoint", help=f"one of {', '.join(ENGINES)} (default: checkpoint, which is exact)"
     )
     g.add_argument(
-        "--memory-budget", type=int, help="bytes of step graphs that full or checkpoint may keep (checkpoint: 1 GiB)"
+        "--memory-budget",
+        type=int,
+        help="bytes of step graphs that full, checkpoint or surrogate may keep (default: full all, others 1 GiB)",
     )
     g.add_argument("--surrogate-steps", type=int, default=5, help="steps of surrogate gradients (default: 5)")
     g = p.add_argument_group("budget (a preset, or its parts)")
