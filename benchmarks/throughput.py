@@ -21,7 +21,7 @@ from torch import Tensor
 
 from purify import FixedDt, Purifier, SSNILinear, diffpure, zoo
 from purify.attacks import PGD
-from purify.checks import check_count
+from purify.checks import check_count, check_writable
 from purify.data import load_dataset
 from purify.process import ReverseStep
 
@@ -148,10 +148,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("samples", "batch", "repeats"):
             check_count(getattr(args, name), name)
         check_count(args.attacked, "attacked", minimum=0)
+        if args.attacked > args.samples:
+            raise ValueError(f"--attacked {args.attacked} is more than there are images, --samples {args.samples}.")
         if args.threads is not None:
             check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
         found = measure(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

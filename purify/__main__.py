@@ -8,7 +8,7 @@ from pathlib import Path
 
 from purify.checkpoints import default_score_model
 from purify.checkpoints.public import PUBLIC, fetch, path_of
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device, load_score
 from purify.resize import needs_resize
@@ -43,8 +43,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     """Measure, write and print a calibration."""
     choose(args.dataset, DATASETS, "data set")
     check_count(args.images, "images", 2)
-    if not args.out.parent.is_dir():
-        raise ValueError(f"There is no folder {args.out.parent} to write to.")
+    check_writable(args.out)
     norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
     device = check_device(args.device)
     model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
