@@ -19,9 +19,6 @@ from purify.attacks import (
     Attack,
     NormAutoAttackRand,
     NormPGD,
-    RandomNoise,
-    Square,
-    SurrogatePGD,
 )
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
@@ -68,16 +65,19 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
 
 
 def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
-    """One attack, or one for each weight of an attack on the norm."""
-    if kind is RandomNoise:
-        return [kind(args.threat_model, eps)]
-    if issubclass(kind, Square):
-        return [kind(args.threat_model, eps, queries=allowed.queries)]
-    options: dict[str, Any] = {"steps": allowed.autoattack_steps, "eot": allowed.autoattack_eot}
-    if issubclass(kind, PGD):
-        options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
-    if issubclass(kind, SurrogatePGD):
-        options["surrogate_steps"] = args.surrogate_steps
+    """One attack with those of the budget's numbers that it has; or one for each weight of an attack on the norm."""
+    published = (allowed.autoattack_steps, allowed.autoattack_eot)
+    steps, eot = (allowed.steps, allowed.eot) if issubclass(kind, PGD) else published
+    told = {
+        "steps": steps,
+        "eot": eot,
+        "restarts": args.restarts,
+        "max_rows": args.max_rows,
+        "queries": allowed.queries,
+        "surrogate_steps": args.surrogate_steps,
+    }
+    known = {f.name for f in dataclasses.fields(kind)}
+    options = {name: value for name, value in told.items() if name in known}
     if kind in (NormPGD, NormAutoAttackRand):
         weights = numbers(args.norm_weights, "norm-weights")
         return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
