@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     default = ScoreNorm()
     c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
     c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    c.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
+    c.add_argument(
+        "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
+    )
     c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
     c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
     c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
