@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import PGD
-from purify.checks import check_count
+from purify.checks import check_count, check_writable
 from purify.data import DATASETS, load_dataset
 
 OURS, PEER, PEER_WEIGHTS = "purify PGD", "torchattacks EOTPGD", "torchattacks EOTPGD, weights require gradients"
@@ -86,10 +86,21 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+def parse(text: str) -> list[int]:
+    """``1,4`` as numbers of images."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--batches takes whole numbers separated by commas, got {text!r}.") from error
+    for batch in found:
+        check_count(batch, "every number in --batches")
+    return found
+
+
+def measure(args: argparse.Namespace, batches: Sequence[int]) -> list[dict[str, object]]:
     """One row per batch size and peer: milliseconds per gradient and the ratio of paired runs."""
     rows: list[dict[str, object]] = []
-    for batch in (int(b) for b in args.batches.split(",")):
+    for batch in batches:
         found = times(args, batch)
         for name in (PEER, PEER_WEIGHTS):
             ratios = [theirs / ours for theirs, ours in zip(found[name], found[OURS], strict=True)]
@@ -113,13 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name in ("repeats", "reverse_steps"):
             check_count(getattr(args, name), name)
-        for batch in args.batches.split(","):
-            check_count(int(batch), "batch")
+        batches = parse(args.batches)
         if args.threads is not None:
             check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = measure(args)
+        check_writable(args.out)
+        rows = measure(args, batches)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,7 @@ from purify import zoo
 from purify.certify import Draws, Smooth, denoised_smoothing
 from purify.certify.bounds import lower_bound
 from purify.certify.counts import ROWS
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device
 from purify.evaluate.ranks import set_threads
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.out is not None:
-            args.out.touch()  # it can be written
+            check_writable(args.out)
         found = measure(args)
         if args.out is not None:
             args.out.write_text(json.dumps(found, indent=2) + "\n")

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from purify import zoo
-from purify.checks import check_count
+from purify.checks import check_count, check_writable
 from purify.data import load_dataset
 from purify.evaluate.models import check_device
 from purify.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         models = (zoo.score_model(args.dataset), zoo.classifier(f"{args.dataset}-standard"))
         for steps in args.steps:
             Purifier(models[0], args.t_star, "sde", steps)  # refuses bad settings before anything runs
-        args.out.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out / "fidelity.json")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

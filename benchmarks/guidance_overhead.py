@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from purify import Purifier, agdm, diffpure, gdmp, zoo
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.process import ReverseStep
 
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         choose(args.dataset, dict.fromkeys(("digits", "fashion_mnist")), "data set of this benchmark")
         for what in ("n_examples", "repeats", "threads"):
             check_count(getattr(args, what), what)
+        check_writable(args.out)
         torch.set_num_threads(args.threads)
         seconds = measure(args.dataset, args.n_examples, args.repeats)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

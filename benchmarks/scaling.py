@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from purify.checks import check_count
+from purify.checks import check_count, check_writable
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import share
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         runs = parse(args.runs)
         check_count(args.n_examples, "n-examples")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from purify import DefendedClassifier, Noise, ScoreNorm, SSNILinear, diffpure, zoo
 from purify.attacks import PGD, NormPGD
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.records import write_json
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         x, y = (t[: args.n_examples] for t in load_dataset(args.dataset, "test"))
         if len(x) < args.n_examples:
             raise ValueError(f"{args.dataset} has {len(x)} test images; ask for at most so many.")
-        args.out.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out / f"{args.dataset}.json")
         found = norms(args, {CLEAN: x, **adversarial(args, x, y)})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

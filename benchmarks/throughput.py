@@ -21,7 +21,7 @@ from torch import Tensor
 
 from purify import FixedDt, Purifier, SSNILinear, diffpure, zoo
 from purify.attacks import PGD
-from purify.checks import check_count
+from purify.checks import check_count, check_writable
 from purify.data import load_dataset
 from purify.process import ReverseStep
 
@@ -29,6 +29,8 @@ from purify.process import ReverseStep
 def batch(n: int, attacked: int) -> Tensor:
     """Test images, the first ``attacked`` of them adversarial for the undefended classifier."""
     images, labels = load_dataset("digits", "test")
+    if n > len(images):
+        raise ValueError(f"digits has {len(images)} test images; --samples {n} is too many.")
     images, labels = images[:n], labels[:n]
     adversarial = PGD("Linf", 0.3, steps=10, eot=1)(zoo.classifier("digits-standard"), images, labels).images
     return torch.cat([adversarial[:attacked], images[attacked:]])
@@ -148,10 +150,12 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("samples", "batch", "repeats"):
             check_count(getattr(args, name), name)
         check_count(args.attacked, "attacked", minimum=0)
+        if args.attacked > args.samples:
+            raise ValueError(f"--attacked {args.attacked} is more than the images, --samples {args.samples}.")
         if args.threads is not None:
             check_count(args.threads, "threads")
             torch.set_num_threads(args.threads)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(args.out)
         found = measure(args)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from purify.checkpoints import default_score_model
 from purify.checkpoints.public import PUBLIC, fetch, path_of
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device, load_score
 from purify.resize import needs_resize
@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     default = ScoreNorm()
     c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
     c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    c.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
+    c.add_argument(
+        "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
+    )
     c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
     c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
     c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
@@ -43,8 +45,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
     """Measure, write and print a calibration."""
     choose(args.dataset, DATASETS, "data set")
     check_count(args.images, "images", 2)
-    if not args.out.parent.is_dir():
-        raise ValueError(f"There is no folder {args.out.parent} to write to.")
+    check_writable(args.out)
     norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
     device = check_device(args.device)
     model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)

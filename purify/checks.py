@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -69,7 +70,7 @@ def choose(name: str, registry: Mapping[str, T], what: str) -> T:
     return registry[name]
 
 
-def check_unique(names: Iterable[str], what: str, advice: str) -> None:
+def check_unique(names: Iterable[Hashable], what: str, advice: str) -> None:
     """Raise ValueError if two ``what`` have the same name: their records could not be told apart."""
     repeated = [name for name, n in Counter(names).items() if n > 1]
     if repeated:
@@ -85,3 +86,16 @@ def check_count(value: int, what: str, minimum: int = 1) -> None:
     """Raise ValueError unless ``value`` is a whole number of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{what} must be a whole number of at least {minimum}, got {value!r}.")
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError unless the file ``path`` can be written; makes its folder, and leaves a file as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error

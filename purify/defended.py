@@ -15,6 +15,7 @@ from purify.checks import check_count, check_eval, check_images, choose
 from purify.gradients import GradientEngine
 from purify.plans import FixedSteps
 from purify.purifier import Purifier
+from purify.score import ScoreModel
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class DefendedClassifier(nn.Module):
         image_shape: (C, H, W) of the images, checked when given; None: what the purifier takes.
 
     Raises:
-        ValueError: classifier in train mode, unknown aggregate, purifications < 1, bad images.
+        ValueError: classifier or purifier of another type, classifier in train mode, unknown aggregate,
+            purifications < 1, bad images.
     """
 
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
@@ -96,6 +98,12 @@ class DefendedClassifier(nn.Module):
         image_shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(purifier, Purifier):
+            advice = "make one with purify.diffpure(score_model), another preset, or purify.Purifier"
+            raise ValueError(f"The purifier must be a purify.Purifier, got {type(purifier).__name__}; {advice}.")
+        if not isinstance(classifier, nn.Module) or isinstance(classifier, Purifier | ScoreModel):
+            advice = "pass DefendedClassifier(classifier, purifier), the classifier a torch.nn.Module"
+            raise ValueError(f"{type(classifier).__name__} is no classifier of images; {advice}.")
         check_count(purifications, "purifications")
         self._aggregate = choose(aggregate, AGGREGATES, "aggregate")
         check_eval(classifier, "defending it")

@@ -228,7 +228,8 @@ class Rebuilt(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         with torch.autograd.graph.saved_tensors_hooks(itself, itself):
-            return function(*inputs)
+            # Detached: a graph towards them that nobody runs would hold on to itself through these hooks.
+            return function(*(x.detach() for x in inputs))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from purify import registry
 from purify.checks import choose, is_number
 from purify.noise import Noise
 from purify.score import ScoreModel
 from purify.scorenorm import Calibration, Total
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What whoever names a rule (a command line, :func:`purify.wrap`) can tell it; see :attr:`NoiseLevel.takes`.
+
+    Attributes:
+        t_star: the base level.
+        find_calibration: loads the calibration of the score norm, or gives None; called only for rules that take it.
+        bias, t_max, tau, tau_unit: of :class:`SSNILinear` and :class:`SSNISigmoid`; None: the rule's default.
+    """
+
+    t_star: float
+    find_calibration: Callable[[], Calibration | None]
+    bias: float | None = None
+    t_max: float | None = None
+    tau: float | None = None
+    tau_unit: str | None = None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.find_calibration()
 
 
 class NoiseLevel(ABC):
@@ -21,12 +44,14 @@ class NoiseLevel(ABC):
 
     Attributes:
         varies: whether t* differs between images.
+        takes: which of the rule's parameters :class:`Settings` may fill, where it has parameters of these names.
         calls: network calls per image that the statistic takes.
         centre, scale: the statistic's mean and spread on clean images, so that attacks can speak of it in units of
             its own.
     """
 
     varies: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("t_star",)
 
     @property
     def calls(self) -> int:
@@ -59,6 +84,17 @@ class NoiseLevel(ABC):
 
     def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
         """Raise ValueError if the rule cannot be used with ``model``."""
+
+    @classmethod
+    def parameters(cls) -> set[str]:
+        """Names of the rule's own parameters."""
+        return {f.name for f in fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def taken(cls, settings: Settings) -> dict[str, Any]:
+        """The parameters that ``settings`` fills."""
+        found = {name: getattr(settings, name) for name in cls.takes if name in cls.parameters()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -103,6 +139,8 @@ class _SSNI(NoiseLevel):
     bias: float = 0.0
     t_min: float = 1e-3
     t_max: float | None = None
+
+    takes: ClassVar[tuple[str, ...]] = ("t_star", "calibration", "bias", "t_max")
 
     def __post_init__(self) -> None:
         _check_level(self.t_star, "t_star")
@@ -186,6 +224,8 @@ class SSNISigmoid(_SSNI):
     tau: float = 1.0
     tau_unit: str = "std"
 
+    takes: ClassVar[tuple[str, ...]] = (*_SSNI.takes, "tau", "tau_unit")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.tau_unit, dict.fromkeys(TAU_UNITS), "unit of tau")
@@ -236,3 +276,13 @@ def _check_level(value: Any, what: str) -> None:
 
 
 LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}
+
+
+def build_level(name: str, settings: Settings, own: Mapping[str, Any]) -> NoiseLevel:
+    """The rule of this name: what it takes from ``settings``, and on top its ``own`` parameters.
+
+    Raises:
+        ValueError: unknown names; as the rule.
+    """
+    kind = choose(name, LEVELS, "noise level")
+    return registry.build({"kind": name, **kind.taken(settings), **own}, LEVELS, f"noise level {name}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from purify import registry, zoo
-from purify.checks import choose
+from purify.checks import choose, is_number
 from purify.guidance import GUIDANCES
-from purify.levels import NoiseLevel
+from purify.levels import LEVELS, NoiseLevel
 from purify.plans import FixedDt, Plan
 from purify.purifier import DEFAULT_ENGINE, Purifier
 from purify.schedule import DiscreteVP
@@ -149,3 +150,36 @@ def gns(
 
 
 PURIFIERS: dict[str, Callable[..., Purifier]] = {"diffpure": diffpure, "gdmp": gdmp, "agdm": agdm, "gns": gns}
+SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters that every preset takes
+
+
+def find_preset(name: str) -> tuple[Callable[..., Purifier], str | None]:
+    """The preset of this name, or DiffPure and the noise level of this name, at which it then is.
+
+    Raises:
+        ValueError: unknown name; a preset that does not take what every preset takes.
+    """
+    if isinstance(name, str) and name not in PURIFIERS and name in LEVELS:
+        return diffpure, name
+    if not isinstance(name, str) or name not in PURIFIERS:
+        known, levels = (", ".join(sorted(names)) for names in (PURIFIERS, LEVELS))
+        raise ValueError(f"Unknown purifier {name!r}; known: {known}, and DiffPure's noise levels {levels}.")
+    preset = PURIFIERS[name]
+    missing = [p for p in SHARED if p not in inspect.signature(preset).parameters]
+    if missing:
+        raise ValueError(
+            f"The purifier {name} lacks the parameter {', '.join(missing)}; every preset takes {', '.join(SHARED)}."
+        )
+    return preset, None
+
+
+def default_level(name: str) -> float:
+    """t* of a preset that is told nothing else.
+
+    Raises:
+        ValueError: as :func:`find_preset`, or its default is no number.
+    """
+    t_star = inspect.signature(find_preset(name)[0]).parameters["t_star"].default
+    if not is_number(t_star):
+        raise ValueError(f"The purifier {name} must have a number as default of t_star, it has {t_star!r}.")
+    return t_star

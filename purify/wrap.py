@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from purify import zoo
 from purify.checkpoints import default_score_model, load_score_model
 from purify.checks import choose
 from purify.data import DATASETS
 from purify.defended import DefendedClassifier
-from purify.presets import PURIFIERS
+from purify.levels import LEVELS, Settings, build_level
+from purify.presets import default_level, find_preset
 from purify.purifier import Purifier
 from purify.resize import needs_resize
 from purify.score import ScoreModel
+from purify.scorenorm import Calibration
 
 
 def wrap(
@@ -38,10 +42,14 @@ def wrap(
         dataset: ``cifar10``, ``cifar100``, ``imagenet`` as in RobustBench, or an embedded data set. Behind a preset,
             images must have its shape.
         threat_model: of the RobustBench model: ``Linf``, ``L2``, ``corruptions``.
-        purifier: name of a preset (``purify.PURIFIERS``), or a purifier.
-        score_model: as for :func:`~purify.load_score_model`, or a model. None: the data set's public one.
+        purifier: name of a preset (``purify.PURIFIERS``), of a noise level (``ssni-l``, ``ssni-n``, ...; DiffPure
+            there), or a purifier.
+        score_model: as for :func:`~purify.load_score_model`, or ``file.py:function``, or a model. None: the data set's
+            public one.
         purifications, aggregate: of :class:`~purify.defended.DefendedClassifier`.
-        options: arguments of the preset: ``t_star``, ``steps``, ``reverse``, ``gradient``, ...
+        options: arguments of the preset: ``t_star``, ``steps``, ``reverse``, ``gradient``, ... (an ``auxiliary`` may
+            be named like ``model``); behind the name of a noise level also the level's: ``calibration``, ``tau``, ...
+            SSNI finds the calibration of an embedded score model itself, and on CIFAR-10 takes the paper's tau.
 
     Behind a preset, images are resized to the score model's size and back where that is larger (ImageNet: 224 to 256).
 
@@ -58,24 +66,42 @@ def wrap(
             raise ValueError(f"This purifier is complete; leave {', '.join(given)} out, or name a preset instead.")
         defence, takes = purifier, None
     else:
-        defence, takes = _defence(purifier, score_model, dataset, options), shape
+        defence, takes = _defence(purifier, score_model, dataset, threat_model, options), shape
     classifier = model if isinstance(model, nn.Module) else _classifier(model, dataset, threat_model)
     return DefendedClassifier(classifier, defence, purifications, aggregate, takes)
 
 
 def _defence(
-    name: str, score_model: str | Path | ScoreModel | None, dataset: str, options: dict[str, Any]
+    name: str, score_model: str | Path | ScoreModel | None, dataset: str, threat_model: str, options: dict[str, Any]
 ) -> Purifier:
     """The preset, which resizes where it must."""
-    preset = choose(name, PURIFIERS, "purifier")
+    preset, level = find_preset(name)
     parameters = inspect.signature(preset).parameters
+    known = set(parameters) - {"score_model"} | (LEVELS[level].parameters() if level else set())
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         for option in options:
-            choose(option, {p: p for p in parameters if p != "score_model"}, f"option of {name}")
+            choose(option, dict.fromkeys(known), f"option of {name}")
     network = _score(score_model, dataset)
     resize = needs_resize(DATASETS[dataset].shape, network.image_shape)
-    defence = preset(network, **options)
+    if level is not None:
+        source = default_score_model(dataset) if score_model is None else str(score_model)
+        options = _at_level(level, source, dataset, options)
+    defence = preset(network, **_networks(options, dataset, threat_model))
     return defence.with_resize() if resize else defence
+
+
+def _at_level(level: str, score_model: str, dataset: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """DiffPure's options, with its noise level built from those that are the level's."""
+    from purify.evaluate.usual import usual_tau  # half a second of evaluation's libraries
+
+    def embedded() -> Calibration | None:
+        return zoo.calibration(score_model) if score_model in zoo.calibrations() else None
+
+    own = {name: value for name, value in options.items() if name in LEVELS[level].parameters()}
+    tau, unit = usual_tau(dataset)
+    settings = Settings(default_level("diffpure"), embedded, tau=tau, tau_unit=unit)
+    rest = {name: value for name, value in options.items() if name not in own}
+    return {**rest, "t_star": build_level(level, settings, own)}
 
 
 def _check_classifier(name: str, dataset: str, threat_model: str) -> None:
@@ -90,7 +116,17 @@ def _classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
     return load_classifier(name, dataset, threat_model)
 
 
+def _networks(options: Mapping[str, Any], dataset: str, threat_model: str) -> dict[str, Any]:
+    from purify.evaluate.models import load_networks  # half a second of evaluation's libraries
+
+    return load_networks(options, dataset, threat_model)
+
+
 def _score(score_model: str | Path | ScoreModel | None, dataset: str) -> ScoreModel:
     if isinstance(score_model, ScoreModel):
         return score_model
+    if isinstance(score_model, str):
+        from purify.evaluate.models import load_score  # half a second of evaluation's libraries
+
+        return load_score(score_model, dataset)
     return load_score_model(default_score_model(dataset) if score_model is None else score_model)

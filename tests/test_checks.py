@@ -1,5 +1,7 @@
 """What configs from outside may hold where a number is meant."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import TinyClassifier, smooth_model
@@ -16,7 +18,7 @@ from purify import (
 )
 from purify.attacks import PGD, LowFrequencyPGD, LowLevelPGD, NormPGD, StepsPGD
 from purify.certify import DSSN, SSN, Cascade, Draws, EarlyStop, Smooth
-from purify.checks import check_unique, is_number
+from purify.checks import check_unique, check_writable, is_number
 from purify.reverse import DDIM
 
 CALIBRATION = zoo.calibration("digits")
@@ -61,3 +63,25 @@ def test_repeated_names():
     check_unique(["a", "b"], "things", "rename one")
     with pytest.raises(ValueError, match="Two things are called 'b'; rename one"):
         check_unique(["a", "b", "b"], "things", "rename one")
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    new, old = tmp_path / "a" / "b" / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    check_writable(new)
+    check_writable(old)
+    assert new.parent.is_dir()
+    assert not new.exists()
+    assert old.read_text() == "kept"
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (Path("/proc/x.json"), "No such file"),
+        (Path("/proc/x/y.json"), "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file" / "x.json", "File exists|Not a directory"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{path} cannot be written \(({reason}).*; choose another --out\.$"):
+            check_writable(path)

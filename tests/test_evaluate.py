@@ -1,6 +1,7 @@
 """The runner, and the command around it."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,15 +10,20 @@ from conftest import TinyClassifier, smooth_model
 from kills import lines
 from test_resume import TINY
 
-from purify import DefendedClassifier, diffpure
-from purify.attacks import PGD, AutoAttackRand
+from purify import PURIFIERS, DefendedClassifier, SSNISigmoid, diffpure, zoo
+from purify.attacks import ATTACKS, PGD, Attack, AttackResult, AutoAttackRand
 from purify.evaluate import Defence, RunFolder, Samples, command, evaluate, results
+from purify.evaluate.build import build_attacks, build_pairs, build_settings, level_settings, resolve_budget
+from purify.evaluate.certification import certify_all
 from purify.evaluate.command import main
 from purify.evaluate.metrics import CRITERIA
-from purify.evaluate.models import load_classifier
+from purify.evaluate.models import load_classifier, load_networks
+from purify.evaluate.options import parser
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import WORST_ONLY, batches, share, share_out
+from purify.fingerprint import weights_digest
 from purify.leaderboard import read_run
+from purify.levels import LEVELS, NoiseLevel, build_level
 
 # --- runner -------------------------------------------------------------------------------------------------------
 
@@ -68,6 +74,16 @@ def test_equal_names_are_refused(tmp_path):
         evaluate(RunFolder(tmp_path, {}, {}), twins, samples, progress=False)
     with pytest.raises(ValueError, match="Two attacks on d are called 'pgd-eot'"):
         Defence("d", TinyClassifier(), [PGD("Linf", 0.1, steps=1, eot=1)] * 2, 1, {})
+
+
+def test_two_images_of_one_id_are_refused(tmp_path):
+    """They would share their noise and their record."""
+    _, samples = setup_run()
+    twins = Samples(samples.images, samples.labels, torch.arange(40) % 39)
+    with pytest.raises(ValueError, match="Two images are called 0; give every image an id of its own"):
+        evaluate(RunFolder(tmp_path, {}, {}), [Defence("d", TinyClassifier(), [], 1, {})], twins, progress=False)
+    with pytest.raises(ValueError, match="Two images are called 0"):
+        certify_all(RunFolder(tmp_path, {}, {}), [], twins, progress=False)
 
 
 def test_a_model_that_cannot_take_the_images_is_refused_before_any_record(tmp_path):
@@ -229,6 +245,16 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
         (["--dataset", "imagenet", "--threat-model", "L1"], "no usual L1 radius for imagenet; pass --eps"),
         (["--dataset", "fashion_mnist", "--data-dir", "/nonexistent"], "Fashion-MNIST is not in"),
         (["--out", "/proc/nothing"], "cannot be written"),
+        (["--score-model", "nowhere.py:make"], "There is no file nowhere.py; a model of your own is file.py:function"),
+        (["--purifier", "agdm", "--set", "auxiliary=nowhere.py:make"], "There is no file nowhere.py"),
+        (["--purifier", "agdm", "--set", "auxiliary=magic"], "Unknown model 'magic' for digits; known: digits-at"),
+        (["--purifier", "agdm", "--set", "auxiliary=fashion_mnist-guide"], "was trained on fashion_mnist"),
+        (["--noise-level", "ssni-n", "--set", "ssni-n.tua=2"], "Unknown noise level ssni-n parameter tua; known: bias"),
+        (["--noise-level", "ssni-n", "--set", "ssni-n.tau=-2"], "tau must be a positive number, got -2"),
+        (["--set", "ssni-n.tau=2"], "of this run (constant, diffpure, ssni-l), got 'ssni-n.tau=2'"),
+        (["--set", "variant"], "--set takes NAME=VALUE"),
+        (["--set", "steps=2"], "diffpure has no parameter 'steps' for --set; known: variant"),
+        (["--noise-level", "magic"], "Unknown noise level 'magic'; known: constant, ssni-l, ssni-n"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -249,6 +275,133 @@ def test_a_model_from_a_file(tmp_path, capsys):
     (tmp_path / "broken.py").write_text("def make(:")
     assert main([*small, "--model", f"{tmp_path}/broken.py:make", "--out", str(tmp_path / "run3")]) == 2
     assert "could not give a model" in capsys.readouterr().err
+
+
+OWN = """
+from purify import zoo
+
+def score():
+    return zoo.score_model("digits-calibrated").train()
+
+def network():
+    return score().network
+
+def guide():
+    return zoo.classifier("digits-at").train()
+
+thing = 3
+"""
+
+
+def test_a_score_model_and_an_auxiliary_network_from_a_file(tmp_path):
+    """Both are loaded as --model's are, and what they are is in the run's config."""
+    (tmp_path / "own.py").write_text(OWN)
+    small = ["--n-examples", "2", "--steps", "2", "--attack-steps", "1", "--eot", "1", "--judge-draws", "1"]
+    parts = ["--score-model", f"{tmp_path}/own.py:score", "--set", f"agdm.auxiliary={tmp_path}/own.py:guide"]
+    run = [*small, "--attacks", "pgd-eot", "--purifier", "agdm", *parts, "--out", str(tmp_path / "run")]
+    assert main(run) == 0
+    defence = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["defences"]["agdm"]
+    assert defence["score_model"] == zoo.score_model("digits-calibrated").fingerprint()
+    assert defence["purifier"]["guidance"]["auxiliary"] == weights_digest(zoo.classifier("digits-at"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("network", "own.py:network returned PatchUNet; it must return a purify.ScoreModel(network, schedule,"),
+        ("guide", "it must return a purify.ScoreModel"),
+        ("other", "own.py could not give a model: it has no function 'other'."),
+        ("thing", "it has no function 'thing'"),
+    ],
+)
+def test_what_a_file_returns_must_be_a_score_model(function, message, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    assert main(["--score-model", f"{tmp_path}/own.py:{function}", "--dry-run"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_an_auxiliary_network_by_its_robustbench_name(monkeypatch):
+    """agdm's auxiliary takes every name that --model takes."""
+    asked = []
+
+    def load(name, dataset, threat_model):
+        asked.append((name, dataset, threat_model))
+        return zoo.classifier("digits-at")
+
+    monkeypatch.setattr("purify.evaluate.models._from_robustbench", load)
+    options = load_networks({"auxiliary": "Rebuffi2021", "scale": 2.0}, "cifar10", "L2")
+    assert asked == [("Rebuffi2021", "cifar10", "L2")]
+    assert weights_digest(options["auxiliary"]) == weights_digest(zoo.classifier("digits-at"))
+    assert load_networks({"scale": 2.0}, "cifar10", "L2") == {"scale": 2.0}
+
+
+def test_parameters_of_a_noise_level_by_set():
+    args = parser().parse_args(["--noise-level", "ssni-n", "--ssni-tau", "2", "--set", "ssni-n.t_min=0.02"])
+    pairs = build_pairs(args)
+    level = build_level("ssni-n", level_settings(0.2, args), build_settings(args, pairs)["ssni-n"])
+    assert level == SSNISigmoid(0.2, zoo.calibration("digits"), t_min=0.02, tau=2.0)
+    level = build_level("ssni-n", level_settings(0.2, args), {"tau": 5, "bias": 0.1})
+    assert level == SSNISigmoid(0.2, zoo.calibration("digits"), bias=0.1, tau=5)
+
+
+def lacking(score_model, level, steps):
+    """No preset: its parameters have other names."""
+
+
+def numberless(score_model, t_star="0.1", steps=1, reverse="ddpm", gradient="full"):
+    """No preset: its t_star is no number."""
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        (lacking, "mine lacks the parameter t_star, reverse, gradient; every preset takes score_model, t_star"),
+        (numberless, "mine must have a number as default of t_star, it has '0.1'"),
+    ],
+)
+def test_a_preset_that_the_command_cannot_call_is_named(preset, message, monkeypatch, capsys):
+    monkeypatch.setitem(PURIFIERS, "mine", preset)
+    assert main(["--purifier", "mine", "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_level_without_t_star_refuses_it(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Half(NoiseLevel):
+        top: float = 0.5
+
+        def statistic(self, model, u, noise, total):
+            return u.flatten(1).mean(1).double()
+
+        def level(self, statistic):
+            return self.top * statistic.sigmoid()
+
+    monkeypatch.setitem(LEVELS, "half", Half)
+    few = ["--noise-level", "half", "--n-examples", "2", "--steps", "2", "--attacks", "pgd-eot", "--dry-run"]
+    assert main([*few, "--set", "half.top=0.2"]) == 0
+    assert main([*few, "--t-star", "0.1"]) == 2
+    assert "half has no t_star; leave --t-star out" in capsys.readouterr().err
+
+
+def test_an_attack_of_ones_own_needs_nothing_but_its_entry(monkeypatch):
+    """Its parameters get the budget's numbers by their names, with or without any."""
+
+    @dataclass(frozen=True)
+    class Nothing(Attack):
+        queries: int = 3
+        mine: float = 0.5
+        name = "nothing"
+
+        def run(self, model, x, y, ids, seed):
+            return AttackResult(x, torch.zeros(len(x)))
+
+    monkeypatch.setitem(ATTACKS, "nothing", Nothing)
+    args = parser().parse_args(["--attacks", "nothing"])
+    allowed = resolve_budget(args)
+    assert build_attacks(args, allowed, 0.25) == [Nothing("Linf", 0.25, queries=allowed.queries)]
+    assert main(["--attacks", "nothing,pgd-eot", "--n-examples", "2", "--steps", "2", "--dry-run"]) == 0
 
 
 def test_approximate_gradients_are_named(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Guidance: steps by hand, gradients against finite differences, and what must change nothing."""
 
+import gc
 import json
 
 import numpy as np
@@ -293,6 +294,19 @@ def test_a_checkpointed_step_is_rebuilt_once_and_only_its_input_is_kept(kind, im
     through = purifier.guidance is not None and purifier.guidance.through_score  # grad D has the network in it
     assert len(calls) == (12 if through else 8)
     assert sum(kept) < 20 * x.numel()
+
+
+@pytest.mark.parametrize("engine", ["full", "checkpoint"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_leaves_no_tensor_behind(kind, engine, images):
+    """Where t* depends on the image, a graph of it that nobody ran once held on to itself, 240 tensors a gradient."""
+    level = SSNILinear(0.2, calibrate(smooth_model(torch.float64), images.double()), t_max=0.6)
+    purifier, counts = make(kind, level=level, gradient=engine), []
+    for _ in range(4):
+        gradient(purifier, images.double())
+        gc.collect()
+        counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    assert counts[-1] <= counts[1]
 
 
 @pytest.mark.parametrize("kind", ["agdm", "agdm-through"])

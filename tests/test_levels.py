@@ -270,7 +270,13 @@ def test_the_command_calibrates(tmp_path, capsys):
     ):
         assert main(["calibrate", *wrong, "--out", str(tmp_path / "d.json")]) == 2
         assert message in capsys.readouterr().err
-    assert main(["calibrate", "--out", str(tmp_path / "no" / "d.json")]) == 2
+    assert not (tmp_path / "d.json").exists()
+
+
+def test_calibrate_notices_a_file_that_it_cannot_write_first(capsys, monkeypatch):
+    monkeypatch.setattr("purify.__main__.calibrate", lambda *args, **kwargs: pytest.fail("it measured first"))
+    assert main(["calibrate", "--out", "/proc/x.json"]) == 2
+    assert "error: /proc/x.json cannot be written (" in capsys.readouterr().err
 
 
 # --- a rule of one's own ------------------------------------------------------------------------------------------

@@ -202,6 +202,25 @@ def test_autoattack_rand_in_fixed_groups_does_not_depend_on_the_order(model):
     assert (whole != images).any()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm": "linf"}, "Unknown norm of AutoAttack 'linf'; known: L1, L2, Linf."),
+        ({"version": "rnd"}, "Unknown version of AutoAttack 'rnd'; known: custom, plus, rand, standard."),
+    ],
+)
+def test_autoattack_refuses_unknown_settings_when_it_is_made(settings, message, model):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        AutoAttack(model, eps=0.1, verbose=False, **settings)
+
+
+def test_autoattack_refuses_an_unknown_version_later_on(model):
+    attack = AutoAttack(model, eps=0.1, verbose=False)
+    attack.set_version("rand")
+    with pytest.raises(ValueError, match="Unknown version of AutoAttack 'rnd'"):
+        attack.set_version("rnd")
+
+
 @pytest.mark.parametrize("steps", [1, 20, 100])
 def test_autoattack_rand_places_its_checkpoints_for_its_steps(model, steps):
     """As the package's APGD does when it is made for that many; a mere change of n_iter leaves them where they were."""

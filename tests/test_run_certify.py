@@ -251,3 +251,21 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_denoisers_from_a_file(tmp_path, capsys):
+    """Two functions of one file are two denoisers; what they are is in the config."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from purify import zoo\n\ndef a():\n    return zoo.score_model('digits')\n\n"
+        "def b():\n    return zoo.score_model('digits-calibrated')\n"
+    )
+    few = [*TINY, "--method", "cohen", "--sigma", "0.25", "--n-examples", "2", "--attack-examples", "0"]
+    assert main([*few, "--score-model", f"{file}:a,{file}:b", "--out", str(tmp_path / "run")]) == 0
+    systems = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]["systems"]
+    expected = {"cohen 0.25, own.a": "digits", "cohen 0.25, own.b": "digits-calibrated"}
+    assert {k: s["score_model"] for k, s in systems.items()} == {
+        k: zoo.score_model(v).fingerprint() for k, v in expected.items()
+    }
+    assert main([*few, "--score-model", f"{file}:c", "--out", str(tmp_path / "other")]) == 2
+    assert "own.py could not give a model: it has no function 'c'" in capsys.readouterr().err

@@ -186,6 +186,13 @@ def test_command(tmp_path, capsys):
     assert "digits-guide is a recipe for digits, not for fashion_mnist" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_written_is_one_sentence(capsys):
+    assert main(["digits-standard", "--steps", "2", "--out", "/proc/x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: /proc/x/digits-standard.json cannot be written (No such file")
+    assert err.count("\n") == 1
+
+
 def test_a_recipe_may_be_named_without_its_data_set():
     assert recipe_name("guide", None) == recipe_name("guide", "digits") == recipe_name("digits-guide", None)
     assert recipe_name("guide", "fashion_mnist") == "fashion_mnist-guide"

@@ -12,13 +12,28 @@ from torch import nn
 from torchvision.transforms import Normalize, Resize
 
 import purify
-from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure, load_score_model, wrap
+from purify import (
+    Constant,
+    ContinuousVP,
+    DefendedClassifier,
+    Purifier,
+    ScoreModel,
+    SSNILinear,
+    SSNISigmoid,
+    diffpure,
+    load_score_model,
+    wrap,
+)
 from purify.checkpoints import PUBLIC, default_score_model
 from purify.compat import import_robustbench
 from purify.data import DATASETS
+from purify.evaluate.build import build_pairs, level_settings
+from purify.evaluate.options import parser
+from purify.levels import build_level
 
 FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}
 IDS = [0, 1]
+CALIBRATION = purify.zoo.calibration("digits")
 
 
 def colour_model(size=32):
@@ -152,9 +167,68 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
             TinyClassifier(), tstar=0.2
         ),
         "There is no file nowhere.py": lambda: wrap("nowhere.py:model"),
+        "There is no file nothing.py": lambda: wrap(TinyClassifier(), score_model="nothing.py:score"),
+        "Unknown option of ssni-n 'tua'; known: bias, calibration, gradient": lambda: wrap(
+            TinyClassifier(), "digits", purifier="ssni-n", tua=2
+        ),
+        "SSNI needs a calibration on clean training images: pass": lambda: wrap(
+            TinyClassifier(), "digits", purifier="ssni-l", score_model="digits-calibrated"
+        ),
+        r"got SmoothNet; wrap a network of your own in purify.ScoreModel\(network, schedule": lambda: wrap(
+            TinyClassifier(), score_model=SmoothNet()
+        ),
+        "The purifier must be a purify.Purifier, got ScoreModel; make one": lambda: DefendedClassifier(
+            TinyClassifier(), smooth_model()
+        ),
+        "The purifier must be a purify.Purifier, got TinyClassifier": lambda: DefendedClassifier(
+            purifier, TinyClassifier()
+        ),
+        "Purifier is no classifier of images; pass Defended": lambda: DefendedClassifier(purifier, purifier),
+        "ScoreModel is no classifier of images": lambda: DefendedClassifier(smooth_model(), purifier),
+        "function is no classifier of images": lambda: DefendedClassifier(lambda x: x, purifier),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "level"),
+    [
+        ("ssni-n", {}, SSNISigmoid(0.1, CALIBRATION)),
+        ("ssni-n", {"t_star": 0.2, "tau": 3}, SSNISigmoid(0.2, CALIBRATION, tau=3)),
+        ("ssni-l", {"t_star": 0.2, "bias": 0.1, "t_max": 0.4}, SSNILinear(0.2, CALIBRATION, 0.1, t_max=0.4)),
+        ("constant", {"t_star": 0.2}, Constant(0.2)),
+    ],
+)
+def test_a_noise_level_is_diffpure_there_as_on_the_command_line(name, options, level):
+    defended = wrap("digits-standard", "digits", purifier=name, steps=3, reverse="ddpm", **options)
+    assert defended.purifier.config() == diffpure(purify.zoo.score_model("digits"), level, 3, "ddpm").config()
+    command = {"bias": "--ssni-bias", "t_max": "--ssni-t-max", "tau": "--ssni-tau", "t_star": "--t-star"}
+    given = [text for key, value in {"t_star": 0.1, **options}.items() for text in (command[key], str(value))]
+    args = parser().parse_args(["--purifier", name, *given])
+    [(_, known)] = build_pairs(args)
+    assert build_level(known, level_settings(args.t_star, args), {}) == level
+
+
+def test_ssni_on_cifar10_takes_the_papers_tau():
+    model = colour_model()
+    calibration = purify.calibrate(model, torch.rand(9, 3, 32, 32))
+    defended = wrap(TinyClassifier(), score_model=model, purifier="ssni-n", calibration=calibration, t_star=0.2)
+    assert defended.purifier.level == SSNISigmoid(0.2, calibration, tau=20.0, tau_unit="norm")
+
+
+def test_networks_from_a_file(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from purify import zoo\n\ndef score():\n    return zoo.score_model('digits')\n\n"
+        "def guide():\n    return zoo.classifier('digits-guide')\n"
+    )
+    x = torch.rand(2, 1, 8, 8)
+    own, named = (
+        wrap("digits-standard", "digits", purifier="agdm", score_model=s, auxiliary=a, t_star=0.2, steps=2)
+        for s, a in ((f"{file}:score", f"{file}:guide"), ("digits", "digits-guide"))
+    )
+    assert torch.equal(own(x, sample_ids=IDS), named(x, sample_ids=IDS))
 
 
 # --- other sizes, stochastic models -------------------------------------------------------------------------------

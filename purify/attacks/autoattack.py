@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, AttackResult, check_budget
-from purify.checks import check_count
+from purify.attacks.base import NORMS, Attack, AttackResult, check_budget
+from purify.checks import check_count, choose
 from purify.noise import derive_seed
 
 
@@ -42,6 +42,9 @@ def is_original_installed() -> bool:
     return spec is not None and spec.origin != "purify"
 
 
+VERSIONS = ("standard", "plus", "rand", "custom")
+
+
 class AutoAttack:
     """``autoattack.AutoAttack`` as RobustBench and most papers call it.
 
@@ -57,6 +60,9 @@ class AutoAttack:
         log_path: file that the report is also written to.
 
     The parts ``apgd``, ``apgd_targeted``, ``fab``, ``square`` and everything else are those of the backend.
+
+    Raises:
+        ValueError: unknown norm or version, a TensorFlow model.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class AutoAttack:
     ) -> None:
         if is_tf_model:
             raise ValueError("Only PyTorch models are supported; pass is_tf_model=False.")
+        choose(norm, dict.fromkeys(NORMS), "norm of AutoAttack")
+        choose(version, dict.fromkeys(VERSIONS), "version of AutoAttack")
         if device is None:
             parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
@@ -103,6 +111,7 @@ class AutoAttack:
 
     def set_version(self, version: str = "standard") -> None:
         """Choose the attacks and parameters of another version."""
+        choose(version, dict.fromkeys(VERSIONS), "version of AutoAttack")
         (self._backend.set_version if self._original else self._backend._set_version)(version)
 
     def run_standard_evaluation(

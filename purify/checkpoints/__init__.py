@@ -48,6 +48,12 @@ def load_score_model(name_or_path: str | Path, *, head_channels: int | None = No
             a file that would run code.
     """
     check_settings(settings)
+    if not isinstance(name_or_path, str | Path):
+        kind = type(name_or_path).__name__
+        raise ValueError(
+            f"A score model is a name, a path or a purify.ScoreModel, got {kind}; wrap a network of your own in "
+            "purify.ScoreModel(network, schedule, prediction=...)."
+        )
     if str(name_or_path) in zoo.names("score") or _is_ours(Path(name_or_path)):
         if head_channels is not None:
             raise ValueError("head_channels is for files of guided-diffusion and improved-diffusion only.")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,29 +19,25 @@ from purify.attacks import (
     Attack,
     NormAutoAttackRand,
     NormPGD,
-    RandomNoise,
-    Square,
-    SurrogatePGD,
 )
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.data import DATASETS
 from purify.defended import DefendedClassifier
 from purify.evaluate.budgets import Budget, budget
-from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_score
+from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_networks, load_score
 from purify.evaluate.runner import Defence
 from purify.evaluate.shell import numbers
 from purify.evaluate.usual import usual, usual_tau
 from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
-from purify.levels import LEVELS, Constant, NoiseLevel, SSNILinear, SSNISigmoid
+from purify.levels import LEVELS, Settings, build_level
 from purify.plans import FixedDt
-from purify.presets import PURIFIERS
+from purify.presets import SHARED, default_level, find_preset
 from purify.purifier import DEFAULT_ENGINE
 from purify.resize import needs_resize
 from purify.score import ScoreModel
 
 UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
-SHARED_OPTIONS = ("score_model", "t_star", "steps", "reverse", "gradient")  # these have options of their own
 
 
 def resolve_budget(args: argparse.Namespace) -> Budget:
@@ -70,34 +67,54 @@ def build_attacks(args: argparse.Namespace, allowed: Budget, eps: float) -> list
 
 
 def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, eps: float) -> list[Attack]:
-    """One attack, or one for each weight of an attack on the norm."""
-    if kind is RandomNoise:
-        return [kind(args.threat_model, eps)]
-    if issubclass(kind, Square):
-        return [kind(args.threat_model, eps, queries=allowed.queries)]
-    options: dict[str, Any] = {"steps": allowed.autoattack_steps, "eot": allowed.autoattack_eot}
-    if issubclass(kind, PGD):
-        options = {"steps": allowed.steps, "eot": allowed.eot, "restarts": args.restarts, "max_rows": args.max_rows}
-    if issubclass(kind, SurrogatePGD):
-        options["surrogate_steps"] = args.surrogate_steps
+    """One attack with those of the budget's numbers that it has; or one for each weight of an attack on the norm."""
+    published = (allowed.autoattack_steps, allowed.autoattack_eot)
+    steps, eot = (allowed.steps, allowed.eot) if issubclass(kind, PGD) else published
+    told = {
+        "steps": steps,
+        "eot": eot,
+        "restarts": args.restarts,
+        "max_rows": args.max_rows,
+        "queries": allowed.queries,
+        "surrogate_steps": args.surrogate_steps,
+    }
+    known = {f.name for f in dataclasses.fields(kind)}
+    options = {name: value for name, value in told.items() if name in known}
     if kind in (NormPGD, NormAutoAttackRand):
         weights = numbers(args.norm_weights, "norm-weights")
         return [kind(args.threat_model, eps, **options, norm_weight=w) for w in weights]
     return [kind(args.threat_model, eps, **options)]
 
 
-def build_level(name: str, t_star: float, args: argparse.Namespace) -> NoiseLevel:
-    """The noise level of this name with the parameters of the command line."""
-    kind = choose(name, LEVELS, "noise level")
-    if kind is Constant:
-        return Constant(t_star)
-    calibration = load_calibration(args.calibration, args.score_model or args.dataset)
-    if issubclass(kind, SSNISigmoid):
-        tau, unit = usual_tau(args.dataset)
-        tau, unit = (tau if args.ssni_tau is None else args.ssni_tau), args.tau_unit or unit
-        return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max, tau=tau, tau_unit=unit)
-    assert issubclass(kind, SSNILinear)
-    return kind(t_star, calibration, args.ssni_bias, t_max=args.ssni_t_max)
+def level_settings(t_star: float, args: argparse.Namespace) -> Settings:
+    """What the command line says to noise levels."""
+    tau, unit = usual_tau(args.dataset)
+    return Settings(
+        t_star,
+        lambda: load_calibration(args.calibration, args.score_model or args.dataset),
+        args.ssni_bias,
+        args.ssni_t_max,
+        tau if args.ssni_tau is None else args.ssni_tau,
+        args.tau_unit or unit,
+    )
+
+
+def build_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Names of the purifiers of this run, each with a noise level.
+
+    Raises:
+        ValueError: unknown names, or a t* that none of the levels takes.
+    """
+    embedded = args.dataset in zoo.calibrations() and args.score_model is None
+    names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
+    pairs: list[tuple[str, str]] = []
+    for purifier in map(str.strip, args.purifier.split(",")):
+        level = find_preset(purifier)[1]
+        pairs += [(purifier, n.strip()) for n in names] if level is None else [("diffpure", level)]
+    taking = [name for _, name in pairs if "t_star" in choose(name, LEVELS, "noise level").parameters()]
+    if args.t_star is not None and not taking:
+        raise ValueError(f"{pairs[0][1]} has no t_star; leave --t-star out, see --set for its own parameters.")
+    return pairs
 
 
 def build_plan(args: argparse.Namespace, published: bool) -> int | FixedDt:
@@ -109,25 +126,31 @@ def build_plan(args: argparse.Namespace, published: bool) -> int | FixedDt:
     return FixedDt(1e-3 if args.dt is None else args.dt, batch=max(1, args.max_rows // 2))
 
 
-def purifier_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What --set says of this purifier, on top of what is usual on the data set."""
-    preset = choose(name, PURIFIERS, "purifier")
-    known = [p for p in inspect.signature(preset).parameters if p not in SHARED_OPTIONS]
-    options = dict(usual(name, args.dataset))
+def build_settings(args: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """What --set says of each purifier and each noise level of this run, by their names; "": of every purifier."""
+    names = sorted({name for pair in pairs for name in pair})
+    found: dict[str, dict[str, Any]] = {name: {} for name in ["", *names]}
     for text in args.set:
         key, separator, value = text.partition("=")
-        purifier, _, option = key.rpartition(".")
-        if not separator or (purifier and purifier not in args.purifier.split(",")):
+        part, _, option = key.rpartition(".")
+        if not separator or part not in found:
             raise ValueError(
-                f"--set takes NAME=VALUE or PURIFIER.NAME=VALUE, with a purifier of this run, got {text!r}."
+                "--set takes NAME=VALUE, PURIFIER.NAME=VALUE or LEVEL.NAME=VALUE, with a purifier or noise level of "
+                f"this run ({', '.join(names)}), got {text!r}."
             )
-        if purifier not in ("", name):
-            continue
-        unknown = option not in known and "options" not in known
-        if unknown or option in SHARED_OPTIONS or option == "kind":
+        found[part][option] = plain_value(value)
+    return found
+
+
+def purifier_options(name: str, args: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is ``given`` to this purifier, on top of what is usual on the data set."""
+    parameters = inspect.signature(find_preset(name)[0]).parameters.values()
+    known = [p.name for p in parameters if p.name not in SHARED and p.kind is not p.VAR_KEYWORD]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for option in given:
+        if option in (*SHARED, "kind") or not (option in known or takes_any):
             raise ValueError(f"{name} has no parameter {option!r} for --set; known: {', '.join(known) or 'none'}.")
-        options[option] = plain_value(value)
-    return options
+    return {**usual(name, args.dataset), **given}
 
 
 def plain_value(text: str) -> Any:
@@ -147,7 +170,7 @@ def usual_level(purifier: str, options: dict[str, Any], args: argparse.Namespace
         return usual
     if purifier == "diffpure":
         return DATASETS[args.dataset].t_star
-    return inspect.signature(PURIFIERS[purifier]).parameters["t_star"].default
+    return default_level(purifier)
 
 
 def build_purified(
@@ -158,14 +181,17 @@ def build_purified(
     args: argparse.Namespace,
     allowed: Budget,
     attacks: list[Attack],
+    given: Mapping[str, Mapping[str, Any]],
 ) -> Defence:
-    """The classifier behind ``purifier`` with the noise level ``name``."""
-    options = purifier_options(purifier, args)
-    level = build_level(name, usual_level(purifier, options, args), args)
+    """The classifier behind ``purifier`` with the noise level ``name``; ``given``: see :func:`build_settings`."""
+    options = purifier_options(purifier, args, {**given[""], **given[purifier]})
+    level = build_level(name, level_settings(usual_level(purifier, options, args), args), given[name])
     published = args.dataset not in zoo.calibrations()
     reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
     plan = build_plan(args, published)
-    built = PURIFIERS[purifier](score_model, level, plan, reverse, gradient_config(args), **options)
+    shared = {"t_star": level, "steps": plan, "reverse": reverse, "gradient": gradient_config(args)}
+    networks = load_networks(options, args.dataset, args.threat_model)
+    built = find_preset(purifier)[0](score_model=score_model, **shared, **networks)
     if needs_resize(DATASETS[args.dataset].shape, score_model.image_shape):
         built = built.with_resize()
     device = next(score_model.parameters()).device
@@ -174,8 +200,8 @@ def build_purified(
     title = f"{purifier} {name}" if level.varies else purifier
     if not applicable:
         raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
-    networks = {**described(model_name(args), bare), "score_model": score_model.fingerprint()}
-    config = {**model.config(), **networks, "exact": built.exact}
+    weights = {**described(model_name(args), bare), "score_model": score_model.fingerprint()}
+    config = {**model.config(), **weights, "exact": built.exact}
     return Defence(title, model, applicable, allowed.judge_draws, config)
 
 
@@ -194,16 +220,11 @@ def build_defences(
     args: argparse.Namespace, allowed: Budget, attacks: list[Attack], device: torch.device
 ) -> list[Defence]:
     """Undefended, purified, and the adversarially trained baseline where there is one."""
+    pairs = build_pairs(args)
+    given = build_settings(args, pairs)
     bare = load_classifier(model_name(args), args.dataset, args.threat_model).to(device)
     score_model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
-    embedded = args.dataset in zoo.calibrations() and args.score_model is None
-    names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
-    pairs = [
-        (purifier, level)
-        for p in map(str.strip, args.purifier.split(","))
-        for purifier, level in ([("diffpure", p)] if p in LEVELS else [(p, n.strip()) for n in names])
-    ]
-    purified = [build_purified(p, n, bare, score_model, args, allowed, attacks) for p, n in pairs]
+    purified = [build_purified(p, n, bare, score_model, args, allowed, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))

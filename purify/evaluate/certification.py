@@ -92,9 +92,10 @@ def certify_all(
             depends on what was done before a kill, or by which process.
 
     Raises:
-        ValueError: bad images or labels, before anything runs.
+        ValueError: bad images or labels, or two images of one id, before anything runs.
     """
     check_images(samples.images)
+    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_labels(samples.labels, len(samples))
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")

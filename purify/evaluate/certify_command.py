@@ -21,7 +21,7 @@ from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
-from purify.evaluate.models import check_device, fingerprint, load_classifier, load_score
+from purify.evaluate.models import check_device, fingerprint, is_in_file, load_classifier, load_score
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave, set_threads
 from purify.evaluate.records import RunFolder, write_json
@@ -68,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--sigma", default="0.25,0.5,1", help="comma-separated scales (default: %(default)s)")
     g.add_argument(
         "--score-model",
-        help="denoisers, comma-separated: zoo name, path of a purify .safetensors, or none (default: the data set's)",
+        help="denoisers, comma-separated: name or path as for load_score_model, file.py:function, or none (default: "
+        "the data set's)",
     )
     g.add_argument("--p0", type=float, default=0.5, help="threshold of the cascade (default: 0.5)")
     g.add_argument("--mode", default="strict", help=f"bounds of the cascade: {', '.join(MODES)} (default: strict)")
@@ -204,7 +205,7 @@ def gaussian(args: argparse.Namespace, device: torch.device) -> list[Denoised]:
     names = [n.strip() for n in (args.score_model or default_score_model(args.dataset)).split(",")]
     found = []
     for name in names:
-        networks, suffix = {"classifier": fingerprint(classifier)}, f", {Path(name).stem}" if len(names) > 1 else ""
+        networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
         if name == "none":
             scales = [Smooth(classifier, s, max_rows=args.max_rows) for s in sigmas]
         else:
@@ -213,6 +214,12 @@ def gaussian(args: argparse.Namespace, device: torch.device) -> list[Denoised]:
             scales = [denoised_smoothing(classifier, score, s, args.max_rows) for s in sigmas]
         found.append(Denoised(tuple(scales), suffix, networks))
     return found
+
+
+def short(name: str) -> str:
+    """How a table calls a denoiser: its file's name, or file.function."""
+    path, _, function = name.rpartition(":") if is_in_file(name) else (name, "", "")
+    return ".".join(part for part in (Path(path).stem, function) if part)
 
 
 def cohen(args: argparse.Namespace, draws: Draws, inside: Inside, device: torch.device) -> list[System]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from purify.compat import import_robustbench
 from purify.fingerprint import weights_digest
 from purify.score import ScoreModel
 from purify.scorenorm import Calibration
+
+N = TypeVar("N", bound=nn.Module)
+WANTED = {nn.Module: "torch.nn.Module", ScoreModel: "purify.ScoreModel(network, schedule, prediction=...)"}
 
 
 def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
@@ -32,8 +36,8 @@ def load_classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
     check_dataset(name, dataset)
     if name in zoo.names("classifier") or name.endswith(".safetensors"):
         model = zoo.classifier(name)
-    elif ".py:" in name:
-        model = _from_file(name)
+    elif is_in_file(name):
+        model = from_file(name, nn.Module)
     else:
         model = _from_robustbench(name, dataset, threat_model)
     return model.eval().requires_grad_(False)
@@ -44,20 +48,33 @@ def check_classifier(name: str, dataset: str, threat_model: str) -> None:
     check_dataset(name, dataset)
     if name in zoo.names("classifier") or name.endswith(".safetensors"):
         return
-    if ".py:" in name:
+    if is_in_file(name):
         _file(name)
     else:
         _entry(name, dataset, threat_model)
 
 
 def load_score(name: str, dataset: str) -> ScoreModel:
-    """A score model by name or path; see :func:`~purify.checkpoints.load_score_model`.
+    """A score model by name or path as :func:`~purify.checkpoints.load_score_model` takes it, or ``file.py:function``.
+
+    In eval mode, weights frozen.
 
     Raises:
-        ValueError: as that function; or purify trained it on another data set.
+        ValueError: as that function; the file or function does not give a :class:`~purify.score.ScoreModel`; or purify
+            trained it on another data set.
     """
     check_dataset(name, dataset)
+    if is_in_file(name):
+        return from_file(name, ScoreModel).eval().requires_grad_(False)
     return load_score_model(name)
+
+
+def load_networks(options: Mapping[str, Any], dataset: str, threat_model: str) -> dict[str, Any]:
+    """A preset's options, with the network where ``auxiliary`` names one as :func:`load_classifier` takes it."""
+    auxiliary = options.get("auxiliary")
+    if not isinstance(auxiliary, str):
+        return dict(options)
+    return {**options, "auxiliary": load_classifier(auxiliary, dataset, threat_model)}
 
 
 def check_dataset(name: str, dataset: str) -> None:
@@ -81,6 +98,11 @@ def load_calibration(path: Path | None, score_model: str) -> Calibration:
     return zoo.calibration(score_model)
 
 
+def is_in_file(name: str) -> bool:
+    """Whether this is the name of a network that a function of the user's own file returns: ``file.py:function``."""
+    return ".py:" in name
+
+
 def _file(name: str) -> tuple[str, str]:
     path, function = name.rsplit(":", 1)
     if not Path(path).is_file():
@@ -88,7 +110,12 @@ def _file(name: str) -> tuple[str, str]:
     return path, function
 
 
-def _from_file(name: str) -> nn.Module:
+def from_file(name: str, kind: type[N]) -> N:
+    """What the function of ``file.py:function`` returns, called without arguments.
+
+    Raises:
+        ValueError: there is no such file or function, it fails, or does not return a ``kind``.
+    """
     path, function = _file(name)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
@@ -97,13 +124,14 @@ def _from_file(name: str) -> nn.Module:
     sys.modules.setdefault(module.__name__, module)  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, function):
+        if not callable(getattr(module, function, None)):
             raise ValueError(f"it has no function {function!r}")
         model = getattr(module, function)()
     except Exception as error:
-        raise ValueError(f"{path} could not give a model: {error}.") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} returned {type(model).__name__}; it must return a torch.nn.Module.")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{path} could not give a model: {reason}.") from error
+    if not isinstance(model, kind):
+        raise ValueError(f"{name} returned {type(model).__name__}; it must return a {WANTED[kind]}.")
     return model
 
 

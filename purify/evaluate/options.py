@@ -48,24 +48,27 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--purifier",
         default="diffpure",
-        help=f"comma-separated: {', '.join(PURIFIERS)}; ssni-l and ssni-n are diffpure at that noise level "
+        help=f"comma-separated: {', '.join(PURIFIERS)}; the name of a noise level is diffpure there "
         "(default: diffpure)",
     )
     g.add_argument(
         "--set",
         action="append",
         default=[],
-        metavar="[PURIFIER.]NAME=VALUE",
-        help="a parameter of the purifier, e.g. scale=300, or gdmp.rounds=2 where there are several; may be repeated",
+        metavar="[PART.]NAME=VALUE",
+        help="a parameter of the purifier, e.g. scale=300, or gdmp.rounds=2 where there are several; or of a noise "
+        "level, ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated",
     )
-    g.add_argument("--score-model", help="name or path, as for load_score_model (default: the data set's)")
+    g.add_argument(
+        "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
+    )
     g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument(
         "--noise-level",
         help=f"comma-separated: {', '.join(LEVELS)} (default: constant, on embedded data also ssni-l)",
     )
     g.add_argument("--calibration", type=Path, help="JSON of `purify calibrate` for SSNI (default: the embedded one)")
-    g.add_argument("--ssni-bias", type=float, default=0.0, help="b, added to the level (default: 0)")
+    g.add_argument("--ssni-bias", type=float, help="b, added to the level (default: 0)")
     g.add_argument("--ssni-t-max", type=float, help="greatest level (default: t* + b)")
     g.add_argument("--ssni-tau", type=float, help="temperature of ssni-n (default: 1 std; on CIFAR-10 20 norm)")
     g.add_argument("--tau-unit", help=f"unit of tau: {', '.join(TAU_UNITS)} (default: that of tau's default)")

@@ -99,9 +99,10 @@ def evaluate(
             it meets no further attack. (For the mean the draws that judge would also decide who is spared.)
 
     Raises:
-        ValueError: bad images, or labels that some model does not know, before anything runs.
+        ValueError: bad images, two of one id, or labels that some model does not know, before anything runs.
     """
     check_images(samples.images)
+    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from purify import zoo
-from purify.checks import check_count, choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.schedule import ContinuousVP
 from purify.score import ScoreModel
@@ -69,7 +69,7 @@ def build(recipe: Recipe) -> nn.Module:
 
 def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> dict[str, Any]:
     """Train, measure, and write ``out/name``.safetensors, .json and .md; returns the JSON's content."""
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / f"{name}.json")
     images, labels = load_dataset(recipe.dataset, "train", data_dir)
     test_images, test_labels = load_dataset(recipe.dataset, "test", data_dir)
     identity = {
