@@ -227,9 +227,9 @@ class Rebuilt(torch.autograd.Function):
         ctx.function = function
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        with torch.autograd.graph.saved_tensors_hooks(itself, itself):
-            # Detached: a graph towards them that nobody runs would hold on to itself through these hooks.
-            return function(*(x.detach() for x in inputs))
+        # Not the tensors themselves: a part of the graph that nobody runs back would hold on to itself.
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, itself):
+            return function(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
