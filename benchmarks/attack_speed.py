@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import DATASETS, load_dataset
+from purify.machine import seconds, set_threads
 
 OURS, PEER, PEER_WEIGHTS = "purify PGD", "torchattacks EOTPGD", "torchattacks EOTPGD, weights require gradients"
 LIMIT = 2.0  # times faster than the peer
@@ -46,14 +46,6 @@ def build_works(args: argparse.Namespace, x: Tensor, y: Tensor) -> dict[str, Cal
         torchattacks.EOTPGD(model, eps, eps / 4, args.steps, args.eot) for model in (frozen, thawed)
     )
     return {OURS: lambda: ours(frozen, x, y), PEER: lambda: peer(x, y), PEER_WEIGHTS: lambda: peer_weights(x, y)}
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def times(args: argparse.Namespace, batch: int) -> dict[str, list[float]]:
@@ -125,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("repeats", "reverse_steps"):
             check_count(getattr(args, name), name)
         batches = parse(args.batches)
-        if args.threads is not None:
-            check_count(args.threads, "threads")
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         check_writable(args.out)
         rows = measure(args, batches)
     except (ValueError, OSError, RuntimeError) as error:

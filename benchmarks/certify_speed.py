@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from purify.certify.counts import ROWS
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.models import check_device
-from purify.evaluate.ranks import set_threads
+from purify.machine import seconds, set_threads
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,17 +80,6 @@ def forward_passes(classifier: nn.Module, noisy: Tensor, rows: int) -> int:
     return last
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 CLASSES = 10  # of both embedded data sets
 OURS, PLAIN, SAME_BATCH, BARE = "ours", "plain loop", "plain loop in our batches", "forward passes"
 
@@ -125,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(args.repeats):
         for name, work in works.items():
-            times[name].append(seconds(work))
+            times[name].append(seconds(work, torch.device(args.device)))
     middle = {name: statistics.median(t) for name, t in times.items()}
     return {
         **{f"{name}, seconds per image": t / args.samples for name, t in middle.items()},

@@ -18,7 +18,6 @@ import gc
 import json
 import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,11 +31,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from purify import zoo
+from purify import machine, zoo
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
 from purify.evaluate.models import check_device
 from purify.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
+from purify.machine import set_threads
 from purify.noise import Noise
 from purify.purifier import Purifier
 from purify.reverse import EulerMaruyama, ProbabilityFlow
@@ -249,11 +249,7 @@ def seconds(gradients: dict[str, Gradient], repeats: int, device: torch.device) 
         gradient()
     for _ in range(repeats):
         for name, gradient in gradients.items():
-            start = time.perf_counter()
-            gradient()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(machine.seconds(gradient, device))
     return taken
 
 
@@ -406,9 +402,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Print the table and the promises; write fidelity.json and fidelity.png."""
     args = parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
+        set_threads(args.threads)
         check_count(args.repeats, "repeats")
         check_count(args.batch_size, "batch size")
         device = check_device(args.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 from purify import Purifier, agdm, diffpure, gdmp, zoo
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
+from purify.machine import set_threads
 from purify.process import ReverseStep
 
 LIMIT = 1.1
@@ -80,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         choose(args.dataset, dict.fromkeys(("digits", "fashion_mnist")), "data set of this benchmark")
-        for what in ("n_examples", "repeats", "threads"):
+        for what in ("n_examples", "repeats"):
             check_count(getattr(args, what), what)
         check_writable(args.out)
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         seconds = measure(args.dataset, args.n_examples, args.repeats)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

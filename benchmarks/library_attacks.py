@@ -31,9 +31,10 @@ from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
 from purify.evaluate.metrics import difference, estimate, mean_correct, worst_mean
 from purify.evaluate.models import fingerprint
 from purify.evaluate.provenance import environment
-from purify.evaluate.ranks import Ranks, set_threads
+from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions
+from purify.machine import set_threads
 from purify.noise import derive_seed
 
 OURS = "our worst case"

@@ -22,6 +22,7 @@ from purify.attacks import PGD, NormPGD
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.records import write_json
+from purify.machine import set_threads
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 CLEAN = "clean"
@@ -100,9 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         choose(args.dataset, dict.fromkeys(["digits", "fashion_mnist"]), "data set of this benchmark")
         check_count(args.n_examples, "n-examples", 2)
-        if args.threads is not None:
-            check_count(args.threads, "threads")
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         x, y = (t[: args.n_examples] for t in load_dataset(args.dataset, "test"))
         if len(x) < args.n_examples:
             raise ValueError(f"{args.dataset} has {len(x)} test images; ask for at most so many.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from purify import FixedDt, Purifier, SSNILinear, diffpure, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
+from purify.machine import seconds, set_threads
 from purify.process import ReverseStep
 
 
@@ -64,14 +64,6 @@ def counted(purifier: Purifier, work: Callable[[], Tensor]) -> tuple[Tensor, int
     result = work()
     handle.remove()
     return result, sum(sizes)
-
-
-def seconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -152,9 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         check_count(args.attacked, "attacked", minimum=0)
         if args.attacked > args.samples:
             raise ValueError(f"--attacked {args.attacked} is more than the images, --samples {args.samples}.")
-        if args.threads is not None:
-            check_count(args.threads, "threads")
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         check_writable(args.out)
         found = measure(args)
     except (ValueError, OSError, RuntimeError) as error:

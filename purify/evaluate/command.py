@@ -19,11 +19,12 @@ from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.models import check_device
 from purify.evaluate.options import parser
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
-from purify.evaluate.ranks import join, leave, set_threads
+from purify.evaluate.ranks import join, leave
 from purify.evaluate.records import RunFolder, check_folder
 from purify.evaluate.runner import WORST_ONLY, Defence, Samples, evaluate, results, worst_only_results
 from purify.evaluate.selfchecks import self_checks
 from purify.evaluate.shell import guarded, load_samples
+from purify.machine import set_threads
 
 
 def main(argv: list[str] | None = None) -> int:

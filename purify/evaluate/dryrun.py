@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from purify.attacks.base import keyed
 from purify.defended import DefendedClassifier
 from purify.evaluate.runner import Defence, Samples
+from purify.machine import seconds
 
 PATIENCE = 2.0  # seconds that a measurement may take before batches stop growing
 
@@ -104,20 +104,10 @@ def times(model: Any, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        found = seconds(forward, x), seconds(gradient, x)
+        found = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
         if size >= rows or sum(found) > PATIENCE:
             return found[0] / size, found[1] / size
         size = min(2 * size, rows)
-
-
-def seconds(work: Callable[[], Tensor], x: Tensor) -> float:
-    """Wall time of ``work()``, the second of two runs."""
-    for _ in range(2):
-        start = time.perf_counter()
-        work()
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start
 
 
 def free_bytes(x: Tensor) -> int:

@@ -9,8 +9,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from purify.checks import check_count
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -73,10 +71,3 @@ def leave() -> None:
     """Close what :func:`join` opened."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def set_threads(threads: int | None) -> None:
-    """CPU threads of this process; torchrun would set one if nobody says otherwise."""
-    if threads is not None:
-        check_count(threads, "threads")
-        torch.set_num_threads(threads)

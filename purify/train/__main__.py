@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from purify import zoo
-from purify.checks import check_count, check_writable, choose
+from purify.checks import check_writable, choose
 from purify.data import DATASETS, load_dataset
+from purify.machine import set_threads
 from purify.schedule import ContinuousVP
 from purify.score import ScoreModel
 from purify.train.loop import train
@@ -141,9 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = RECIPES[name]
         changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
         recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
-        if args.threads is not None:
-            check_count(args.threads, "threads")
-            torch.set_num_threads(args.threads)
+        set_threads(args.threads)
         entry = run(name, recipe, args.out, args.data_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
