@@ -111,8 +111,8 @@ def test_apgd_halves_its_step_where_nothing_is_gained(images):
             return torch.stack([value, torch.zeros_like(value)], 1)
 
     target = torch.ones(7, dtype=torch.long)
-    found = APGD("Linf", 0.4, steps=60, eot=1)(Kink(), images, target)
-    plain = PGD("Linf", 0.4, steps=60, eot=1, schedule="constant", loss="margin")(Kink(), images, target)
+    found = APGD("Linf", 0.4, steps=60, eot=1)(Kink().eval(), images, target)
+    plain = PGD("Linf", 0.4, steps=60, eot=1, schedule="constant", loss="margin")(Kink().eval(), images, target)
     assert (found.loss > -0.25).all()  # 16 pixels
     assert (plain.loss < found.loss - 0.5).all()
 

@@ -236,7 +236,7 @@ def test_above_the_curve_by_hand():
     def point(varies, clean, worst):
         values = {"clean": (np.arange(n) < clean * n) * 1.0, "worst": (np.arange(n) < worst * n) * 1.0}
         e = Estimate(clean, clean, clean)
-        return script.Point("p", varies, e, {}, e, 0.1, 0.1, 1, values)
+        return script.Point("p", varies, e, {}, e, 0.1, 0.1, 1, values, e)
 
     constants = [point(False, 0.9, 0.1), point(False, 0.7, 0.3), point(False, 0.2, 0.35)]
     above = point(True, 0.8, 0.25)
