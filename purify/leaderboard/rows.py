@@ -190,7 +190,7 @@ def _row(
         worst=worst_case(list(predictions.values()), labels),
         t_star=_levels(records[name, CLEAN], records[name, strongest]),
         network_calls=_mean(records[name, CLEAN], "network_calls"),
-        budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} purifications",
+        budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} purification{'s' * (draws != 1)}",
         samples=n,
         draws=draws,
         seed=config["seed"],
