@@ -11,7 +11,7 @@ from torch import nn
 
 from purify import DefendedClassifier, diffpure
 from purify.attacks import ATTACKS, BPDA, PGD, SurrogatePGD
-from purify.attacks.norms import BALLS
+from purify.attacks.norms import BALLS, L1Ball
 from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 
 NORMS = ("Linf", "L2", "L1")
@@ -98,7 +98,7 @@ def test_l1_direction_moves_two_thirds_as_many_pixels_as_have_moved():
     gradient = torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(3))
     x, moved = torch.full_like(gradient, 0.5), torch.tensor([0, 1, 9, 25])
     z = x + 0.1 * (torch.arange(25) < moved[:, None]).reshape(x.shape)
-    d = BALLS["L1"].direction(gradient, z, x).flatten(1)
+    d = L1Ball(sparsity=None).direction(gradient, z, x).flatten(1)
     for i, count in enumerate((1, 1, 6, 17)):
         largest = gradient[i].flatten().abs().argsort(descending=True)[:count]
         expected = torch.zeros(25)

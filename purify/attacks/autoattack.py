@@ -263,6 +263,9 @@ class Square(_Library):
     def forwards(self) -> int:
         return self.queries
 
+    def budget(self) -> dict[str, Any]:
+        return {**super().budget(), "schedule": "rescaled"}  # older runs did not, and are not resumed
+
     def prepare(self, model: nn.Module, seed: int, device: torch.device) -> AutoAttack:
         settings: dict[str, Any] = {"version": "custom", "attacks_to_run": ["square"], "verbose": False}
         attack = AutoAttack(model, self.norm, self.eps, seed, device=device, **settings)

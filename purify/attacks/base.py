@@ -73,7 +73,8 @@ class Attack(ABC):
             ValueError: images or labels out of range, a model in train mode, or a loss or gradient that is not finite.
         """
         check_images(images)
-        check_eval(model, "attacking it")
+        if isinstance(model, nn.Module):
+            check_eval(model, "attacking it")
         ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
         if ids.shape != (len(images),):
             raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")

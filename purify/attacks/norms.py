@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,14 +75,17 @@ class L2Ball(Ball):
         return self.project(x + unit(2 * uniform - 1) * eps, x, eps)
 
 
+@dataclass(frozen=True)
 class L1Ball(Ball):
     """||delta||_1 <= eps with the exact projection onto ball and box together (Croce & Hein 2021).
 
-    Of the pixels that can still move, the ascent direction moves the k with the largest gradients. As in L1-APGD
-    (ibid., section 4) k follows the perturbation, k = ||z - x||_0 / 1.5; there that of the best iterate at checkpoints,
-    here of each iterate. At x itself k is a twentieth of the pixels. (That paper's larger radii at the start make the
-    attack stronger on plain classifiers and weaker behind purifiers, where fewer steps are left; they are not used.)
+    Of the pixels that can still move, the ascent direction moves the k with the largest gradients: the share
+    ``sparsity`` of all pixels (Tramer & Boneh 2019, SLIDE); or, if that is None, as many as L1-APGD (Croce & Hein 2021,
+    section 4): k = ||z - x||_0 / 1.5, there of the best iterate at checkpoints, here of each iterate, and a twentieth
+    of the pixels at x itself. The paper's larger radii at the start are not used.
     """
+
+    sparsity: float | None = 0.05
 
     def distance(self, delta: Tensor) -> Tensor:
         return delta.abs().flatten(1).sum(1)
@@ -106,13 +110,19 @@ class L1Ball(Ball):
     def direction(self, gradient: Tensor, z: Tensor, x: Tensor) -> Tensor:
         movable = ((gradient > 0) & (z < 1)) | ((gradient < 0) & (z > 0))
         size = torch.where(movable, gradient.abs(), 0.0).flatten(1)
-        moved = (z != x).flatten(1).sum(1, keepdim=True)
-        count = torch.where(moved > 0, moved / 1.5, 0.05 * size.shape[1]).round().clamp_min(1)
+        count = (self._share(z, x) * size.shape[1]).round().clamp_min(1)
         values, pixels = size.sort(dim=1, descending=True, stable=True)
         among = (torch.arange(size.shape[1], device=z.device) < count) & (values > 0)
         chosen = torch.zeros_like(size).scatter(1, pixels, among.to(size.dtype))
         unit = chosen / chosen.sum(1, keepdim=True).clamp_min(1)
         return unit.reshape(gradient.shape) * gradient.sign()
+
+    def _share(self, z: Tensor, x: Tensor) -> Tensor:
+        """Of all pixels, those that a step moves; (N, 1)."""
+        if self.sparsity is not None:
+            return torch.full((len(z), 1), self.sparsity, dtype=torch.float64, device=z.device)
+        moved = (z != x).flatten(1).double().mean(1, keepdim=True)
+        return torch.where(moved > 0, moved / 1.5, 0.05)
 
     def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
         return self.project(x + eps * (2 * uniform - 1), x, eps)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
 
@@ -40,4 +39,4 @@ class StepsPGD(PGD):
         return evaluate
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
-        return BALLS[self.norm].direction(mixed(gradients, self.step_weight), z, x)
+        return self.ball.direction(mixed(gradients, self.step_weight), z, x)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from purify.attacks.base import AttackResult, keyed
-from purify.attacks.norms import BALLS
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
 from purify.checks import is_number
 
@@ -27,7 +26,8 @@ class Transfer(PGD):
     exact_gradient: ClassVar[bool] = False
 
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        return PGD.run(replace(self, eot=1), model, x, y, ids, seed)  # the bare classifier has no randomness
+        alone = replace(self, eot=1, sparsity=None)  # the bare classifier has no randomness
+        return PGD.run(alone, model, x, y, ids, seed)
 
     @property
     def gradients(self) -> int:
@@ -92,7 +92,7 @@ class GuidePGD(PGD):
         return evaluate
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
-        return BALLS[self.norm].direction(mixed(gradients, self.guide_weight), z, x)
+        return self.ball.direction(mixed(gradients, self.guide_weight), z, x)
 
     def mean_step(self, x: Tensor) -> float:
         return self.eps / 4 if self.step_size is None else self.step_size

@@ -102,7 +102,8 @@ def show(
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
     purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
     context = {"budget": stated, "sessions": folder.sessions}
-    report.write_result(folder.path / "result.json", found, defences, context)  # the checks may take long, or fail
+    if not report.is_complete(folder.path / "result.json"):  # the checks may take long, or fail
+        report.write_result(folder.path / "result.json", found, defences, context)
     checks = [c for d in defences for c in self_checks(folder, d, samples, args.seed, criterion is None, args.max_rows)]
     context["self_checks"] = [dataclasses.asdict(check) for check in checks]
     report.write_result(folder.path / "result.json", found, defences, context)

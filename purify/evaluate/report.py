@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,14 @@ def write_result(
     }
     budgets = {d.name: {stage_name(a): a.budget() for a in d.attacks} for d in defences}
     write_json(path, {**context, "budgets": budgets, "results": body})
+
+
+def is_complete(path: Path) -> bool:
+    """Whether this is a result.json with its self-checks."""
+    try:
+        return "self_checks" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def level_table(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> pd.DataFrame:

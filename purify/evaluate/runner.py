@@ -216,7 +216,7 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     draw = torch.arange(draws, device=images.device).repeat(n)
     parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
     found = [details(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
-    lost = ~torch.cat([f.logits.isfinite().all(1) for f in found])
+    lost = torch.cat([f.logits.isnan().any(1) | ~f.logits.amax(1).isfinite() for f in found])
     if bool(lost.any()):
         raise ValueError(
             f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "

@@ -71,7 +71,7 @@ def self_checks(
     return [
         *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
         *(black_box_check(recorded, required=purified) if complete else []),
-        *(inexact_check(defence.name, recorded.found()) if complete else []),
+        *(inexact_check(defence.name, recorded.found(), defence.config.get("exact", True)) if complete else []),
         *convergence_checks(defence, few, seed, recorded if complete else None, max_rows),
     ]
 
@@ -160,12 +160,15 @@ def black_box_check(recorded: Recorded, required: bool = True) -> list[Check]:
     return [Check(defence, name, gain, 0.0, at_most(gain, 0.0), meaning)]
 
 
-def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]]) -> list[Check]:
+def inexact_check(
+    defence: str, found: Sequence[tuple[type[Attack], float]], engine_exact: bool = True
+) -> list[Check]:
     """How much lower the best attack with an inexact gradient brings the accuracy than the best with the exact one.
 
-    ``found``: kind of each attack on ``defence`` and the accuracy that it left. No check where no gradient is inexact.
+    ``found``: kind of each attack on ``defence`` and the accuracy that it left; ``engine_exact``: whether the run's own
+    gradient is. No check where no gradient is inexact.
     """
-    white = [(kind.exact_gradient, left) for kind, left in found if not kind.black_box]
+    white = [(kind.exact_gradient and engine_exact, left) for kind, left in found if not kind.black_box]
     exact, inexact = [left for e, left in white if e], [left for e, left in white if not e]
     if not inexact:
         return []

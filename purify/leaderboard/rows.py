@@ -190,13 +190,14 @@ def _row(
         worst=worst_case(list(predictions.values()), labels),
         t_star=_levels(records[name, CLEAN], records[name, strongest]),
         network_calls=_mean(records[name, CLEAN], "network_calls"),
-        budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} purification{'s' * (draws != 1)}",
+        budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} "
+        f"purification{'s' * (draws != 1)}",
         samples=n,
         draws=draws,
         seed=config["seed"],
         images=frozenset(samples),
         reduced=reduced(result["budget"], config["dataset"]),
-        failed_checks=_failed(name, result["self_checks"], attacks),
+        failed_checks=_failed(name, result["self_checks"], attacks, defence.get("exact", True)),
         exact=defence.get("exact", True),  # there is no gradient to miss without a purifier
         config=defence,
         command=sessions[0]["command"],
@@ -205,10 +206,12 @@ def _row(
     )
 
 
-def _failed(name: str, stored: list[dict[str, Any]], attacks: Mapping[str, dict[str, Estimate]]) -> tuple[str, ...]:
+def _failed(
+    name: str, stored: list[dict[str, Any]], attacks: Mapping[str, dict[str, Estimate]], exact: bool
+) -> tuple[str, ...]:
     """The self-checks that failed: the run's own, and the one of inexact gradients, which old runs did not ask."""
     known = [(kind_of(label), accuracy["mean"].value) for label, accuracy in attacks.items()]
-    found = inexact_check(name, [(kind, left) for kind, left in known if kind is not None])
+    found = inexact_check(name, [(kind, left) for kind, left in known if kind is not None], exact)
     own = [check for check in stored if check["defence"] == name and check["name"] != INEXACT]
     failed = [check for check in [*own, *map(asdict, found)] if not _passed(check)]
     return tuple(f"{check['name']}: {check['meaning']}" for check in failed)
