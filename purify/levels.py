@@ -285,6 +285,6 @@ def build_level(name: str, settings: Settings, own: Mapping[str, Any]) -> NoiseL
         ValueError: unknown names; as the rule.
     """
     kind = choose(name, LEVELS, "noise level")
-    for option in own:
-        choose(option, dict.fromkeys(kind.parameters()), f"parameter of the noise level {name}")
+    if "kind" in own:
+        raise ValueError(f"The noise level {name} has no parameter 'kind'; name another level instead.")
     return registry.build({"kind": name, **kind.taken(settings), **own}, LEVELS, f"noise level {name}")

@@ -127,6 +127,14 @@ def test_an_answer_that_is_not_a_number_is_no_class(tmp_path):
     with pytest.raises(ValueError, match="broken answers NaN or infinity on sample 7"):
         evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, progress=False)
 
+    class Masked(TinyClassifier):
+        def forward(self, x):
+            return super().forward(x).index_fill(1, torch.tensor([2]), -torch.inf)
+
+    evaluate(folder, [Defence("masked", Masked(), [], 2, {})], samples, progress=False)
+    answers = {p for i in (4, 7, 9) for p in folder.get("masked", "clean", i)["predictions"]}
+    assert answers <= {0, 1, 3, 4}
+
 
 def test_results_are_on_disk_before_the_self_checks(tmp_path, monkeypatch, capsys):
     def fail(*args):
@@ -138,6 +146,12 @@ def test_results_are_on_disk_before_the_self_checks(tmp_path, monkeypatch, capsy
     assert "diffpure" in json.loads((tmp_path / "run" / "result.json").read_text())["results"]
     with pytest.raises(ValueError, match="run its command again"):
         read_run(tmp_path / "run")  # a leaderboard wants the checks
+    monkeypatch.setattr(command, "self_checks", lambda *args: [])
+    assert main([*TINY, "--attacks", "random-noise", "--out", str(tmp_path / "run")]) == 0
+    complete = (tmp_path / "run" / "result.json").read_bytes()
+    monkeypatch.setattr(command, "self_checks", fail)
+    assert main([*TINY, "--attacks", "random-noise", "--out", str(tmp_path / "run")]) == 2
+    assert (tmp_path / "run" / "result.json").read_bytes() == complete  # what was whole stays whole
 
 
 def test_batches_are_groups_of_ids():

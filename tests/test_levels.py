@@ -26,7 +26,7 @@ from purify import (
 )
 from purify.__main__ import main
 from purify.data import load_dataset
-from purify.levels import LEVELS, NoiseLevel
+from purify.levels import LEVELS, NoiseLevel, Settings, build_level
 from purify.scorenorm import plain_total
 
 IDS = torch.arange(7)
@@ -298,3 +298,9 @@ def test_a_rule_of_ones_own_plugs_in(images, monkeypatch):
     t_star = purifier.purify(images).t_star
     torch.testing.assert_close(t_star, 0.4 * torch.sigmoid((2 * images - 1).mean((1, 2, 3)).double()))
     assert Constant(0.2).varies is False
+
+
+def test_a_level_named_on_the_command_line_is_that_level():
+    settings = Settings(0.2, lambda: None)
+    with pytest.raises(ValueError, match="constant has no parameter 'kind'"):
+        build_level("constant", settings, {"kind": "ssni-l"})

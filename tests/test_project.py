@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -50,6 +51,18 @@ def test_the_readme_has_python_examples():
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_the_readmes_python_example_runs(example):
     subprocess.run([sys.executable, "-W", "ignore", "-c", example], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_page_on_attacks_runs(tmp_path, monkeypatch):
+    """An attack of one's own, its test, and an evaluation from Python."""
+    own, test, python = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attacks.md").read_text(), re.S)
+    module = ModuleType("purify.attacks.translation")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(own, vars(module))
+    exec(test, {})
+    monkeypatch.chdir(tmp_path)
+    exec(python, {})
+    assert list(tmp_path.glob("runs/from-python/records.jsonl"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -143,6 +143,9 @@ def test_an_inexact_gradient_must_not_lead_much_lower(left, value, passes):
     assert check.passed is passes
     assert check.value == (None if value is None else pytest.approx(value))
     assert inexact_check("d", [(PGD, 0.4), (Transfer, 0.1), (RandomNoise, 0.0)]) == []
+    (none,) = inexact_check("d", [(PGD, 0.4)], engine_exact=False)
+    assert none.value is None
+    assert not none.passed
 
 
 def test_a_loss_at_the_limit_passes_whatever_its_rounding(samples, monkeypatch):
