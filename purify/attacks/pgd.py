@@ -72,8 +72,9 @@ class PGD(Attack):
         loss: one of ``LOSSES``; the margin was at least as strong as cross-entropy on the embedded purifiers.
         max_rows: images times draws that go through the model at once.
         sparsity: L1 only: share of the pixels that a step moves, or None: it follows the perturbation, see
-            :class:`~purify.attacks.norms.L1Ball`. On digits None was far stronger on plain classifiers, and weaker by
-            about 5 points behind DiffPure, so :meth:`on_deterministic` takes it.
+            :class:`~purify.attacks.norms.L1Ball`. On digits None was far stronger on plain classifiers, so
+            :meth:`on_deterministic` takes it, and a little weaker behind DiffPure (t* 0.18, eps 4, 20 x 4, 128 images,
+            seeds 0 to 2: 24.3, 25.8, 22.5 % right against 22.3, 23.0, 22.4 %).
     """
 
     steps: int = 40
