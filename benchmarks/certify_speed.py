@@ -25,8 +25,8 @@ from purify.certify.bounds import lower_bound
 from purify.certify.counts import ROWS
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
-from purify.evaluate.models import check_device
 from purify.machine import seconds, set_threads
+from purify.named import check_device
 
 
 def parser() -> argparse.ArgumentParser:

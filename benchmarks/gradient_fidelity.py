@@ -34,13 +34,13 @@ from torch.utils._pytree import tree_leaves
 from purify import machine, zoo
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
-from purify.evaluate.models import check_device
-from purify.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import EulerMaruyama, ProbabilityFlow
+from purify.diffusion.score import ScoreModel, per_sample
 from purify.machine import set_threads
-from purify.noise import Noise
-from purify.purifier import Purifier
-from purify.reverse import EulerMaruyama, ProbabilityFlow
-from purify.score import ScoreModel, per_sample
+from purify.named import check_device
+from purify.purification.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
+from purify.purification.purifier import Purifier
 
 PEER = "torchsde adjoint (DiffPure)"
 # The same with frozen weights, and ended where the network was trained, to tell where its error and time come from.

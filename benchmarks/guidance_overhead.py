@@ -23,7 +23,7 @@ from purify import Purifier, agdm, diffpure, gdmp, zoo
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.machine import set_threads
-from purify.process import ReverseStep
+from purify.purification.process import ReverseStep
 
 LIMIT = 1.1
 

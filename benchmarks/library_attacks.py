@@ -27,15 +27,15 @@ from purify.attacks import APGD, PGD, Attack, AttackResult, AutoAttackRand, Squa
 from purify.attacks.base import check_budget
 from purify.checks import check_count
 from purify.data import DATASETS, load_dataset
+from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate
 from purify.evaluate.metrics import difference, estimate, mean_correct, worst_mean
-from purify.evaluate.models import fingerprint
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions
 from purify.machine import set_threads
-from purify.noise import derive_seed
+from purify.named import fingerprint
 
 OURS = "our worst case"
 

@@ -36,12 +36,12 @@ from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.budgets import PRESETS, budget
 from purify.evaluate.metrics import Estimate, difference, estimate, worst_mean
-from purify.evaluate.models import fingerprint
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions, stage_name
-from purify.levels import LEVELS, NoiseLevel
+from purify.named import fingerprint
+from purify.purification.levels import LEVELS, NoiseLevel
 
 CONSTANTS = {
     "digits": (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from purify.evaluate.certify_command import main
+from purify.cli.certify import main
 
 if __name__ == "__main__":
     sys.exit(main())

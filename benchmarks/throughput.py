@@ -23,7 +23,7 @@ from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
 from purify.machine import seconds, set_threads
-from purify.process import ReverseStep
+from purify.purification.process import ReverseStep
 
 
 def batch(n: int, attacked: int) -> Tensor:

@@ -2,17 +2,17 @@
 
 from purify import compat
 from purify.checkpoints import load_score_model
-from purify.defended import DefendedClassifier
-from purify.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
-from purify.levels import Constant, SSNILinear, SSNISigmoid
+from purify.diffusion.noise import Noise, derive_seed
+from purify.diffusion.schedule import ContinuousVP, DiscreteVP
+from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.noise import Noise, derive_seed
-from purify.plans import FixedDt, FixedSteps
 from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
-from purify.purifier import Purifier
-from purify.schedule import ContinuousVP, DiscreteVP
-from purify.score import ScoreModel
-from purify.scorenorm import Calibration, ScoreNorm, calibrate
+from purify.purification.defended import DefendedClassifier
+from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
+from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
+from purify.purification.plans import FixedDt, FixedSteps
+from purify.purification.purifier import Purifier
+from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
 
 __version__ = "0.1.0"

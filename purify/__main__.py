@@ -10,9 +10,9 @@ from purify.checkpoints import default_score_model
 from purify.checkpoints.public import PUBLIC, fetch, path_of
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
-from purify.evaluate.models import check_device, load_score
-from purify.resize import needs_resize
-from purify.scorenorm import FORMS, ScoreNorm, calibrate
+from purify.diffusion.resize import needs_resize
+from purify.named import check_device, load_score
+from purify.purification.scorenorm import FORMS, ScoreNorm, calibrate
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,12 +10,12 @@ from torch import nn
 
 from purify import registry, zoo
 from purify.checks import choose, is_number
-from purify.guidance import GUIDANCES
-from purify.levels import LEVELS, NoiseLevel
-from purify.plans import FixedDt, Plan
-from purify.purifier import DEFAULT_ENGINE, Purifier
-from purify.schedule import DiscreteVP
-from purify.score import ScoreModel
+from purify.diffusion.schedule import DiscreteVP
+from purify.diffusion.score import ScoreModel
+from purify.purification.guidance import GUIDANCES
+from purify.purification.levels import LEVELS, NoiseLevel
+from purify.purification.plans import FixedDt, Plan
+from purify.purification.purifier import DEFAULT_ENGINE, Purifier
 
 # DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network,
 # and hands the result on unclamped.
@@ -38,7 +38,7 @@ def diffpure(
     Args:
         score_model: the diffusion model.
         t_star: noise level in (0, 1] (CIFAR-10 L_inf 8/255: 0.1; ImageNet 4/255: 0.15), or a rule such as
-            :class:`~purify.levels.SSNISigmoid` that gives each sample its own.
+            :class:`~purify.purification.levels.SSNISigmoid` that gives each sample its own.
         steps: reverse steps, or an execution plan; with ``t_star / steps`` = 1e-3 these are DiffPure's.
         reverse: reverse rule: ``sde`` (DiffPure), ``ddpm``, ``ddim``, ``ode``, ``one-shot``, or a rule object.
         gradient: gradient engine: ``full``, ``checkpoint``, ``adjoint``, ``bpda``, ``surrogate``, or an engine object.
@@ -48,8 +48,8 @@ def diffpure(
             time_offset=0)``: labels are then 1000 t, which in steps of 1e-3 are the program's whole ones.
 
     Raises:
-        ValueError: what :class:`~purify.purifier.Purifier` refuses; ``published`` for a model of a discrete schedule,
-            whose own betas and labels are not the program's.
+        ValueError: what :class:`~purify.purification.purifier.Purifier` refuses; ``published`` for a model of a discrete
+            schedule, whose own betas and labels are not the program's.
     """
     options = choose(variant, DIFFPURE_VARIANTS, "DiffPure variant")
     if variant == "published" and isinstance(score_model, ScoreModel) and isinstance(score_model.schedule, DiscreteVP):
@@ -85,7 +85,7 @@ def gdmp(
             that came in where the step's variance times s_t times 2 / d exceeds 1: see docs/gdmp.md.
         distance: ``mse`` or ``ssim``.
         rounds: purifications in a row.
-        second_order: see :class:`~purify.guidance.Guidance`.
+        second_order: see :class:`~purify.purification.guidance.Guidance`.
         options: of that guidance (``growth``, ``reference``, ``point``, ``t_min``, ``t_max``, ssim's ``sigma``, ...).
     """
     known = {name: kind for name, kind in GUIDANCES.items() if name in ("mse", "ssim")}
@@ -114,9 +114,9 @@ def agdm(
         auxiliary: the network c_phi from images in [0, 1] to logits, or the name or path of one of the zoo's
             (``digits-guide``, ``fashion_mnist-guide``).
         scale: s of the guidance.
-        second_order: see :class:`~purify.guidance.Guidance`.
-        options: of :class:`~purify.guidance.AdversarialGuidance` (``layer``, ``point``, ``reference``, ``growth``,
-            ``through_score``, ``t_min``, ``t_max``).
+        second_order: see :class:`~purify.purification.guidance.Guidance`.
+        options: of :class:`~purify.purification.guidance.AdversarialGuidance` (``layer``, ``point``, ``reference``,
+            ``growth``, ``through_score``, ``t_min``, ``t_max``).
     """
     network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
     settings = {"kind": "adversarial", "scale": scale, "second_order": second_order, "auxiliary": network, **options}

@@ -13,13 +13,13 @@ from purify import zoo
 from purify.checkpoints import default_score_model, load_score_model
 from purify.checks import choose
 from purify.data import DATASETS
-from purify.defended import DefendedClassifier
-from purify.levels import LEVELS, Settings, build_level
+from purify.diffusion.resize import needs_resize
+from purify.diffusion.score import ScoreModel
 from purify.presets import default_level, find_preset
-from purify.purifier import Purifier
-from purify.resize import needs_resize
-from purify.score import ScoreModel
-from purify.scorenorm import Calibration
+from purify.purification.defended import DefendedClassifier
+from purify.purification.levels import LEVELS, Settings, build_level
+from purify.purification.purifier import Purifier
+from purify.purification.scorenorm import Calibration
 
 
 def wrap(
@@ -46,7 +46,7 @@ def wrap(
             there), or a purifier.
         score_model: as for :func:`~purify.load_score_model`, or ``file.py:function``, or a model. None: the data set's
             public one.
-        purifications, aggregate: of :class:`~purify.defended.DefendedClassifier`.
+        purifications, aggregate: of :class:`~purify.purification.defended.DefendedClassifier`.
         options: arguments of the preset: ``t_star``, ``steps``, ``reverse``, ``gradient``, ... (an ``auxiliary`` may
             be named like ``model``); behind the name of a noise level also the level's: ``calibration``, ``tau``, ...
             SSNI finds the calibration of an embedded score model itself, and on CIFAR-10 takes the paper's tau.
@@ -92,7 +92,7 @@ def _defence(
 
 def _at_level(level: str, score_model: str, dataset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """DiffPure's options, with its noise level built from those that are the level's."""
-    from purify.evaluate.usual import usual_tau  # half a second of evaluation's libraries
+    from purify.settings import usual_tau  # half a second of evaluation's libraries
 
     def embedded() -> Calibration | None:
         return zoo.calibration(score_model) if score_model in zoo.calibrations() else None
@@ -105,19 +105,19 @@ def _at_level(level: str, score_model: str, dataset: str, options: Mapping[str, 
 
 
 def _check_classifier(name: str, dataset: str, threat_model: str) -> None:
-    from purify.evaluate.models import check_classifier  # half a second of evaluation's libraries
+    from purify.named import check_classifier  # half a second of evaluation's libraries
 
     check_classifier(name, dataset, threat_model)
 
 
 def _classifier(name: str, dataset: str, threat_model: str) -> nn.Module:
-    from purify.evaluate.models import load_classifier  # half a second of evaluation's libraries
+    from purify.named import load_classifier  # half a second of evaluation's libraries
 
     return load_classifier(name, dataset, threat_model)
 
 
 def _networks(options: Mapping[str, Any], dataset: str, threat_model: str) -> dict[str, Any]:
-    from purify.evaluate.models import load_networks  # half a second of evaluation's libraries
+    from purify.named import load_networks  # half a second of evaluation's libraries
 
     return load_networks(options, dataset, threat_model)
 
@@ -126,7 +126,7 @@ def _score(score_model: str | Path | ScoreModel | None, dataset: str) -> ScoreMo
     if isinstance(score_model, ScoreModel):
         return score_model
     if isinstance(score_model, str):
-        from purify.evaluate.models import load_score  # half a second of evaluation's libraries
+        from purify.named import load_score  # half a second of evaluation's libraries
 
         return load_score(score_model, dataset)
     return load_score_model(default_score_model(dataset) if score_model is None else score_model)

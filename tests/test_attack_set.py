@@ -24,7 +24,7 @@ from purify.attacks.apgd import checkpoints
 from purify.attacks.frequency import low_pass, projector
 from purify.attacks.norms import BALLS, unit
 from purify.attacks.pgd import LOSSES
-from purify.guidance import AdversarialGuidance
+from purify.purification.guidance import AdversarialGuidance
 
 IDS = torch.arange(7)
 

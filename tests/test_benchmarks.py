@@ -53,7 +53,7 @@ def test_the_peers_reference_is_its_own_forward_process():
     script = load_script("gradient_fidelity")
     from purify import zoo
     from purify.data import load_dataset
-    from purify.reverse import EulerMaruyama
+    from purify.diffusion.reverse import EulerMaruyama
 
     images, labels = load_dataset("digits", "test")
     setting = script.Setting(
@@ -167,7 +167,7 @@ def test_torchattacks_is_run_as_it_is():
     import torch
     import torchattacks
 
-    from purify.noise import derive_seed
+    from purify.diffusion.noise import derive_seed
 
     script = load_script("library_attacks")
     attack = script.TorchattacksEOTPGD("Linf", 0.3, steps=3, eot=2, alpha=0.1)

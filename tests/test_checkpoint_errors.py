@@ -20,7 +20,7 @@ from networks import (
 
 from purify import DiscreteVP, load_score_model, zoo
 from purify.checkpoints import PUBLIC
-from purify.networks.files import read
+from purify.weights.files import read
 
 ONE = torch.ones(1)
 

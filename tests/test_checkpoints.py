@@ -14,8 +14,8 @@ from networks import FOLDER, LAYOUTS, SMALL, example, random_weights, small_mode
 
 from purify import ContinuousVP, DiscreteVP, load_score_model
 from purify.checkpoints import openai
-from purify.networks.files import read
-from purify.reverse import Ancestral
+from purify.diffusion.reverse import Ancestral
+from purify.weights.files import read
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

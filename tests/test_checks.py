@@ -19,7 +19,7 @@ from purify import (
 from purify.attacks import PGD, LowFrequencyPGD, LowLevelPGD, NormPGD, StepsPGD
 from purify.certify import DSSN, SSN, Cascade, Draws, EarlyStop, Smooth
 from purify.checks import check_unique, check_writable, is_number
-from purify.reverse import DDIM
+from purify.diffusion.reverse import DDIM
 
 CALIBRATION = zoo.calibration("digits")
 BUILD = {

@@ -21,7 +21,7 @@ import sys, shlex, json
 import purify
 from purify import Purifier, zoo
 from purify.data import load_dataset
-from purify.evaluate.command import main
+from purify.cli.attack import main
 
 assert purify.__file__.startswith(sys.argv[1]), purify.__file__
 few = ["--n-examples", "2", "--steps", "2", "--threads", "1"]

@@ -19,7 +19,7 @@ import pytest
 from purify import load_score_model
 from purify.__main__ import main
 from purify.checkpoints import PUBLIC, public
-from purify.downloads import cache_folder, checked, download, hash_file
+from purify.weights.downloads import cache_folder, checked, download, hash_file
 
 CONTENT = bytes(range(256)) * 20000  # 5 MB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -248,7 +248,7 @@ def hashed(monkeypatch):
         seen.append(path.name)
         return hash_file(path, progress)
 
-    monkeypatch.setattr("purify.downloads.hash_file", spy)
+    monkeypatch.setattr("purify.weights.downloads.hash_file", spy)
     return seen
 
 
@@ -313,7 +313,7 @@ def test_a_killed_download_resumes_to_the_same_file(tmp_path, server):
     server.pause = 0.05
     code = f"""
         from pathlib import Path
-        from purify.downloads import download
+        from purify.weights.downloads import download
         download({server.url!r}, Path({str(path)!r}))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])

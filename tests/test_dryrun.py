@@ -6,9 +6,9 @@ from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
+from purify.cli.attack import main
 from purify.evaluate import Defence, Samples, dryrun
-from purify.evaluate.command import main
-from purify.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
+from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 PLAIN = {
     "pgd-eot": lambda: PGD("Linf", 0.1, steps=3, eot=2, restarts=2),

@@ -12,18 +12,18 @@ from test_resume import TINY
 
 from purify import PURIFIERS, DefendedClassifier, SSNISigmoid, diffpure, zoo
 from purify.attacks import ATTACKS, PGD, Attack, AttackResult, AutoAttackRand
+from purify.cli.attack import main
+from purify.cli.options import parser
 from purify.evaluate import Defence, RunFolder, Samples, command, evaluate, results
 from purify.evaluate.build import build_attacks, build_pairs, build_settings, level_settings, resolve_budget
 from purify.evaluate.certification import certify_all
-from purify.evaluate.command import main
 from purify.evaluate.metrics import CRITERIA
-from purify.evaluate.models import load_classifier, load_networks
-from purify.evaluate.options import parser
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import WORST_ONLY, batches, share, share_out
 from purify.fingerprint import weights_digest
 from purify.leaderboard import read_run
-from purify.levels import LEVELS, NoiseLevel, build_level
+from purify.named import load_classifier, load_networks
+from purify.purification.levels import LEVELS, NoiseLevel, build_level
 
 # --- runner -------------------------------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ def test_an_auxiliary_network_by_its_robustbench_name(monkeypatch):
         asked.append((name, dataset, threat_model))
         return zoo.classifier("digits-at")
 
-    monkeypatch.setattr("purify.evaluate.models._from_robustbench", load)
+    monkeypatch.setattr("purify.named._from_robustbench", load)
     options = load_networks({"auxiliary": "Rebuffi2021", "scale": 2.0}, "cifar10", "L2")
     assert asked == [("Rebuffi2021", "cifar10", "L2")]
     assert weights_digest(options["auxiliary"]) == weights_digest(zoo.classifier("digits-at"))

@@ -8,9 +8,9 @@ from conftest import TinyClassifier, smooth_model
 from torch.nn.functional import cross_entropy
 
 from purify import DefendedClassifier, Purifier, diffpure
-from purify.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
-from purify.noise import Noise
-from purify.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 RULES = {
     "sde": EulerMaruyama(),

@@ -10,12 +10,12 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.diffusion.score import Prediction, ScoreModel
 from purify.fingerprint import weights_digest
-from purify.gradients import Surrogate
-from purify.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
-from purify.noise import Noise
-from purify.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
-from purify.score import Prediction, ScoreModel
+from purify.purification.gradients import Surrogate
+from purify.purification.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
 
 IDS = range(7)
 AUXILIARY = TinyClassifier()

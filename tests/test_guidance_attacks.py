@@ -6,7 +6,7 @@ from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, Purifier
 from purify.attacks import PGD, FirstOrderPGD, GuidePGD, GuideTransfer
-from purify.guidance import AdversarialGuidance, MSEGuidance
+from purify.purification.guidance import AdversarialGuidance, MSEGuidance
 
 
 def test_the_first_order_attack_climbs_without_the_second_order_term(images):

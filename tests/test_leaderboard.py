@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import load_script
 
+from purify.cli.attack import main as benchmark
+from purify.cli.certify import main as certify
 from purify.evaluate.budgets import reduced
-from purify.evaluate.certify_command import main as certify
-from purify.evaluate.command import main as benchmark
 from purify.evaluate.metrics import Estimate, worst_mean
 from purify.evaluate.selfchecks import INEXACT
 from purify.leaderboard import plots, read_certified, read_run, read_runs, write_leaderboard

@@ -18,8 +18,8 @@ from purify.attacks import (
     NormAutoAttackRand,
     NormPGD,
 )
-from purify.evaluate.command import main
-from purify.noise import derive_seed
+from purify.cli.attack import main
+from purify.diffusion.noise import derive_seed
 
 BUDGET = {"norm": "Linf", "eps": 0.2, "steps": 4, "eot": 2}
 
@@ -170,7 +170,7 @@ def test_the_low_level_attack_takes_the_rule_as_it_is(images, labels, monkeypatc
     single = attack(model, images, labels)
     double = attack(copy.deepcopy(model).double(), images.double(), labels)
     torch.testing.assert_close(double.loss.float(), single.loss, rtol=0, atol=1e-2)
-    monkeypatch.setattr("purify.score.weights_digest", None)
+    monkeypatch.setattr("purify.diffusion.score.weights_digest", None)
     assert torch.equal(attack(model, images, labels).images, single.images)
     other = diffpure(smooth_model().with_settings(time_scale=999), 0.4, 4, "ddpm")
     monkeypatch.undo()

@@ -26,8 +26,8 @@ from purify import (
 )
 from purify.__main__ import main
 from purify.data import load_dataset
-from purify.levels import LEVELS, NoiseLevel, Settings, build_level
-from purify.scorenorm import plain_total
+from purify.purification.levels import LEVELS, NoiseLevel, Settings, build_level
+from purify.purification.scorenorm import plain_total
 
 IDS = torch.arange(7)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from purify.noise import MASK, Noise, derive_seed, philox
+from purify.diffusion.noise import MASK, Noise, derive_seed, philox
 
 SHAPE = (1, 5, 3)  # not a multiple of four numbers
 

@@ -6,9 +6,9 @@ from conftest import TinyClassifier, smooth_model
 from torch.nn.functional import cross_entropy
 
 from purify import DefendedClassifier, FixedDt, FixedSteps, Purifier, SSNILinear, SSNISigmoid, calibrate
-from purify.gradients import Checkpoint, Full
-from purify.plans import packing
-from purify.reverse import DDIM, Ancestral, EulerMaruyama, ProbabilityFlow
+from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, ProbabilityFlow
+from purify.purification.gradients import Checkpoint, Full
+from purify.purification.plans import packing
 
 IDS = torch.arange(7)
 PLANS = {"fixed_steps": FixedSteps(5), "fixed_dt": FixedDt(0.05), "refilled": FixedDt(0.05, batch=3)}

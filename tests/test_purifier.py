@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from purify import ContinuousVP, DefendedClassifier, FixedDt, Purifier, ScoreModel, diffpure
-from purify.gradients import BPDA
-from purify.levels import Constant
-from purify.reverse import DDIM
+from purify.diffusion.reverse import DDIM
+from purify.purification.gradients import BPDA
+from purify.purification.levels import Constant
 
 IDS = torch.arange(64)
 

@@ -9,9 +9,9 @@ from conftest import DATA
 from torchvision.datasets import CIFAR10
 
 from purify.__main__ import main as purify_command
+from purify.cli.attack import main
+from purify.cli.options import parser
 from purify.evaluate.build import usual_level
-from purify.evaluate.command import main
-from purify.evaluate.options import parser
 
 CHECKPOINT = str(DATA / "networks" / "score_sde_training_state.pth")
 MODEL = """

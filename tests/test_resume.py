@@ -12,7 +12,7 @@ import pytest
 import torch
 from kills import count, kill_again_and_again, lines
 
-from purify.evaluate.command import main
+from purify.cli.attack import main
 
 TINY = [
     *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
@@ -24,7 +24,7 @@ BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_autoattack.py"
 def test_twenty_kills_leave_the_same_records(tmp_path):
     """SIGKILL at random moments, each time the same command again, and at last in peace."""
     assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    kill_again_and_again(main, "purify.evaluate.command", TINY, tmp_path / "killed", 20)
+    kill_again_and_again(main, "purify.cli.attack", TINY, tmp_path / "killed", 20)
     assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
     assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")  # none lost, none twice, none different

@@ -9,10 +9,10 @@ from conftest import GaussianEps, MixtureEps, SmoothNet, smooth_model
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
-from purify.noise import Noise
-from purify.plans import FixedSteps, Parts
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
 from purify.presets import diffpure
-from purify.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.purification.plans import FixedSteps, Parts
 
 
 class Constant(nn.Module):

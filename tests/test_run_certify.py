@@ -15,10 +15,10 @@ from torch import nn
 from purify import zoo
 from purify.attacks.norms import BALLS
 from purify.certify import ABSTAIN, DSSN, SSN, Cascade, Certifier, Draws, denoised_smoothing, to_grid
+from purify.cli.certify import main
 from purify.data import load_dataset
 from purify.evaluate import RunFolder, Samples
 from purify.evaluate.certification import CERTIFICATE, Inside, System, attack, certificates, certify_all, summarize
-from purify.evaluate.certify_command import main
 from purify.train.loop import Hyper, train
 from purify.train.losses import SplittingLoss
 
@@ -152,7 +152,7 @@ def test_batches_do_not_change_records(tmp_path):
 def test_four_kills_leave_the_same_records(tmp_path):
     """SIGKILL at random moments, each time the same command again, and at last in peace."""
     assert main([*TINY, "--out", str(tmp_path / "whole")]) == 0
-    kill_again_and_again(main, "purify.evaluate.certify_command", TINY, tmp_path / "killed", 4)
+    kill_again_and_again(main, "purify.cli.certify", TINY, tmp_path / "killed", 4)
     assert 0 < count(tmp_path / "killed") < count(tmp_path / "whole")
     assert main([*TINY, "--out", str(tmp_path / "killed")]) == 0
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")

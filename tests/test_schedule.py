@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DATA
 
-from purify.schedule import ContinuousVP, DiscreteVP, schedule_from_config
+from purify.diffusion.schedule import ContinuousVP, DiscreteVP, schedule_from_config
 
 SCHEDULES = {
     "continuous": ContinuousVP(),

@@ -11,6 +11,7 @@ from torch import nn
 from purify import ContinuousVP, Noise, ScoreModel, zoo
 from purify.certify.splitting import Splitting, SplittingLevels
 from purify.data import load_dataset
+from purify.networks.embedded import SmallCNN, build_network
 from purify.train.__main__ import build, main, recipe_name
 from purify.train.loop import Hyper, learning_rate, train, update_ema
 from purify.train.losses import (
@@ -25,7 +26,6 @@ from purify.train.losses import (
     training_times,
 )
 from purify.train.recipes import RECIPES
-from purify.zoo.architectures import SmallCNN, build_network
 
 HYPER = Hyper(steps=12, batch_size=8, lr=1e-2, warmup=3, ema=0.9)
 

@@ -25,11 +25,11 @@ from purify import (
     wrap,
 )
 from purify.checkpoints import PUBLIC, default_score_model
+from purify.cli.options import parser
 from purify.compat import import_robustbench
 from purify.data import DATASETS
 from purify.evaluate.build import build_pairs, level_settings
-from purify.evaluate.options import parser
-from purify.levels import build_level
+from purify.purification.levels import build_level
 
 FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}
 IDS = [0, 1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import NORMS, Attack, AttackResult, check_budget
 from purify.checks import check_count, choose
-from purify.noise import derive_seed
+from purify.diffusion.noise import derive_seed
 
 
 def backend() -> ModuleType:

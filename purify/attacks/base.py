@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_count, check_eval, check_images, check_labels, is_number
-from purify.noise import derive_seed
+from purify.diffusion.noise import derive_seed
 
 Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import Attack, AttackResult
 from purify.attacks.norms import BALLS
-from purify.noise import Noise
+from purify.diffusion.noise import Noise
 
 
 @dataclass(frozen=True)

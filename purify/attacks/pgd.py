@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.checks import check_count, choose, is_number
-from purify.gradients import DEFAULT_BUDGET, Surrogate
-from purify.noise import Noise
+from purify.diffusion.noise import Noise
+from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 
 
 def ce_loss(logits: Tensor, y: Tensor) -> Tensor:

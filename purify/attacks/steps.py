@@ -17,8 +17,8 @@ class StepsPGD(PGD):
     """PGD+EOT with the deviated-reconstruction loss of DiffAttack (Kang et al. 2023) beside its own.
 
     It climbs along loss gradient + ``step_weight`` * gradient of the reverse process's deviation from the forward one
-    (:class:`~purify.process.Deviation`), each of unit L2 norm: intermediate states have a gradient even where the
-    final loss is flat. The best iterate is chosen by the loss alone.
+    (:class:`~purify.purification.process.Deviation`), each of unit L2 norm: intermediate states have a gradient even
+    where the final loss is flat. The best iterate is chosen by the loss alone.
     """
 
     step_weight: float = 0.3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from purify.certify.bounds import lower_bound
 from purify.certify.counts import NoisyCounts, NoisyModel, Perturbation, check_classifier, keys
 from purify.checks import check_count, is_number
-from purify.noise import derive_seed
+from purify.diffusion.noise import derive_seed
 
 ABSTAIN = -1
 

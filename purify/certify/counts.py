@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_count, check_eval, check_images
-from purify.noise import Noise
-from purify.precision import float32_proper
+from purify.diffusion.noise import Noise
+from purify.diffusion.precision import float32_proper
 
 Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
 

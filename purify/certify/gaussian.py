@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from purify.certify.base import RandomizedSmoothing
 from purify.certify.counts import check_classifier
-from purify.noise import Noise
-from purify.schedule import check_sigma
-from purify.score import ScoreModel, per_sample
+from purify.diffusion.noise import Noise
+from purify.diffusion.schedule import check_sigma
+from purify.diffusion.score import ScoreModel, per_sample
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
 from purify.checks import check_count, choose, is_number
-from purify.noise import derive_seed
+from purify.diffusion.noise import derive_seed
 
 
 class Mode(ABC):

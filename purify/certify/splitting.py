@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purify.certify.base import Certificate, Certifier, Draws, RandomizedSmoothing
 from purify.certify.counts import NoisyCounts, NoisyModel, check_classifier, float64_twin, keys
 from purify.checks import is_number
-from purify.noise import Noise
+from purify.diffusion.noise import Noise
 
 GRID = 255  # levels of an 8-bit image
 MOST_LEVELS = 100_000  # of DSSN, passes per image; lambda is then 196, and hardly anything of an image is left

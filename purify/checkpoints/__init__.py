@@ -13,9 +13,9 @@ from purify.checkpoints.layout import Format, Layout
 from purify.checkpoints.public import PUBLIC, fetch, find, is_hub_name
 from purify.checks import choose
 from purify.data import DATASETS
-from purify.networks.files import read
-from purify.networks.loading import assign
-from purify.score import ScoreModel, check_settings
+from purify.diffusion.score import ScoreModel, check_settings
+from purify.weights.files import read
+from purify.weights.loading import assign
 
 __all__ = ["FORMATS", "PUBLIC", "Format", "Layout", "default_score_model", "fetch", "find", "load_score_model"]
 
@@ -36,8 +36,8 @@ def load_score_model(name_or_path: str | Path, *, head_channels: int | None = No
             .safetensors), or a .safetensors file that purify saved, with its .json.
         head_channels: channels per attention head, which a U-Net of guided-diffusion or improved-diffusion does not
             tell. None: the published 64, or a quarter of the width.
-        settings: of :class:`~purify.score.ScoreModel`, where they differ from what the format says: ``schedule``,
-            ``prediction``, ``image_shape``, ``time_scale``, ``time_offset``, ``autocast``.
+        settings: of :class:`~purify.diffusion.score.ScoreModel`, where they differ from what the format says:
+            ``schedule``, ``prediction``, ``image_shape``, ``time_scale``, ``time_offset``, ``autocast``.
 
     Returns:
         The model in eval mode with frozen weights.

@@ -13,8 +13,8 @@ import numpy as np
 from purify.checkpoints.layout import Layout
 from purify.checkpoints.unet import unet
 from purify.checks import choose
-from purify.networks.files import read
-from purify.schedule import DiscreteVP
+from purify.diffusion.schedule import DiscreteVP
+from purify.weights.files import read
 
 # Attention tensors in files older than diffusers 0.17.
 LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

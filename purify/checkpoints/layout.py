@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from purify.networks.loading import differences, refuse
+from purify.weights.loading import differences, refuse
 
 
 @dataclass(frozen=True)

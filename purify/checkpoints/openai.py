@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from purify.checkpoints.layout import Format, Layout, renamed
 from purify.checkpoints.unet import unet
 from purify.checks import check_count
-from purify.networks.loading import check_tensors
-from purify.schedule import DiscreteVP
+from purify.diffusion.schedule import DiscreteVP
+from purify.weights.loading import check_tensors
 
 RESIDUAL = {
     "norm1": "in_layers.0",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from purify.checkpoints.diffusers import weights_file
 from purify.checks import choose
-from purify.downloads import cache_folder, checked, download
+from purify.weights.downloads import cache_folder, checked, download
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def fetch(name: str, progress: bool = True) -> Path:
     """Download a public network by name, or a diffusers repository by OWNER/REPOSITORY, unless it is here.
 
     Raises:
-        ValueError, OSError: as :func:`purify.downloads.download`; unknown name.
+        ValueError, OSError: as :func:`purify.weights.downloads.download`; unknown name.
     """
     path = path_of(name)
     if is_hub_name(name):

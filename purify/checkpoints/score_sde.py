@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from purify.checkpoints.layout import Format, Layout, renamed
+from purify.diffusion.schedule import ContinuousVP
 from purify.networks.ddpmpp import AttentionBlock, DDPMpp, ResidualBlock, Stage
-from purify.networks.loading import check_tensors, refuse
-from purify.schedule import ContinuousVP
+from purify.weights.loading import check_tensors, refuse
 
 RESIDUAL = {
     "norm1": "GroupNorm_0",

@@ -22,20 +22,20 @@ from purify.attacks import (
 )
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
+from purify.cli.shell import numbers
 from purify.data import DATASETS
-from purify.defended import DefendedClassifier
+from purify.diffusion.resize import needs_resize
+from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
-from purify.evaluate.models import fingerprint, load_calibration, load_classifier, load_networks, load_score
 from purify.evaluate.runner import Defence
-from purify.evaluate.shell import numbers
-from purify.evaluate.usual import usual, usual_tau
-from purify.gradients import ENGINES, Checkpoint, Full, Surrogate
-from purify.levels import LEVELS, Settings, build_level
-from purify.plans import FixedDt
+from purify.named import fingerprint, load_calibration, load_classifier, load_networks, load_score
 from purify.presets import SHARED, default_level, find_preset
-from purify.purifier import DEFAULT_ENGINE
-from purify.resize import needs_resize
-from purify.score import ScoreModel
+from purify.purification.defended import DefendedClassifier
+from purify.purification.gradients import ENGINES, Checkpoint, Full, Surrogate
+from purify.purification.levels import LEVELS, Settings, build_level
+from purify.purification.plans import FixedDt
+from purify.purification.purifier import DEFAULT_ENGINE
+from purify.settings import usual, usual_tau
 
 UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
 

@@ -16,10 +16,10 @@ from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier, Draws
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
 from purify.checks import check_count, check_images, check_labels, check_unique
+from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, share_out
-from purify.noise import derive_seed
 
 CERTIFICATE = "certificate"
 CHECK_DRAWS = 1000  # draws that judge an image attacked inside its radius, at most

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from purify.attacks.base import keyed
-from purify.defended import DefendedClassifier
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import seconds
+from purify.purification.defended import DefendedClassifier
 
 PATIENCE = 2.0  # seconds that a measurement may take before batches stop growing
 

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from purify.defended import DefendedClassifier
 from purify.evaluate.records import RunFolder, write_json
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
+from purify.purification.defended import DefendedClassifier
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.checks import check_count, check_images, check_labels, check_unique, choose
+from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
-from purify.noise import derive_seed
 
 CLEAN = "clean"
 WORST_ONLY = ("any_of_r", "majority")  # criteria whose worst case needs no attack on samples that failed

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from purify.attacks.base import Attack, keyed
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import PGD, margin_loss
-from purify.defended import DefendedClassifier
+from purify.diffusion.noise import derive_seed
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
-from purify.noise import derive_seed
+from purify.purification.defended import DefendedClassifier
 
 GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
 LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget

@@ -1,1 +1,1 @@
-"""Networks that no library carries, and the strict and safe loading of weights into any network."""
+"""Networks that no library carries, and those of the embedded models."""

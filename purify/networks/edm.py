@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from purify.schedule import ContinuousVP
+from purify.diffusion.schedule import ContinuousVP
 
 
 class EDMDenoiser(nn.Module):

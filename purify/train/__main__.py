@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from purify import zoo
 from purify.checks import check_writable, choose
 from purify.data import DATASETS, load_dataset
+from purify.diffusion.schedule import ContinuousVP
+from purify.diffusion.score import ScoreModel
 from purify.machine import set_threads
-from purify.schedule import ContinuousVP
-from purify.score import ScoreModel
+from purify.networks.embedded import build_network
 from purify.train.loop import train
 from purify.train.losses import DiffusionCalibration, SplittingLoss
 from purify.train.measure import measure_classifier, measure_denoised, measure_score, measure_splitting
 from purify.train.recipes import RECIPES, Recipe
-from purify.zoo.architectures import build_network
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from purify.checks import check_count
-from purify.noise import derive_seed
+from purify.diffusion.noise import derive_seed
 
 # loss(module, images, labels, generator) -> scalar; all its randomness comes from the generator.
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]

@@ -15,8 +15,8 @@ from purify.certify.counts import Perturbation
 from purify.certify.gaussian import denoise
 from purify.certify.splitting import Splitting, SplittingLevels, check_levels
 from purify.checks import check_count, choose, is_number
-from purify.noise import Noise
-from purify.score import ScoreModel, per_sample
+from purify.diffusion.noise import Noise
+from purify.diffusion.score import ScoreModel, per_sample
 
 T_MIN = 1e-3  # the smallest time that score networks see
 T_PURIFY = 0.4  # half of the training times lie below this one, where purification happens

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks import PGD
-from purify.score import ScoreModel, per_sample
+from purify.diffusion.score import ScoreModel, per_sample
 from purify.train.losses import DiffusionCalibration, SplittingLoss
 
 TIMES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from purify.checks import choose
-from purify.networks.files import read
-from purify.networks.loading import assign
-from purify.schedule import schedule_from_config
-from purify.score import ScoreModel
-from purify.scorenorm import Calibration
-from purify.zoo.architectures import build_network
+from purify.diffusion.schedule import schedule_from_config
+from purify.diffusion.score import ScoreModel
+from purify.networks.embedded import build_network
+from purify.purification.scorenorm import Calibration
+from purify.weights.files import read
+from purify.weights.loading import assign
 
 WEIGHTS = Path(__file__).parent / "weights"
 CALIBRATIONS = Path(__file__).parent / "calibrations"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_count, choose, is_number
+from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
+from purify.diffusion.schedule import DiscreteVP, Schedule
 from purify.fingerprint import weights_digest
-from purify.precision import AUTOCAST, check_autocast, evaluate
-from purify.schedule import DiscreteVP, Schedule
 
 
 def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class ScoreModel(nn.Module):
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
             of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
         autocast: run the network, and only it, in ``bfloat16`` or ``float16`` (a name or torch dtype) by
-            ``torch.autocast``; see :func:`purify.precision.evaluate`.
+            ``torch.autocast``; see :func:`purify.diffusion.precision.evaluate`.
 
     Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from purify import registry
 from purify.checks import choose, is_number
-from purify.noise import Noise
-from purify.score import ScoreModel
-from purify.scorenorm import Calibration, Total
+from purify.diffusion.noise import Noise
+from purify.diffusion.score import ScoreModel
+from purify.purification.scorenorm import Calibration, Total
 
 
 @dataclass(frozen=True)

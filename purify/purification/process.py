@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from purify.noise import Noise
-from purify.reverse import Look, ReverseRule, unguided
-from purify.schedule import Schedule
-from purify.score import ScoreModel, per_sample
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import Look, ReverseRule, unguided
+from purify.diffusion.schedule import Schedule
+from purify.diffusion.score import ScoreModel, per_sample
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from purify.checks import check_count, is_number
-from purify.guidance import Guidance, Guide
-from purify.noise import Noise
-from purify.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
-from purify.reverse import ReverseRule
-from purify.schedule import Schedule
-from purify.score import ScoreModel
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import ReverseRule
+from purify.diffusion.schedule import Schedule
+from purify.diffusion.score import ScoreModel
+from purify.purification.guidance import Guidance, Guide
+from purify.purification.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
 
 
 @dataclass(frozen=True)

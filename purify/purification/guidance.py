@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import choose, is_number
-from purify.noise import Noise
-from purify.score import Prediction, ScoreModel, per_sample
+from purify.diffusion.noise import Noise
+from purify.diffusion.score import Prediction, ScoreModel, per_sample
 
 # s_t in units of ``scale``.
 GROWTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

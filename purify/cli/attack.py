@@ -9,22 +9,22 @@ from typing import Any
 from purify.attacks import Attack
 from purify.attacks.base import NORMS
 from purify.checks import check_count, check_unique, choose
+from purify.cli.options import parser
+from purify.cli.shell import guarded, load_samples
 from purify.data import DATASETS
-from purify.defended import DefendedClassifier
 from purify.evaluate import report
 from purify.evaluate.budgets import Budget, reduced
 from purify.evaluate.build import build_attacks, build_defences, resolve_budget
 from purify.evaluate.dryrun import dry_run, duration
 from purify.evaluate.dryrun import table as dry_run_table
-from purify.evaluate.models import check_device
-from purify.evaluate.options import parser
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave
 from purify.evaluate.records import RunFolder, check_folder
 from purify.evaluate.runner import WORST_ONLY, Defence, Samples, evaluate, results, worst_only_results
 from purify.evaluate.selfchecks import self_checks
-from purify.evaluate.shell import guarded, load_samples
 from purify.machine import set_threads
+from purify.named import check_device
+from purify.purification.defended import DefendedClassifier
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,17 +13,25 @@ from torch import Tensor, nn
 
 from purify import registry
 from purify.checks import check_count, check_images, is_number
+from purify.diffusion.noise import Noise
+from purify.diffusion.resize import resized
+from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
+from purify.diffusion.schedule import Schedule, schedule_from_config
+from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
-from purify.gradients import DEFAULT_BUDGET, ENGINES, Checkpoint, GradientEngine, Shorter, Task, saved_bytes
-from purify.guidance import GUIDANCES, Guidance, Guide
-from purify.levels import LEVELS, Constant, NoiseLevel, Share
-from purify.noise import Noise
-from purify.plans import PLANS, FixedSteps, Parts, Plan
-from purify.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
-from purify.resize import resized
-from purify.reverse import REVERSE_RULES, OneShot, ReverseRule
-from purify.schedule import Schedule, schedule_from_config
-from purify.score import ScoreModel
+from purify.purification.gradients import (
+    DEFAULT_BUDGET,
+    ENGINES,
+    Checkpoint,
+    GradientEngine,
+    Shorter,
+    Task,
+    saved_bytes,
+)
+from purify.purification.guidance import GUIDANCES, Guidance, Guide
+from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
+from purify.purification.plans import PLANS, FixedSteps, Parts, Plan
+from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
@@ -40,7 +48,7 @@ class Purified:
             (0 where the level is constant); differentiable.
         network_calls: score-network calls of each image (NFE), int64 (N,); None where an adaptive solver decides.
         deviation: how far the reverse process departed from the forward one, (N,), if asked for; differentiable. See
-            :class:`~purify.process.Deviation`.
+            :class:`~purify.purification.process.Deviation`.
     """
 
     images: Tensor
@@ -55,19 +63,19 @@ class Purifier(nn.Module):
 
     Args:
         score_model: the diffusion model. Its weights are frozen (``requires_grad`` off) and it is put in eval mode.
-        level: noise level t* in (0, 1], or a :class:`~purify.levels.NoiseLevel` rule.
-        reverse: name of a reverse rule (``purify.reverse.REVERSE_RULES``), a rule, or its config.
-        steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.plans.PLANS``):
+        level: noise level t* in (0, 1], or a :class:`~purify.purification.levels.NoiseLevel` rule.
+        reverse: name of a reverse rule (``purify.diffusion.reverse.REVERSE_RULES``), a rule, or its config.
+        steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.purification.plans.PLANS``):
             ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run.
         t_end: time at which the reverse process stops.
-        gradient: name of a gradient engine (``purify.gradients.ENGINES``), an engine, or its config;
+        gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
         forward_schedule: schedule that diffuses the image, where it differs from the score model's.
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
         guidance: what bends the reverse steps towards the image that came in, a
-            :class:`~purify.guidance.Guidance`, or its config if it has no network; default: nothing.
+            :class:`~purify.purification.guidance.Guidance`, or its config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
         resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from purify.checks import check_count, check_images, choose, is_number
-from purify.noise import Noise
-from purify.resize import resized
-from purify.score import ScoreModel, per_sample
+from purify.diffusion.noise import Noise
+from purify.diffusion.resize import resized
+from purify.diffusion.score import ScoreModel, per_sample
 
 # Sum of independent network evaluations of u; a gradient engine decides which of their graphs are kept.
 Total = Callable[[Sequence[Callable[[Tensor], Tensor]], Tensor], Tensor]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from purify.checks import check_count, check_eval, check_images, choose
-from purify.gradients import GradientEngine
-from purify.plans import FixedSteps
-from purify.purifier import Purifier
-from purify.score import ScoreModel
+from purify.diffusion.score import ScoreModel
+from purify.purification.gradients import GradientEngine
+from purify.purification.plans import FixedSteps
+from purify.purification.purifier import Purifier
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ class Details:
     Attributes:
         logits: (N, K), or vote shares.
         t_star: noise levels, float64 (N, M).
-        statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purifier.Purified`.
+        statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purification.purifier.Purified`.
         network_calls: score-network calls (NFE) of all purifications together, int64 (N,), or None.
-        deviation: of the reverse processes, (N, M), if asked for; see :class:`~purify.purifier.Purified`.
+        deviation: of the reverse processes, (N, M), if asked for; see :class:`~purify.purification.purifier.Purified`.
     """
 
     logits: Tensor

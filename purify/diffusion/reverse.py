@@ -15,7 +15,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from purify.checks import choose, is_number
-from purify.score import Prediction, ScoreModel, per_sample
+from purify.diffusion.score import Prediction, ScoreModel, per_sample
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
+from purify.cli.shell import add_run_options
 from purify.data import DATASETS
-from purify.defended import AGGREGATES
+from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import PRESETS
 from purify.evaluate.runner import WORST_ONLY
-from purify.evaluate.shell import add_run_options
-from purify.gradients import ENGINES
-from purify.levels import LEVELS, TAU_UNITS
 from purify.presets import PURIFIERS
-from purify.reverse import REVERSE_RULES
+from purify.purification.defended import AGGREGATES
+from purify.purification.gradients import ENGINES
+from purify.purification.levels import LEVELS, TAU_UNITS
 
 EXAMPLES = """examples:
   %(prog)s                                     the demo: digits, reduced budget

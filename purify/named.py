@@ -16,9 +16,9 @@ from purify import zoo
 from purify.checkpoints import load_score_model
 from purify.checks import choose
 from purify.compat import import_robustbench
+from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
-from purify.score import ScoreModel
-from purify.scorenorm import Calibration
+from purify.purification.scorenorm import Calibration
 
 N = TypeVar("N", bound=nn.Module)
 WANTED = {nn.Module: "torch.nn.Module", ScoreModel: "purify.ScoreModel(network, schedule, prediction=...)"}
@@ -60,8 +60,8 @@ def load_score(name: str, dataset: str) -> ScoreModel:
     In eval mode, weights frozen.
 
     Raises:
-        ValueError: as that function; the file or function does not give a :class:`~purify.score.ScoreModel`; or purify
-            trained it on another data set.
+        ValueError: as that function; the file or function does not give a :class:`~purify.diffusion.score.ScoreModel`;
+            or purify trained it on another data set.
     """
     check_dataset(name, dataset)
     if is_in_file(name):

@@ -19,15 +19,15 @@ from purify.certify.metrics import certified_accuracy
 from purify.certify.multiscale import MODES
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
+from purify.cli.shell import add_run_options, guarded, load_samples, numbers
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
-from purify.evaluate.models import check_device, fingerprint, is_in_file, load_classifier, load_score
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave
 from purify.evaluate.records import RunFolder, write_json
 from purify.evaluate.runner import Samples
-from purify.evaluate.shell import add_run_options, guarded, load_samples, numbers
 from purify.machine import set_threads
+from purify.named import check_device, fingerprint, is_in_file, load_classifier, load_score
 
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint_adjoint
 
 from purify.checks import check_count
-from purify.plans import FixedSteps, Plan
-from purify.process import Evaluate, Process, ReverseStep, Round, Step
-from purify.reverse import OneShot, ProbabilityFlow
-from purify.scorenorm import plain_total
+from purify.diffusion.reverse import OneShot, ProbabilityFlow
+from purify.purification.plans import FixedSteps, Plan
+from purify.purification.process import Evaluate, Process, ReverseStep, Round, Step
+from purify.purification.scorenorm import plain_total
 
 DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
 

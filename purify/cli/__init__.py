@@ -1,0 +1,1 @@
+"""The command ``purify``: one module for each subcommand."""

@@ -1,0 +1,1 @@
+"""Diffusion models: schedules, keyed noise, score networks and reverse steps."""
