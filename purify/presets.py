@@ -48,8 +48,8 @@ def diffpure(
             time_offset=0)``: labels are then 1000 t, which in steps of 1e-3 are the program's whole ones.
 
     Raises:
-        ValueError: what :class:`~purify.purification.purifier.Purifier` refuses; ``published`` for a model of a discrete
-            schedule, whose own betas and labels are not the program's.
+        ValueError: what :class:`~purify.purification.purifier.Purifier` refuses; ``published`` for a
+            model of a discrete schedule, whose own betas and labels are not the program's.
     """
     options = choose(variant, DIFFPURE_VARIANTS, "DiffPure variant")
     if variant == "published" and isinstance(score_model, ScoreModel) and isinstance(score_model.schedule, DiscreteVP):
