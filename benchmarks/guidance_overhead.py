@@ -21,9 +21,10 @@ from torch import Tensor
 
 from purify import Purifier, agdm, diffpure, gdmp, zoo
 from purify.checks import check_count, check_writable, choose
-from purify.data import DATASETS, load_dataset
+from purify.data import load_dataset
 from purify.machine import set_threads
 from purify.purification.process import ReverseStep
+from purify.settings import setting
 
 LIMIT = 1.1
 
@@ -52,7 +53,7 @@ def auxiliary_pass(name: str, x: Tensor) -> Callable[[], object]:
 def measure(dataset: str, n: int, repeats: int) -> dict[str, float]:
     """Median seconds of each piece of work, interleaved."""
     x = load_dataset(dataset, "test")[0][:n]
-    model, t_star, name = zoo.score_model(dataset), DATASETS[dataset].t_star, f"{dataset}-guide"
+    model, t_star, name = zoo.score_model(dataset), setting("diffpure", dataset).t_star, f"{dataset}-guide"
     purifiers = {
         "plain": diffpure(model, t_star, 10, "ddpm"),
         "gdmp": gdmp(model, t_star, 10, scale=100.0, rounds=1),

@@ -29,15 +29,12 @@ class Dataset:
         shape: (C, H, W); for ImageNet after RobustBench's resize and crop.
         eps: the usual radius per threat model.
         score_model: public or embedded score network that was trained on it; None: none is known.
-        t_star: the usual noise level of DiffPure (CIFAR-10 and ImageNet: Nie et al. 2022; the embedded data: where
-            clean accuracy stays above 90 % on digits and near the classifier's on Fashion-MNIST).
     """
 
     load: Callable[[str, Path | None], Loaded]
     shape: tuple[int, int, int]
     num_classes: int
     eps: dict[str, float] = field(default_factory=dict)
-    t_star: float = 0.1
     score_model: str | None = None
 
 
@@ -145,15 +142,15 @@ def load_imagenet(split: str, data_dir: Path | None) -> Loaded:
 
 
 DATASETS: dict[str, Dataset] = {
-    "digits": Dataset(load_digits, (1, 8, 8), 10, {"Linf": 0.3, "L2": 1.0, "L1": 4.0}, 0.18, "digits"),
+    "digits": Dataset(load_digits, (1, 8, 8), 10, {"Linf": 0.3, "L2": 1.0, "L1": 4.0}, "digits"),
     "fashion_mnist": Dataset(
-        load_fashion_mnist, (1, 28, 28), 10, {"Linf": 0.1, "L2": 1.5, "L1": 10.0}, 0.2, "fashion_mnist"
+        load_fashion_mnist, (1, 28, 28), 10, {"Linf": 0.1, "L2": 1.5, "L1": 10.0}, "fashion_mnist"
     ),
     "cifar10": Dataset(
-        load_cifar("CIFAR10"), (3, 32, 32), 10, {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}, 0.1, "score-sde-cifar10"
+        load_cifar("CIFAR10"), (3, 32, 32), 10, {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}, "score-sde-cifar10"
     ),
     "cifar100": Dataset(load_cifar("CIFAR100"), (3, 32, 32), 100, {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}),
     "imagenet": Dataset(
-        load_imagenet, (3, 224, 224), 1000, {"Linf": 4 / 255, "L2": 3.0}, 0.15, "guided-imagenet256"
+        load_imagenet, (3, 224, 224), 1000, {"Linf": 4 / 255, "L2": 3.0}, "guided-imagenet256"
     ),
 }

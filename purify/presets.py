@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from purify import registry, zoo
-from purify.checks import choose, is_number
+from purify.checks import choose
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.purification.guidance import GUIDANCES
@@ -171,15 +171,3 @@ def find_preset(name: str) -> tuple[Callable[..., Purifier], str | None]:
             f"The purifier {name} lacks the parameter {', '.join(missing)}; every preset takes {', '.join(SHARED)}."
         )
     return preset, None
-
-
-def default_level(name: str) -> float:
-    """t* of a preset that is told nothing else.
-
-    Raises:
-        ValueError: as :func:`find_preset`, or its default is no number.
-    """
-    t_star = inspect.signature(find_preset(name)[0]).parameters["t_star"].default
-    if not is_number(t_star):
-        raise ValueError(f"The purifier {name} must have a number as default of t_star, it has {t_star!r}.")
-    return t_star

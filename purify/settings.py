@@ -1,23 +1,69 @@
-"""What purifiers are set to on the embedded data unless told otherwise; DiffPure's levels stand with the data sets."""
+"""What a purifier is set to on a data set unless told otherwise: one table, for Python and the command line alike."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-# By (purifier, data set); where a pair is missing, the purifier's own defaults hold, those of its paper.
-USUAL: dict[tuple[str, str], dict[str, Any]] = {
-    ("gdmp", "digits"): {"t_star": 0.1, "scale": 1500.0},
-    ("gdmp", "fashion_mnist"): {"t_star": 0.1, "scale": 2000.0},
-    ("agdm", "digits"): {"t_star": 0.2, "scale": 100.0, "auxiliary": "digits-guide"},
-    ("agdm", "fashion_mnist"): {"t_star": 0.2, "scale": 200.0, "auxiliary": "fashion_mnist-guide"},
-    ("gns", "digits"): {"t_star": 0.18},
-    ("gns", "fashion_mnist"): {"t_star": 0.2},
+from purify.purification.plans import FixedDt, Plan
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of a purifier on a data set.
+
+    Attributes:
+        t_star: noise level in (0, 1]; the base level of a rule that varies it.
+        steps: reverse steps, or an execution plan.
+        reverse: name of the reverse rule.
+        source: where the numbers come from.
+        own: the purifier's other parameters.
+    """
+
+    t_star: float
+    steps: int | Plan
+    reverse: str
+    source: str
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """As arguments of the preset."""
+        return {"t_star": self.t_star, "steps": self.steps, "reverse": self.reverse, **self.own}
+
+
+THOUSANDTHS = FixedDt(1e-3)
+TUNED = "tuned on the embedded networks; docs/leaderboard"
+NIE = "Nie et al. 2022"
+WANG = "Wang et al. 2022"
+LIN = "Lin et al. 2024; t* of DiffPure"
+LEE = "Lee & Kim 2023"
+
+SETTINGS: dict[tuple[str, str], Setting] = {
+    ("diffpure", "digits"): Setting(0.18, 10, "ddpm", TUNED),
+    ("diffpure", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED),
+    ("diffpure", "cifar10"): Setting(0.1, THOUSANDTHS, "sde", NIE),
+    ("diffpure", "cifar100"): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
+    ("diffpure", "imagenet"): Setting(0.15, THOUSANDTHS, "sde", NIE),
+    ("gdmp", "digits"): Setting(0.1, 10, "ddpm", TUNED, {"scale": 1500.0}),
+    ("gdmp", "fashion_mnist"): Setting(0.1, 10, "ddpm", TUNED, {"scale": 2000.0}),
+    ("gdmp", ""): Setting(0.036, THOUSANDTHS, "ddpm", f"{WANG}, CIFAR-10"),
+    ("agdm", "digits"): Setting(0.2, 10, "ddpm", TUNED, {"scale": 100.0, "auxiliary": "digits-guide"}),
+    ("agdm", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED, {"scale": 200.0, "auxiliary": "fashion_mnist-guide"}),
+    ("agdm", ""): Setting(0.1, THOUSANDTHS, "ddpm", f"{LIN}, CIFAR-10"),
+    ("gns", "digits"): Setting(0.18, 10, "ddpm", TUNED),
+    ("gns", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED),
+    ("gns", ""): Setting(0.125, THOUSANDTHS, "ddpm", f"{LEE}, CIFAR-10"),
+    ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 
 
-def usual(purifier: str, dataset: str) -> dict[str, Any]:
-    """Parameters of the purifier on the data set; ``t_star`` among them where it is not DiffPure's."""
-    return USUAL.get((purifier, dataset), {})
+def setting(purifier: str, dataset: str) -> Setting:
+    """The settings of the purifier on the data set.
+
+    Where the pair is not in the table: those of its paper on CIFAR-10, for a purifier without a paper DiffPure's.
+    """
+    keys = (purifier, dataset), (purifier, ""), ("diffpure", dataset), ("", "")
+    return next(SETTINGS[key] for key in keys if key in SETTINGS)
 
 
 def usual_tau(dataset: str) -> tuple[float, str]:

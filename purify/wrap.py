@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from purify.checks import choose
 from purify.data import DATASETS
 from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
-from purify.presets import default_level, find_preset
+from purify.presets import find_preset
 from purify.purification.defended import DefendedClassifier
-from purify.purification.levels import LEVELS, Settings, build_level
+from purify.purification.levels import LEVELS, NoiseLevel, Settings, build_level
 from purify.purification.purifier import Purifier
-from purify.purification.scorenorm import Calibration
+from purify.settings import setting, usual_tau
 
 
 def wrap(
@@ -66,42 +66,71 @@ def wrap(
             raise ValueError(f"This purifier is complete; leave {', '.join(given)} out, or name a preset instead.")
         defence, takes = purifier, None
     else:
-        defence, takes = _defence(purifier, score_model, dataset, threat_model, options), shape
+        own = LEVELS[purifier].parameters() - {"t_star"} if purifier in LEVELS else set()
+        level_options = {name: options.pop(name) for name in list(options) if name in own}
+        arguments: dict[str, Any] = {"level_options": level_options, **options}
+        defence, takes = build_purifier(purifier, score_model, dataset, threat_model, **arguments), shape
     classifier = model if isinstance(model, nn.Module) else _classifier(model, dataset, threat_model)
     return DefendedClassifier(classifier, defence, purifications, aggregate, takes)
 
 
-def _defence(
-    name: str, score_model: str | Path | ScoreModel | None, dataset: str, threat_model: str, options: dict[str, Any]
+def build_purifier(
+    purifier: str,
+    score_model: str | Path | ScoreModel | None = None,
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    level: str | None = None,
+    level_options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Purifier:
-    """The preset, which resizes where it must."""
-    preset, level = find_preset(name)
-    parameters = inspect.signature(preset).parameters
-    known = set(parameters) - {"score_model"} | (LEVELS[level].parameters() if level else set())
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        for option in options:
-            choose(option, dict.fromkeys(known), f"option of {name}")
+    """A purifier by name, set as ``purify.settings`` says for the data set, and as told beyond that.
+
+    What :func:`wrap` and the command line build: the same name is the same defence everywhere.
+
+    Args:
+        purifier, score_model, dataset, threat_model: as for :func:`wrap`; ``purifier`` may also be
+            ``file.py:function``, a function like those of ``purify.presets``.
+        level: name of the noise level rule; default: constant, or the one that ``purifier`` names.
+        level_options: parameters of that rule; what it needs besides (a calibration, ...) is found.
+        options: of the purifier; ``t_star`` may be a rule, and then is the noise level.
+
+    It resizes where images of the data set are smaller or larger than the score model's.
+
+    Raises:
+        ValueError: unknown names and options; a score model that cannot take the images; as the purifier.
+    """
+    preset, named = find_preset(purifier)
+    rule = level or named or "constant"
+    _check_options(purifier, preset, LEVELS[named].parameters() if named else set(), options)
     network = _score(score_model, dataset)
     resize = needs_resize(DATASETS[dataset].shape, network.image_shape)
-    if level is not None:
+    usual = setting("diffpure" if named else purifier, dataset).options()
+    parameters = inspect.signature(preset).parameters
+    settings = {name: value for name, value in usual.items() if name in parameters} | options
+    if not isinstance(settings.get("t_star"), (NoiseLevel, Mapping)):
         source = default_score_model(dataset) if score_model is None else str(score_model)
-        options = _at_level(level, source, dataset, options)
-    defence = preset(network, **_networks(options, dataset, threat_model))
-    return defence.with_resize() if resize else defence
+        told = _told(settings["t_star"], source, dataset)
+        settings["t_star"] = build_level(rule, told, level_options or {})
+    elif level or named or level_options:
+        raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
+    built = preset(network, **_networks(settings, dataset, threat_model))
+    return built.with_resize() if resize else built
 
 
-def _at_level(level: str, score_model: str, dataset: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """DiffPure's options, with its noise level built from those that are the level's."""
-    from purify.settings import usual_tau  # half a second of evaluation's libraries
+def _check_options(
+    name: str, preset: Callable[..., Purifier], of_level: set[str], options: Mapping[str, Any]
+) -> None:
+    parameters = inspect.signature(preset).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for option in options:
+            choose(option, dict.fromkeys(set(parameters) - {"score_model"} | of_level), f"option of {name}")
 
-    def embedded() -> Calibration | None:
-        return zoo.calibration(score_model) if score_model in zoo.calibrations() else None
 
-    own = {name: value for name, value in options.items() if name in LEVELS[level].parameters()}
+def _told(t_star: float, score_model: str, dataset: str) -> Settings:
+    """What noise levels take beside their own parameters."""
     tau, unit = usual_tau(dataset)
-    settings = Settings(default_level("diffpure"), embedded, tau=tau, tau_unit=unit)
-    rest = {name: value for name, value in options.items() if name not in own}
-    return {**rest, "t_star": build_level(level, settings, own)}
+    embedded = zoo.calibration if score_model in zoo.calibrations() else lambda name: None
+    return Settings(t_star, lambda: embedded(score_model), tau=tau, tau_unit=unit)
 
 
 def _check_classifier(name: str, dataset: str, threat_model: str) -> None:

@@ -10,8 +10,7 @@ from torchvision.datasets import CIFAR10
 
 from purify.__main__ import main as purify_command
 from purify.cli.attack import main
-from purify.cli.options import parser
-from purify.evaluate.build import usual_level
+from purify.settings import setting
 
 CHECKPOINT = str(DATA / "networks" / "score_sde_training_state.pth")
 MODEL = """
@@ -84,7 +83,10 @@ def test_what_is_missing_is_said_before_anything_runs(published, changed, messag
     assert message in capsys.readouterr().err
 
 
-def test_papers_levels_are_the_defaults_on_published_data(published):
+def test_papers_levels_are_the_defaults_on_published_data():
     """GDMP at 0.036, GNS at 0.125, DiffPure at the data set's."""
-    args = parser().parse_args([*published, "--purifier", "gdmp,gns,diffpure"])
-    assert [usual_level(p, {}, args) for p in ("gdmp", "gns", "diffpure")] == [0.036, 0.125, 0.1]
+    found = {(p, d): setting(p, d).t_star for p in ("gdmp", "gns", "diffpure") for d in ("cifar10", "imagenet")}
+    assert found["gdmp", "cifar10"] == 0.036
+    assert found["gns", "cifar10"] == 0.125
+    assert found["diffpure", "cifar10"] == 0.1
+    assert found["diffpure", "imagenet"] == 0.15

@@ -28,8 +28,8 @@ from purify.checkpoints import PUBLIC, default_score_model
 from purify.cli.options import parser
 from purify.compat import import_robustbench
 from purify.data import DATASETS
-from purify.evaluate.build import build_pairs, level_settings
-from purify.purification.levels import build_level
+from purify.evaluate.build import build_attacks, build_defences, build_purified, resolve_budget
+from purify.presets import PURIFIERS
 
 FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}
 IDS = [0, 1]
@@ -194,7 +194,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
 @pytest.mark.parametrize(
     ("name", "options", "level"),
     [
-        ("ssni-n", {}, SSNISigmoid(0.1, CALIBRATION)),
+        ("ssni-n", {}, SSNISigmoid(0.18, CALIBRATION)),
         ("ssni-n", {"t_star": 0.2, "tau": 3}, SSNISigmoid(0.2, CALIBRATION, tau=3)),
         ("ssni-l", {"t_star": 0.2, "bias": 0.1, "t_max": 0.4}, SSNILinear(0.2, CALIBRATION, 0.1, t_max=0.4)),
         ("constant", {"t_star": 0.2}, Constant(0.2)),
@@ -204,10 +204,43 @@ def test_a_noise_level_is_diffpure_there_as_on_the_command_line(name, options, l
     defended = wrap("digits-standard", "digits", purifier=name, steps=3, reverse="ddpm", **options)
     assert defended.purifier.config() == diffpure(purify.zoo.score_model("digits"), level, 3, "ddpm").config()
     command = {"bias": "--ssni-bias", "t_max": "--ssni-t-max", "tau": "--ssni-tau", "t_star": "--t-star"}
-    given = [text for key, value in {"t_star": 0.1, **options}.items() for text in (command[key], str(value))]
-    args = parser().parse_args(["--purifier", name, *given])
-    [(_, known)] = build_pairs(args)
-    assert build_level(known, level_settings(args.t_star, args), {}) == level
+    given = [text for key, value in options.items() for text in (command[key], str(value))]
+    args = parser().parse_args(["--purifier", name, *given, "--steps", "3"])
+    assert command_purifier(args).config() == defended.purifier.config()
+
+
+def command_purifier(args):
+    """The purifier of the command line, the first of a run."""
+    args.max_rows = 256
+    allowed = resolve_budget(args)
+    attacks = build_attacks(args, allowed, 0.1)
+    defences = build_defences(args, allowed, attacks, torch.device("cpu"))
+    return next(d.model.purifier for d in defences if hasattr(d.model, "purifier"))
+
+
+@pytest.mark.parametrize("purifier", [*PURIFIERS, "ssni-l", "ssni-n"])
+@pytest.mark.parametrize("dataset", ["digits", "fashion_mnist"])
+def test_the_same_name_is_the_same_defence_in_python_and_on_the_command_line(purifier, dataset):
+    defended = wrap(f"{dataset}-standard", dataset, purifier=purifier)
+    args = parser().parse_args(["--purifier", purifier, "--dataset", dataset, "--noise-level", "constant"])
+    assert command_purifier(args).config() == defended.purifier.config()
+
+
+@pytest.mark.parametrize("purifier", PURIFIERS)
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagenet"])
+def test_published_settings_are_the_same_in_python_and_on_the_command_line(purifier, dataset):
+    """Around networks of one's own."""
+    size = DATASETS[dataset].shape[-1]
+    model, classifier = colour_model(size), TinyClassifier(channels=3, size=size)
+    given = {"auxiliary": classifier} if purifier == "agdm" else {}
+    defended = wrap(classifier, dataset, purifier=purifier, score_model=model, **given)
+    args = parser().parse_args(["--dataset", dataset, "--attacks", "pgd-eot", "--model", "own"])
+    args.max_rows = 256
+    allowed = resolve_budget(args)
+    options = {"": {}, purifier: given, "constant": {}}
+    attacks = build_attacks(args, allowed, 0.1)
+    built = build_purified(purifier, "constant", classifier, model, args, allowed, attacks, options)
+    assert built.model.purifier.config() == defended.purifier.config()
 
 
 def test_ssni_on_cifar10_takes_the_papers_tau():

@@ -23,19 +23,17 @@ from purify.attacks import (
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.cli.shell import numbers
-from purify.data import DATASETS
-from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
 from purify.evaluate.runner import Defence
-from purify.named import fingerprint, load_calibration, load_classifier, load_networks, load_score
-from purify.presets import SHARED, default_level, find_preset
+from purify.named import fingerprint, load_calibration, load_classifier, load_score
+from purify.presets import SHARED, find_preset
 from purify.purification.defended import DefendedClassifier
 from purify.purification.gradients import ENGINES, Checkpoint, Full, Surrogate
-from purify.purification.levels import LEVELS, Settings, build_level
+from purify.purification.levels import LEVELS
 from purify.purification.plans import FixedDt
 from purify.purification.purifier import DEFAULT_ENGINE
-from purify.settings import usual, usual_tau
+from purify.wrap import build_purifier
 
 UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
 
@@ -86,17 +84,14 @@ def build_attack(kind: type[Attack], args: argparse.Namespace, allowed: Budget, 
     return [kind(args.threat_model, eps, **options)]
 
 
-def level_settings(t_star: float, args: argparse.Namespace) -> Settings:
-    """What the command line says to noise levels."""
-    tau, unit = usual_tau(args.dataset)
-    return Settings(
-        t_star,
-        lambda: load_calibration(args.calibration, args.score_model or args.dataset),
-        args.ssni_bias,
-        args.ssni_t_max,
-        tau if args.ssni_tau is None else args.ssni_tau,
-        args.tau_unit or unit,
-    )
+def level_options(name: str, args: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command line says of the noise level ``name``; ``given``: what --set says of it."""
+    told = {"bias": args.ssni_bias, "t_max": args.ssni_t_max, "tau": args.ssni_tau, "tau_unit": args.tau_unit}
+    own = choose(name, LEVELS, "noise level").parameters()
+    found = {key: value for key, value in told.items() if value is not None and key in own}
+    if "calibration" in own:
+        found["calibration"] = load_calibration(args.calibration, args.score_model or args.dataset)
+    return {**found, **given}
 
 
 def build_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -117,13 +112,11 @@ def build_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     return pairs
 
 
-def build_plan(args: argparse.Namespace, published: bool) -> int | FixedDt:
-    """Reverse steps as the command line says; without, few on embedded data and DiffPure's dt elsewhere."""
+def build_plan(args: argparse.Namespace) -> int | FixedDt | None:
+    """Reverse steps as the command line says, if it does."""
     if args.steps is not None and args.dt is not None:
         raise ValueError("--steps and --dt exclude each other; give one.")
-    if args.dt is None and (args.steps is not None or not published):
-        return 10 if args.steps is None else args.steps
-    return FixedDt(1e-3 if args.dt is None else args.dt, batch=max(1, args.max_rows // 2))
+    return args.steps if args.dt is None else FixedDt(args.dt, batch=max(1, args.max_rows // 2))
 
 
 def build_settings(args: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
@@ -143,14 +136,14 @@ def build_settings(args: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -
 
 
 def purifier_options(name: str, args: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is ``given`` to this purifier, on top of what is usual on the data set."""
+    """What is ``given`` to this purifier, checked."""
     parameters = inspect.signature(find_preset(name)[0]).parameters.values()
     known = [p.name for p in parameters if p.name not in SHARED and p.kind is not p.VAR_KEYWORD]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for option in given:
         if option in (*SHARED, "kind") or not (option in known or takes_any):
             raise ValueError(f"{name} has no parameter {option!r} for --set; known: {', '.join(known) or 'none'}.")
-    return {**usual(name, args.dataset), **given}
+    return dict(given)
 
 
 def plain_value(text: str) -> Any:
@@ -159,18 +152,6 @@ def plain_value(text: str) -> Any:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
-
-
-def usual_level(purifier: str, options: dict[str, Any], args: argparse.Namespace) -> float:
-    """t*: of the command line, usual on the data set, or the purifier's own; taken out of ``options``."""
-    usual = options.pop("t_star", None)
-    if args.t_star is not None:
-        return args.t_star
-    if usual is not None:
-        return usual
-    if purifier == "diffpure":
-        return DATASETS[args.dataset].t_star
-    return default_level(purifier)
 
 
 def build_purified(
@@ -184,20 +165,17 @@ def build_purified(
     given: Mapping[str, Mapping[str, Any]],
 ) -> Defence:
     """The classifier behind ``purifier`` with the noise level ``name``; ``given``: see :func:`build_settings`."""
-    options = purifier_options(purifier, args, {**given[""], **given[purifier]})
-    level = build_level(name, level_settings(usual_level(purifier, options, args), args), given[name])
-    published = args.dataset not in zoo.calibrations()
-    reverse = args.reverse or ("sde" if published and purifier == "diffpure" else "ddpm")
-    plan = build_plan(args, published)
-    shared = {"t_star": level, "steps": plan, "reverse": reverse, "gradient": gradient_config(args)}
-    networks = load_networks(options, args.dataset, args.threat_model)
-    built = find_preset(purifier)[0](score_model=score_model, **shared, **networks)
-    if needs_resize(DATASETS[args.dataset].shape, score_model.image_shape):
-        built = built.with_resize()
+    own = purifier_options(purifier, args, {**given[""], **given[purifier]})
+    shared = {"t_star": args.t_star, "steps": build_plan(args), "reverse": args.reverse}
+    options = {key: value for key, value in shared.items() if value is not None} | own
+    built = build_purifier(
+        purifier, score_model, args.dataset, args.threat_model, name, level_options(name, args, given[name]),
+        gradient=gradient_config(args), **options,
+    )  # fmt: skip
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
     applicable = [a for a in attacks if a.applies_to(model)]
-    title = f"{purifier} {name}" if level.varies else purifier
+    title = f"{purifier} {name}" if built.level.varies else purifier
     if not applicable:
         raise ValueError(f"None of the attacks {args.attacks} says anything about {title}; add pgd-eot.")
     weights = {**described(model_name(args), bare), "score_model": score_model.fingerprint()}
