@@ -11,4 +11,4 @@ import sys
 from purify.cli.attack import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="benchmarks/run_autoattack.py"))

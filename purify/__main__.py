@@ -1,82 +1,50 @@
-"""The command ``purify`` (or ``python -m purify``): steps that come before an evaluation."""
+"""The command ``purify`` (or ``python -m purify``)."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+from importlib import import_module
 
-from purify.checkpoints import default_score_model
-from purify.checkpoints.public import PUBLIC, fetch, path_of
-from purify.checks import check_count, check_writable, choose
-from purify.data import DATASETS, load_dataset
-from purify.diffusion.resize import needs_resize
-from purify.named import check_device, load_score
-from purify.purification.scorenorm import FORMS, ScoreNorm, calibrate
+from purify.checks import nearest
 
-
-def parser() -> argparse.ArgumentParser:
-    """``purify calibrate``, ``purify download`` and their options."""
-    p = argparse.ArgumentParser(prog="purify", description=__doc__)
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("calibrate", help="measure the score norm on clean training images, for SSNI")
-    default = ScoreNorm()
-    c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
-    c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    c.add_argument(
-        "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
-    )
-    c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
-    c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
-    c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
-    c.add_argument("--t-min", type=float, default=default.t_min, help="least time (default: %(default)s)")
-    c.add_argument("--t-max", type=float, default=default.t_max, help="greatest time (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="keys the noise (default: 0)")
-    c.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    c.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    c.set_defaults(run=run_calibrate)
-    d = commands.add_parser("download", help="fetch public score networks, going on where an earlier attempt stopped")
-    d.add_argument("names", nargs="*", help=f"{', '.join(PUBLIC)}, or OWNER/REPOSITORY of diffusers (none: list them)")
-    d.set_defaults(run=run_download)
-    return p
+# Subcommand -> (module with main(argv, prog), what it does); imported when it is asked for.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "attack": ("purify.cli.attack", "attack a purified classifier and report what holds"),
+    "certify": ("purify.cli.certify", "certify smoothed classifiers, and attack them inside their radii"),
+    "image": ("purify.cli.image", "purify pictures of your own"),
+    "leaderboard": ("purify.cli.leaderboard", "finished runs to a page, Markdown, JSON and plots"),
+    "compare": ("purify.cli.compare", "by how much defences of finished runs differ, image by image"),
+    "list": ("purify.cli.list", "models, score models, purifiers, noise levels, attacks and data sets by name"),
+    "calibrate": ("purify.cli.calibrate", "measure the score norm on clean images, for SSNI"),
+    "download": ("purify.cli.download", "fetch public score networks"),
+    "train": ("purify.train.__main__", "train a network of the embedded default, or one like it"),
+}
 
 
-def run_calibrate(args: argparse.Namespace) -> None:
-    """Measure, write and print a calibration."""
-    choose(args.dataset, DATASETS, "data set")
-    check_count(args.images, "images", 2)
-    check_writable(args.out)
-    norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
-    device = check_device(args.device)
-    model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
-    resize = needs_resize(DATASETS[args.dataset].shape, model.image_shape)
-    images = load_dataset(args.dataset, "train", args.data_dir)[0][: args.images].to(device)
-    if len(images) < args.images:
-        raise ValueError(f"{args.dataset} has {len(images)} training images; --images {args.images} is too many.")
-    found = calibrate(model, images, norm, args.seed, progress=True, resize=resize)
-    found.save(args.out)
-    print(f"norm {found.mean:.4g} +- {found.std:.3g}, from {found.xi_min:.4g} to {found.xi_max:.4g}; wrote {args.out}")
-
-
-def run_download(args: argparse.Namespace) -> None:
-    """Fetch what is named and say where it is and what it hashes to; or list what there is."""
-    for name in args.names:
-        path_of(name)  # an unknown name stops everything
-    for name in args.names:
-        print(f"{name}: {fetch(name)}")
-    if not args.names:
-        print("\n".join(f"{name}: {entry.about}; {entry.file} from {entry.page}" for name, entry in PUBLIC.items()))
+def usage() -> str:
+    """The list of subcommands."""
+    lines = (f"  {name:12} {text}" for name, (_, text) in COMMANDS.items())
+    about = "Diffusion-based adversarial purification: attacked with exact gradients, certified, compared."
+    return "\n".join([f"usage: purify COMMAND [OPTION ...]\n\n{about}\n", *lines, "\npurify COMMAND --help"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; bad input is one line on stderr and status 2."""
-    args = parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    """Run a subcommand; bad input is one line on stderr and status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        import purify
+
+        print(f"purify {purify.__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        hint = nearest(words[0], COMMANDS)
+        print(f"error: Unknown command {words[0]!r}{hint}; known: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    return 0
+    module = import_module(COMMANDS[words[0]][0])
+    return module.main(words[1:], f"purify {words[0]}")
 
 
 if __name__ == "__main__":

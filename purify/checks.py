@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TypeVar
@@ -63,10 +65,17 @@ def check_eval(classifier: nn.Module, before: str) -> None:
         raise ValueError(f"The classifier is in train mode; call classifier.eval() before {before}.")
 
 
+def nearest(name: object, known: Iterable[str]) -> str:
+    """``(did you mean 'x'?)``, or nothing where no known name resembles it."""
+    plain = {re.sub(r"[^a-z0-9]", "", k.lower()): k for k in known}
+    found = get_close_matches(re.sub(r"[^a-z0-9]", "", str(name).lower()), plain, n=1, cutoff=0.6)
+    return f" (did you mean {plain[found[0]]!r}?)" if found else ""
+
+
 def choose(name: str, registry: Mapping[str, T], what: str) -> T:
-    """``registry[name]``, or a ValueError that lists the known names."""
+    """``registry[name]``, or a ValueError that lists the known names, and first the one that was meant."""
     if not isinstance(name, str) or name not in registry:
-        raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(sorted(registry))}.")
+        raise ValueError(f"Unknown {what} {name!r}{nearest(name, registry)}; known: {', '.join(sorted(registry))}.")
     return registry[name]
 
 

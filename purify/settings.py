@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from purify.purification.plans import FixedDt, Plan
+from purify.purification.plans import FixedDt
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Setting:
 
     Attributes:
         t_star: noise level in (0, 1]; the base level of a rule that varies it.
-        steps: reverse steps, or an execution plan.
+        steps: reverse steps, or the length of one.
         reverse: name of the reverse rule.
         source: where the numbers come from.
         own: the purifier's other parameters.
     """
 
     t_star: float
-    steps: int | Plan
+    steps: int | FixedDt
     reverse: str
     source: str
     own: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The command line of ``benchmarks/run_autoattack.py``."""
+"""``purify attack``, and ``benchmarks/run_autoattack.py``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from purify.named import check_device
 from purify.purification.defended import DefendedClassifier
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status."""
-    return guarded(parser(), run, argv)
+def main(argv: list[str] | None = None, prog: str = "purify attack") -> int:
+    """Attack, judge and report; returns the exit status."""
+    return guarded(parser(prog), run, argv)
 
 
 def run(args: argparse.Namespace, command: str) -> int:
@@ -124,7 +124,7 @@ def show(
     print(f"\nBudget: {', '.join(attacks)} ({args.preset}); {gradient}.")
     if reduced(stated, args.dataset):
         print(
-            "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --preset standard or "
+            "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --budget standard or "
             "paper before quoting any."
         )
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]

@@ -1,4 +1,4 @@
-"""The command line of ``benchmarks/run_certify.py``."""
+"""``purify certify``, and ``benchmarks/run_certify.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from purify.certify.metrics import certified_accuracy
 from purify.certify.multiscale import MODES
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
-from purify.cli.shell import add_run_options, guarded, load_samples, numbers
+from purify.cli.parsing import Parser
+from purify.cli.shell import add_budget, add_run_options, guarded, load_samples, numbers
 from purify.data import DATASETS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
@@ -31,10 +32,10 @@ from purify.named import check_device, fingerprint, is_in_file, load_classifier,
 
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
-  %(prog)s --method cohen,multiscale --preset standard
+  %(prog)s --method cohen,multiscale --budget standard
   %(prog)s --dataset fashion_mnist --method multiscale --sigma 0.25,0.5,1 --draws 10000
   %(prog)s --method dssn --model runs/train/digits-dssn.safetensors
-  torchrun --nproc-per-node=4 %(prog)s --threads 1 --preset standard
+  torchrun --nproc-per-node=4 %(prog)s --threads 1 --budget standard
 """
 
 # n0, n, samples, attacked samples
@@ -47,10 +48,10 @@ RADII = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # L2
 SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius can exceed by more than half a level
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "purify certify") -> Parser:
     """All options, in groups."""
-    p = argparse.ArgumentParser(
-        prog="benchmarks/run_certify.py",
+    p = Parser(
+        prog=prog,
         description="Certify smoothed classifiers, attack them inside the certified radii, and report what holds.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--mode", default="strict", help=f"bounds of the cascade: {', '.join(MODES)} (default: strict)")
     g = p.add_argument_group("splitting noise (ssn, dssn)")
     g.add_argument("--lam", type=float, help="lambda (default: the one that the classifier was trained with)")
-    g = p.add_argument_group("budget (a preset, or its parts)")
-    g.add_argument("--preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
+    g = p.add_argument_group("budget (by name, or its parts)")
+    add_budget(g, PRESETS)
     g.add_argument("--selection-draws", type=int, help="n0, draws that choose the class")
     g.add_argument("--draws", type=int, help="n, draws that bound its probability")
     g.add_argument("--alpha", type=float, default=0.001, help="probability of failure (default: 0.001)")
@@ -91,9 +92,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns the exit status."""
-    return guarded(parser(), run, argv)
+def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
+    """Certify and report; returns the exit status."""
+    return guarded(parser(prog), run, argv)
 
 
 def run(args: argparse.Namespace, command: str) -> int:
@@ -295,7 +296,7 @@ def small(n: int) -> None:
     if n < standard:
         print(
             f"This is a REDUCED budget, n {n} instead of {standard}: the certificates hold, but their radii are "
-            "smaller, and a cascade abstains more often. State n with any number, or use --preset standard."
+            "smaller, and a cascade abstains more often. State n with any number, or use --budget standard."
         )
 
 

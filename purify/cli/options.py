@@ -1,13 +1,14 @@
-"""The options of ``benchmarks/run_autoattack.py``."""
+"""The options of ``purify attack`` and ``benchmarks/run_autoattack.py``."""
 
 from __future__ import annotations
 
-import argparse
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
-from purify.cli.shell import add_run_options
+from purify.cli.parsing import Parser, number, size
+from purify.cli.shell import add_budget, add_run_options
 from purify.data import DATASETS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import PRESETS
@@ -19,22 +20,22 @@ from purify.purification.levels import LEVELS, TAU_UNITS
 
 EXAMPLES = """examples:
   %(prog)s                                     the demo: digits, reduced budget
-  %(prog)s --preset standard                   the same with an attack worth quoting
-  %(prog)s --dataset fashion_mnist --t-star 0.15 --preset standard
+  %(prog)s --budget standard                   the same with an attack worth quoting
+  %(prog)s --dataset fashion_mnist --t-star 0.15 --budget standard
   %(prog)s --noise-level ssni-l,ssni-n --t-star 0.25 --ssni-tau 2
   %(prog)s --purifier diffpure,gdmp,agdm --noise-level constant,ssni-n --set gdmp.scale=300
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
-  %(prog)s --dataset cifar10 --model Standard --score-model score-sde-cifar10 --preset paper --device cuda
+  %(prog)s --dataset cifar10 --model Standard --score-model score-sde-cifar10 --budget paper --device cuda
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "purify attack") -> Parser:
     """All options, in groups."""
-    p = argparse.ArgumentParser(
-        prog="benchmarks/run_autoattack.py",
+    p = Parser(
+        prog=prog,
         description="Attack a purified classifier through exact gradients and report what holds.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     g = p.add_argument_group("what is attacked")
     g.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
     )
-    g.add_argument("--t-star", type=float, help="noise level in (0, 1] (default: the data set's usual one)")
+    g.add_argument("--t-star", type=number, help="noise level in (0, 1] (default: the data set's usual one)")
     g.add_argument(
         "--noise-level",
         help=f"comma-separated: {', '.join(LEVELS)} (default: constant, on embedded data also ssni-l)",
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--steps", type=int, help="reverse steps (default: 10 on embedded data, otherwise --dt 1e-3)")
     g.add_argument(
         "--dt",
-        type=float,
+        type=number,
         help="step length: t* then decides how many steps run, instead of --steps; half of --max-rows at a time",
     )
     g.add_argument(
@@ -86,10 +87,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--aggregate", default="logits", help=f"how they are combined: {', '.join(AGGREGATES)}")
     g = p.add_argument_group("threat and attack")
     g.add_argument("--threat-model", default="Linf", help=f"one of {', '.join(NORMS)} (default: Linf)")
-    g.add_argument("--eps", type=float, help="radius (default: the data set's usual one)")
+    g.add_argument("--eps", type=number, help="radius (default: the data set's usual one)")
     g.add_argument(
         "--attacks",
-        default="random-noise,transfer,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,pgd-eot-first-order,"
+        default="random-noise,transfer,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,pgd-eot-first-order,"
         "pgd-eot-guide",
         help=f"comma-separated: {', '.join(ATTACKS)}; or strongest: all (default: %(default)s; each where it applies)",
     )
@@ -103,12 +104,12 @@ def parser() -> argparse.ArgumentParser:
     )
     g.add_argument(
         "--memory-budget",
-        type=int,
-        help="bytes of step graphs that full, checkpoint or surrogate may keep (default: full all, others 1 GiB)",
+        type=size,
+        help="bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
     )
     g.add_argument("--surrogate-steps", type=int, default=5, help="steps of surrogate gradients (default: 5)")
-    g = p.add_argument_group("budget (a preset, or its parts)")
-    g.add_argument("--preset", default="quick", help=f"one of {', '.join(PRESETS)} (default: quick)")
+    g = p.add_argument_group("budget (by name, or its parts)")
+    add_budget(g, PRESETS)
     g.add_argument("--attack-steps", type=int, help="gradient steps of every attack")
     g.add_argument("--eot", type=int, help="draws per gradient of every attack")
     g.add_argument("--restarts", type=int, default=1, help="random restarts of PGD (default: 1)")

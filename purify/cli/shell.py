@@ -1,12 +1,13 @@
-"""What the command lines of the benchmarks share."""
+"""What the subcommands share."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,10 @@ Run = Callable[[argparse.Namespace, str], int]  # arguments and the command -> e
 
 def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -> int:
     """Parse and run; returns the exit status. Bad input is one line on stderr and status 2."""
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as done:  # of --help, or of an error that is printed
+        return int(done.code or 0)
     try:
         return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
     except (ValueError, ImportError, OSError) as error:
@@ -31,6 +35,23 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
         return 130
+
+
+class _Renamed(argparse.Action):
+    """Stores the value; says so if an old name was used."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        if option == "--preset":
+            print("note: --preset is now called --budget; the old name goes with version 0.3.", file=sys.stderr)
+
+
+def add_budget(group: argparse._ArgumentGroup, known: Iterable[str]) -> None:
+    """The option that names a budget of attacks or draws."""
+    text = f"one of {', '.join(known)} (default: quick); --preset is its old name"
+    group.add_argument("--budget", "--preset", action=_Renamed, dest="preset", default="quick", help=text)
 
 
 def add_run_options(p: argparse.ArgumentParser, batch_size: int, gpu_rows: int) -> argparse._ArgumentGroup:

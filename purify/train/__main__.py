@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from purify import zoo
 from purify.checks import check_writable, choose
+from purify.cli.parsing import Parser
+from purify.cli.shell import guarded
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.schedule import ContinuousVP
 from purify.diffusion.score import ScoreModel
@@ -24,12 +26,12 @@ from purify.train.measure import measure_classifier, measure_denoised, measure_s
 from purify.train.recipes import RECIPES, Recipe
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = "purify train") -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m purify.train",
+    p = Parser(
+        prog=prog,
         description="Train a network of the embedded default by its recipe. A run that was stopped resumes.",
-        epilog="examples: python -m purify.train digits; python -m purify.train guide --dataset fashion_mnist",
+        epilog="examples: %(prog)s digits; %(prog)s guide --dataset fashion_mnist",
     )
     p.add_argument(
         "name",
@@ -134,23 +136,23 @@ Small networks for demonstrations and tests on the CPU. They say nothing about d
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    args = parser().parse_args(argv)
-    try:
-        name = recipe_name(args.name, args.dataset)
-        recipe = RECIPES[name]
-        changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
-        recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
-        set_threads(args.threads)
-        entry = run(name, recipe, args.out, args.data_dir)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run_recipe(args: argparse.Namespace, command: str) -> int:
+    """Train what is named and print what was measured."""
+    name = recipe_name(args.name, args.dataset)
+    recipe = RECIPES[name]
+    changes = {k: v for k, v in (("steps", args.steps), ("seed", args.seed)) if v is not None}
+    recipe = dataclasses.replace(recipe, hyper=dataclasses.replace(recipe.hyper, **changes))
+    set_threads(args.threads)
+    entry = run(name, recipe, args.out, args.data_dir)
     print(f"wrote {args.out / name}.safetensors")
     for key, value in entry["measured"].items():
         print(f"  {key}: {value:.4f}")
     return 0
+
+
+def main(argv: list[str] | None = None, prog: str = "purify train") -> int:
+    """Entry point; returns the exit status."""
+    return guarded(parser(prog), run_recipe, argv)
 
 
 if __name__ == "__main__":
