@@ -3,11 +3,14 @@
 ``import purify`` appends a finder to ``sys.meta_path``: where no installed package provides ``autoattack``, the
 name resolves to a stand-in over ``pyautoattack`` with the original's interface. An installed ``autoattack`` always
 comes first. This is the one thing that purify changes outside itself.
+
+A second finder resolves the module names of version 0.1, with a DeprecationWarning, until 0.3.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module, util
 from importlib.abc import Loader, MetaPathFinder
@@ -55,10 +58,53 @@ class AutoAttackFinder(MetaPathFinder):
         return ModuleSpec(fullname, _StandIn(), origin="purify", is_package=fullname == "autoattack")
 
 
+# Modules of version 0.1 -> where they are now.
+MOVED = {
+    **{name: f"diffusion.{name}" for name in ("schedule", "noise", "precision", "score", "reverse", "resize")},
+    **{name: f"purification.{name}" for name in ("scorenorm", "levels", "guidance", "process", "plans")},
+    **{name: f"purification.{name}" for name in ("gradients", "purifier", "defended")},
+    "downloads": "weights.downloads",
+    "networks.files": "weights.files",
+    "networks.loading": "weights.loading",
+    "zoo.architectures": "networks.embedded",
+    "evaluate.models": "named",
+    "evaluate.build": "cli.build",
+    "evaluate.command": "cli.attack",
+    "evaluate.certify_command": "cli.certify",
+    "evaluate.options": "cli.options",
+    "evaluate.shell": "cli.shell",
+}
+
+
+class _Moved(Loader):
+    """Hands out the module of the new name."""
+
+    def __init__(self, now: str) -> None:
+        self.now = now
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        warnings.warn(f"{spec.name} is now {self.now}; the old name goes with 0.3.", DeprecationWarning, stacklevel=4)
+        return import_module(self.now)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = util.spec_from_file_location(self.now, module.__file__)  # the import set it to the old one
+
+
+class MovedFinder(MetaPathFinder):
+    """Finds the modules of version 0.1 by their old names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, _Moved(f"purify.{MOVED[name]}")) if package == "purify" and name in MOVED else None
+
+
 def install() -> None:
-    """Append the finder, once."""
-    if not any(isinstance(finder, AutoAttackFinder) for finder in sys.meta_path):
-        sys.meta_path.append(AutoAttackFinder())
+    """Append the finders, once."""
+    for finder in (AutoAttackFinder, MovedFinder):
+        if not any(isinstance(present, finder) for present in sys.meta_path):
+            sys.meta_path.append(finder())
 
 
 def import_robustbench() -> ModuleType:

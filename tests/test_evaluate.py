@@ -14,9 +14,9 @@ from purify import PURIFIERS, DefendedClassifier, diffpure, zoo
 from purify.attacks import ATTACKS, PGD, Attack, AttackResult, AutoAttackRand
 from purify.cli import attack as command
 from purify.cli.attack import main
+from purify.cli.build import build_attacks, build_pairs, build_settings, level_options, resolve_budget
 from purify.cli.options import parser
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
-from purify.evaluate.build import build_attacks, build_pairs, build_settings, level_options, resolve_budget
 from purify.evaluate.certification import certify_all
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.ranks import Ranks

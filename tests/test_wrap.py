@@ -25,10 +25,10 @@ from purify import (
     wrap,
 )
 from purify.checkpoints import PUBLIC, default_score_model
+from purify.cli.build import build_attacks, build_defences, build_purified, resolve_budget
 from purify.cli.options import parser
 from purify.compat import import_robustbench
 from purify.data import DATASETS
-from purify.evaluate.build import build_attacks, build_defences, build_purified, resolve_budget
 from purify.presets import PURIFIERS
 
 FAST = {"wide_resnet", "dm_wide_resnet", "preact", "resnext", "paf", "robustarch", "meansparse swin", "timm vit"}

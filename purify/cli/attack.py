@@ -9,12 +9,12 @@ from typing import Any
 from purify.attacks import Attack
 from purify.attacks.base import NORMS
 from purify.checks import check_count, check_unique, choose
+from purify.cli.build import build_attacks, build_defences, resolve_budget
 from purify.cli.options import parser
 from purify.cli.shell import guarded, load_samples
 from purify.data import DATASETS
 from purify.evaluate import report
 from purify.evaluate.budgets import Budget, reduced
-from purify.evaluate.build import build_attacks, build_defences, resolve_budget
 from purify.evaluate.dryrun import dry_run, duration
 from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples

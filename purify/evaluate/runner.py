@@ -25,6 +25,7 @@ from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 
 CLEAN = "clean"
+UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
 WORST_ONLY = ("any_of_r", "majority")  # criteria whose worst case needs no attack on samples that failed
 
 

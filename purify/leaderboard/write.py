@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from purify.evaluate.build import UNDEFENDED
 from purify.evaluate.metrics import Estimate
 from purify.evaluate.records import write_json
+from purify.evaluate.runner import UNDEFENDED
 from purify.leaderboard.certified import CertifiedRow, read_certified
 from purify.leaderboard.groups import ranked
 from purify.leaderboard.plots import draw_curves, draw_plots

@@ -25,7 +25,7 @@ from purify.checks import check_count, choose
 from purify.cli.shell import numbers
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
-from purify.evaluate.runner import Defence
+from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
 from purify.presets import SHARED, find_preset
 from purify.purification.defended import DefendedClassifier
@@ -34,8 +34,6 @@ from purify.purification.levels import LEVELS
 from purify.purification.plans import FixedDt
 from purify.purification.purifier import DEFAULT_ENGINE
 from purify.wrap import build_purifier
-
-UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
 
 
 def resolve_budget(args: argparse.Namespace) -> Budget:
