@@ -83,7 +83,7 @@ class _Moved(Loader):
         self.now = now
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warnings.warn(f"{spec.name} is now {self.now}; the old name goes with 0.3.", DeprecationWarning, stacklevel=4)
+        warnings.warn(f"{spec.name} is now {self.now}; the old name goes with 0.3.", DeprecationWarning, stacklevel=2)
         return import_module(self.now)
 
     def exec_module(self, module: ModuleType) -> None:

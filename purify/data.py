@@ -28,6 +28,7 @@ class Dataset:
         load: (split, data_dir) -> images, labels.
         shape: (C, H, W); for ImageNet after RobustBench's resize and crop.
         eps: the usual radius per threat model.
+        like: of data of one's own: the built-in data set of the same shape, whose networks and settings it gets.
         score_model: public or embedded score network that was trained on it; None: none is known.
     """
 
@@ -36,6 +37,7 @@ class Dataset:
     num_classes: int
     eps: dict[str, float] = field(default_factory=dict)
     score_model: str | None = None
+    like: str | None = None
 
 
 def load_dataset(name: str, split: str = "test", data_dir: str | Path | None = None) -> Loaded:

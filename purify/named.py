@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ from purify.checks import choose
 from purify.compat import import_robustbench
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
+from purify.plugin import call, is_in_file, split
 from purify.purification.scorenorm import Calibration
 
 N = TypeVar("N", bound=nn.Module)
@@ -49,7 +48,7 @@ def check_classifier(name: str, dataset: str, threat_model: str) -> None:
     if name in zoo.names("classifier") or name.endswith(".safetensors"):
         return
     if is_in_file(name):
-        _file(name)
+        split(name)
     else:
         _entry(name, dataset, threat_model)
 
@@ -98,38 +97,13 @@ def load_calibration(path: Path | None, score_model: str) -> Calibration:
     return zoo.calibration(score_model)
 
 
-def is_in_file(name: str) -> bool:
-    """Whether this is the name of a network that a function of the user's own file returns: ``file.py:function``."""
-    return ".py:" in name
-
-
-def _file(name: str) -> tuple[str, str]:
-    path, function = name.rsplit(":", 1)
-    if not Path(path).is_file():
-        raise ValueError(f"There is no file {path}; a model of your own is file.py:function.")
-    return path, function
-
-
 def from_file(name: str, kind: type[N]) -> N:
     """What the function of ``file.py:function`` returns, called without arguments.
 
     Raises:
         ValueError: there is no such file or function, it fails, or does not return a ``kind``.
     """
-    path, function = _file(name)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(module.__name__, module)  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise ValueError(f"it has no function {function!r}")
-        model = getattr(module, function)()
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} could not give a model: {reason}.") from error
+    model = call(name)
     if not isinstance(model, kind):
         raise ValueError(f"{name} returned {type(model).__name__}; it must return a {WANTED[kind]}.")
     return model

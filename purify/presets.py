@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from purify import registry, zoo
-from purify.checks import choose
+from purify.checks import choose, nearest
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
+from purify.plugin import is_in_file, load_function
 from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, NoiseLevel
 from purify.purification.plans import FixedDt, Plan
@@ -154,18 +155,26 @@ SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters
 
 
 def find_preset(name: str) -> tuple[Callable[..., Purifier], str | None]:
-    """The preset of this name, or DiffPure and the noise level of this name, at which it then is.
+    """The preset of this name or ``file.py:function``, or DiffPure and the noise level of this name, at which it is.
 
     Raises:
         ValueError: unknown name; a preset that does not take what every preset takes.
     """
     if isinstance(name, str) and name not in PURIFIERS and name in LEVELS:
         return diffpure, name
-    if not isinstance(name, str) or name not in PURIFIERS:
+    if isinstance(name, str) and is_in_file(name):
+        preset = load_function(name)
+    elif not isinstance(name, str) or name not in PURIFIERS:
         known, levels = (", ".join(sorted(names)) for names in (PURIFIERS, LEVELS))
-        raise ValueError(f"Unknown purifier {name!r}; known: {known}, and DiffPure's noise levels {levels}.")
-    preset = PURIFIERS[name]
-    missing = [p for p in SHARED if p not in inspect.signature(preset).parameters]
+        meant = nearest(name, [*PURIFIERS, *LEVELS])
+        raise ValueError(
+            f"Unknown purifier {name!r}{meant}; known: {known}, DiffPure's noise levels {levels}, and file.py:function."
+        )
+    else:
+        preset = PURIFIERS[name]
+    parameters = inspect.signature(preset).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    missing = [p for p in SHARED if p not in parameters and not (takes_any and p != "score_model")]
     if missing:
         raise ValueError(
             f"The purifier {name} lacks the parameter {', '.join(missing)}; every preset takes {', '.join(SHARED)}."

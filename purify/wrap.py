@@ -12,7 +12,6 @@ from torch import nn
 from purify import zoo
 from purify.checkpoints import default_score_model, load_score_model
 from purify.checks import choose
-from purify.data import DATASETS
 from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
 from purify.presets import find_preset
@@ -20,6 +19,7 @@ from purify.purification.defended import DefendedClassifier
 from purify.purification.levels import LEVELS, NoiseLevel, Settings, build_level
 from purify.purification.purifier import Purifier
 from purify.settings import setting, usual_tau
+from purify.sources import resolve_data
 
 
 def wrap(
@@ -39,8 +39,8 @@ def wrap(
     Args:
         model: name of a RobustBench model (or of an embedded classifier, or ``file.py:function``), or a module from
             images (N, C, H, W) in [0, 1] to logits, in eval mode. RobustBench's normalise inside.
-        dataset: ``cifar10``, ``cifar100``, ``imagenet`` as in RobustBench, or an embedded data set. Behind a preset,
-            images must have its shape.
+        dataset: ``cifar10``, ``cifar100``, ``imagenet`` as in RobustBench, an embedded data set, or a source of your
+            own as :func:`~purify.sources.resolve_data` takes it. Behind a preset, images must have its shape.
         threat_model: of the RobustBench model: ``Linf``, ``L2``, ``corruptions``.
         purifier: name of a preset (``purify.PURIFIERS``), of a noise level (``ssni-l``, ``ssni-n``, ...; DiffPure
             there), or a purifier.
@@ -57,7 +57,8 @@ def wrap(
         ValueError: unknown names; a file that is not here (the message says what to fetch); a module in train mode; a
             score model of other channels or for smaller images; at the call: images of another shape.
     """
-    shape = choose(dataset, DATASETS, "data set").shape
+    data = resolve_data(dataset)
+    shape, dataset = data.shape, data.like or dataset
     if isinstance(model, str):
         _check_classifier(model, dataset, threat_model)  # before the score network is loaded, which may be large
     if isinstance(purifier, Purifier):
@@ -68,7 +69,7 @@ def wrap(
     else:
         own = LEVELS[purifier].parameters() - {"t_star"} if purifier in LEVELS else set()
         level_options = {name: options.pop(name) for name in list(options) if name in own}
-        arguments: dict[str, Any] = {"level_options": level_options, **options}
+        arguments: dict[str, Any] = {"level_options": level_options, "shape": shape, **options}
         defence, takes = build_purifier(purifier, score_model, dataset, threat_model, **arguments), shape
     classifier = model if isinstance(model, nn.Module) else _classifier(model, dataset, threat_model)
     return DefendedClassifier(classifier, defence, purifications, aggregate, takes)
@@ -81,6 +82,7 @@ def build_purifier(
     threat_model: str = "Linf",
     level: str | None = None,
     level_options: Mapping[str, Any] | None = None,
+    shape: tuple[int, int, int] | None = None,
     **options: Any,
 ) -> Purifier:
     """A purifier by name, set as ``purify.settings`` says for the data set, and as told beyond that.
@@ -92,6 +94,7 @@ def build_purifier(
             ``file.py:function``, a function like those of ``purify.presets``.
         level: name of the noise level rule; default: constant, or the one that ``purifier`` names.
         level_options: parameters of that rule; what it needs besides (a calibration, ...) is found.
+        shape: (C, H, W) of the images, where they are not those of the data set.
         options: of the purifier; ``t_star`` may be a rule, and then is the noise level.
 
     It resizes where images of the data set are smaller or larger than the score model's.
@@ -103,10 +106,11 @@ def build_purifier(
     rule = level or named or "constant"
     _check_options(purifier, preset, LEVELS[named].parameters() if named else set(), options)
     network = _score(score_model, dataset)
-    resize = needs_resize(DATASETS[dataset].shape, network.image_shape)
+    resize = needs_resize(shape or resolve_data(dataset).shape, network.image_shape)
     usual = setting("diffpure" if named else purifier, dataset).options()
     parameters = inspect.signature(preset).parameters
-    settings = {name: value for name, value in usual.items() if name in parameters} | options
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    settings = {name: value for name, value in usual.items() if takes_any or name in parameters} | options
     if not isinstance(settings.get("t_star"), (NoiseLevel, Mapping)):
         source = default_score_model(dataset) if score_model is None else str(score_model)
         told = _told(settings["t_star"], source, dataset)
@@ -114,6 +118,8 @@ def build_purifier(
     elif level or named or level_options:
         raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
     built = preset(network, **_networks(settings, dataset, threat_model))
+    if not isinstance(built, Purifier):
+        raise ValueError(f"{purifier} returned {type(built).__name__}; it must return a purify.Purifier.")
     return built.with_resize() if resize else built
 
 

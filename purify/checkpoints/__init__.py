@@ -70,6 +70,8 @@ def default_score_model(dataset: str) -> str:
     Raises:
         ValueError: unknown data set, or none is known.
     """
+    if not dataset:
+        raise ValueError("No score network of images of this shape is known; pass a score model, see docs/weights.md.")
     name = choose(dataset, DATASETS, "data set").score_model
     if name is None:
         raise ValueError(f"No score network of {dataset} is known; pass a score model, see docs/weights.md.")

@@ -9,10 +9,9 @@ from typing import Any
 from purify.attacks import Attack
 from purify.attacks.base import NORMS
 from purify.checks import check_count, check_unique, choose
-from purify.cli.build import build_attacks, build_defences, resolve_budget
+from purify.cli.build import build_attacks, build_defences, known, resolve_budget
 from purify.cli.options import parser
-from purify.cli.shell import guarded, load_samples
-from purify.data import DATASETS
+from purify.cli.shell import called, guarded, load_samples, resolve
 from purify.evaluate import report
 from purify.evaluate.budgets import Budget, reduced
 from purify.evaluate.dryrun import dry_run, duration
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Check everything, then attack, judge and report."""
     set_threads(args.threads)
     ranks, device = join(check_device(args.device))
-    dataset = choose(args.dataset, DATASETS, "data set")
+    dataset = resolve(args)
     allowed = resolve_budget(args)
     if args.worst_only is not None:
         choose(args.worst_only, dict.fromkeys(WORST_ONLY), "criterion of --worst-only")
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         if args.out is not None:
             check_folder(args.out, config)
         return show_dry_run(defences, samples, args)
-    name = f"{args.dataset}-{args.purifier.replace(',', '+')}-{args.preset}"
+    name = f"{called(args)}-{args.purifier.replace(',', '+')}-{args.preset}"
     folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
         print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
@@ -122,7 +121,7 @@ def show(
     exact = all(getattr(d.model.purifier, "exact", False) for d in purified)
     gradient = f"{args.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({args.preset}); {gradient}.")
-    if reduced(stated, args.dataset):
+    if reduced(stated, known(args)):
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --budget standard or "
             "paper before quoting any."

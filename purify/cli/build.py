@@ -23,6 +23,7 @@ from purify.attacks import (
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, choose
 from purify.cli.shell import numbers
+from purify.data import DATASETS
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
 from purify.evaluate.runner import UNDEFENDED, Defence
@@ -36,6 +37,11 @@ from purify.purification.purifier import DEFAULT_ENGINE
 from purify.wrap import build_purifier
 
 
+def known(args: argparse.Namespace) -> str:
+    """The built-in data set that is attacked, or whose networks and settings one's own data gets; "" if none."""
+    return args.dataset if args.dataset in DATASETS else args.data.like or ""
+
+
 def resolve_budget(args: argparse.Namespace) -> Budget:
     """The preset for the data set, with the user's changes."""
     asked = {
@@ -46,7 +52,7 @@ def resolve_budget(args: argparse.Namespace) -> Budget:
         "n_examples": args.n_examples,
         "judge_draws": args.judge_draws,
     }
-    chosen = dataclasses.replace(budget(args.preset, args.dataset), **{k: v for k, v in asked.items() if v is not None})
+    chosen = dataclasses.replace(budget(args.preset, known(args)), **{k: v for k, v in asked.items() if v is not None})
     check_count(chosen.n_examples, "n-examples")
     check_count(chosen.judge_draws, "judge draws")
     return chosen
@@ -88,7 +94,7 @@ def level_options(name: str, args: argparse.Namespace, given: Mapping[str, Any])
     own = choose(name, LEVELS, "noise level").parameters()
     found = {key: value for key, value in told.items() if value is not None and key in own}
     if "calibration" in own:
-        found["calibration"] = load_calibration(args.calibration, args.score_model or args.dataset)
+        found["calibration"] = load_calibration(args.calibration, args.score_model or known(args))
     return {**found, **given}
 
 
@@ -98,7 +104,7 @@ def build_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError: unknown names, or a t* that none of the levels takes.
     """
-    embedded = args.dataset in zoo.calibrations() and args.score_model is None
+    embedded = known(args) in zoo.calibrations() and args.score_model is None
     names = (args.noise_level or ("constant,ssni-l" if embedded else "constant")).split(",")
     pairs: list[tuple[str, str]] = []
     for purifier in map(str.strip, args.purifier.split(",")):
@@ -167,8 +173,8 @@ def build_purified(
     shared = {"t_star": args.t_star, "steps": build_plan(args), "reverse": args.reverse}
     options = {key: value for key, value in shared.items() if value is not None} | own
     built = build_purifier(
-        purifier, score_model, args.dataset, args.threat_model, name, level_options(name, args, given[name]),
-        gradient=gradient_config(args), **options,
+        purifier, score_model, known(args), args.threat_model, name, level_options(name, args, given[name]),
+        gradient=gradient_config(args), shape=args.data.shape if hasattr(args, "data") else None, **options,
     )  # fmt: skip
     device = next(score_model.parameters()).device
     model = DefendedClassifier(bare, built, args.purifications, args.aggregate).to(device)
@@ -183,7 +189,9 @@ def build_purified(
 
 def model_name(args: argparse.Namespace) -> str:
     """The classifier's name: of the command line, or usual on the data set."""
-    standard = f"{args.dataset}-standard"
+    standard = f"{known(args)}-standard"
+    if args.model is None and args.dataset not in DATASETS:
+        raise ValueError("Data of your own needs a classifier; pass --model, as file.py:function for one of your own.")
     return args.model or (standard if standard in zoo.names("classifier") else "Standard")
 
 
@@ -198,14 +206,14 @@ def build_defences(
     """Undefended, purified, and the adversarially trained baseline where there is one."""
     pairs = build_pairs(args)
     given = build_settings(args, pairs)
-    bare = load_classifier(model_name(args), args.dataset, args.threat_model).to(device)
-    score_model = load_score(args.score_model or default_score_model(args.dataset), args.dataset).to(device)
+    bare = load_classifier(model_name(args), known(args), args.threat_model).to(device)
+    score_model = load_score(args.score_model or default_score_model(known(args)), known(args)).to(device)
     purified = [build_purified(p, n, bare, score_model, args, allowed, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD) for a in once):
         once.append(PGD(attacks[0].norm, attacks[0].eps, steps=allowed.steps, eot=1))
     defences = [Defence(UNDEFENDED, bare, once, 1, described(model_name(args), bare)), *purified]
-    baseline = f"{args.dataset}-at"
+    baseline = f"{known(args)}-at"
     if baseline in zoo.names("classifier") and args.model is None:
         trained = zoo.classifier(baseline).to(device)
         defences.append(Defence("adversarial training", trained, once, 1, described(baseline, trained)))

@@ -19,9 +19,9 @@ from purify.certify.metrics import certified_accuracy
 from purify.certify.multiscale import MODES
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
+from purify.cli.build import known
 from purify.cli.parsing import Parser
-from purify.cli.shell import add_budget, add_run_options, guarded, load_samples, numbers
-from purify.data import DATASETS
+from purify.cli.shell import DATA_HELP, add_budget, add_run_options, called, guarded, load_samples, numbers, resolve
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave
@@ -58,7 +58,7 @@ def parser(prog: str = "purify certify") -> Parser:
     )
     g = p.add_argument_group("what is certified")
     g.add_argument("--method", default="cohen", help=f"comma-separated: {', '.join(METHODS)} (default: cohen)")
-    g.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
+    g.add_argument("--data", "--dataset", dest="dataset", default="digits", help=DATA_HELP)
     g.add_argument("--data-dir", type=Path, help="folder with the data set's files")
     g.add_argument(
         "--model",
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Check everything, then certify, attack and report."""
     set_threads(args.threads)
     ranks, device = join(check_device(args.device))
-    choose(args.dataset, DATASETS, "data set")
+    resolve(args)
     check_count(args.batch_size, "batch size")
     draws, inside, n = build_budget(args)
     methods = [m.strip() for m in args.method.split(",")]
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         "systems": {s.name: {**s.config, "draws": asdict(s.draws), "attack": asdict(s.attack)} for s in systems},
     }
     drawn = not set(READ_BY["draws"]).isdisjoint(methods)
-    name = f"{args.dataset}-certified-{'-'.join(methods)}-{args.preset}"
+    name = f"{called(args)}-certified-{'-'.join(methods)}-{args.preset}"
     folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
         budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if drawn else "no draws, exact"
@@ -200,18 +200,18 @@ class Denoised:
 
 def gaussian(args: argparse.Namespace, device: torch.device) -> list[Denoised]:
     """One entry for each denoiser of the command line."""
-    standard = f"{args.dataset}-standard"
+    standard = f"{known(args)}-standard"
     default = standard if standard in zoo.names("classifier") else "Standard"
     classifier = any_classifier(args.model or default, args, "L2").to(device)
     sigmas = numbers(args.sigma, "sigma")
-    names = [n.strip() for n in (args.score_model or default_score_model(args.dataset)).split(",")]
+    names = [n.strip() for n in (args.score_model or default_score_model(known(args))).split(",")]
     found = []
     for name in names:
         networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
         if name == "none":
             scales = [Smooth(classifier, s, max_rows=args.max_rows) for s in sigmas]
         else:
-            score = load_score(name, args.dataset).to(device)
+            score = load_score(name, known(args)).to(device)
             networks["score_model"] = score.fingerprint()
             scales = [denoised_smoothing(classifier, score, s, args.max_rows) for s in sigmas]
         found.append(Denoised(tuple(scales), suffix, networks))
@@ -250,7 +250,7 @@ def splitting(kind: type[SSN] | type[DSSN]) -> Callable[..., list[System]]:
     name = kind.__name__.lower()
 
     def build(args: argparse.Namespace, draws: Draws, inside: Inside, device: torch.device) -> list[System]:
-        model = args.model or f"{args.dataset}-{name}"
+        model = args.model or f"{known(args)}-{name}"
         classifier = any_classifier(model, args, "L1").to(device)
         lam = args.lam if args.lam is not None else trained_lam(model)
         certifier: Certifier = kind(classifier, lam, max_rows=args.max_rows)
@@ -270,12 +270,12 @@ GAUSSIAN = ("cohen", "multiscale")
 
 def any_classifier(name: str, args: argparse.Namespace, norm: str) -> nn.Module:
     """A classifier by any of the names that --model takes."""
-    if name in (f"{args.dataset}-ssn", f"{args.dataset}-dssn") and name not in zoo.names("classifier"):
+    if name in (f"{known(args)}-ssn", f"{known(args)}-dssn") and name not in zoo.names("classifier"):
         raise ValueError(
             f"There is no embedded {name}; pass --model, or train one with `python -m purify.train {name}` and pass "
             f"--model runs/train/{name}.safetensors."
         )
-    return load_classifier(name, args.dataset, norm)
+    return load_classifier(name, known(args), norm)
 
 
 def trained_lam(model: str) -> float:

@@ -8,8 +8,7 @@ from pathlib import Path
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
 from purify.cli.parsing import Parser, number, size
-from purify.cli.shell import add_budget, add_run_options
-from purify.data import DATASETS
+from purify.cli.shell import DATA_HELP, add_budget, add_run_options
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import PRESETS
 from purify.evaluate.runner import WORST_ONLY
@@ -38,7 +37,7 @@ def parser(prog: str = "purify attack") -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     g = p.add_argument_group("what is attacked")
-    g.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
+    g.add_argument("--data", "--dataset", dest="dataset", default="digits", help=DATA_HELP)
     g.add_argument("--data-dir", type=Path, help="folder with the data set's files")
     g.add_argument(
         "--model",

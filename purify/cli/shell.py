@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-from purify.data import load_dataset
+from purify.data import DATASETS, Dataset
 from purify.evaluate.runner import Samples
+from purify.sources import resolve_data
+
+DATA_HELP = (
+    f"{', '.join(DATASETS)}; or your own: a folder with a folder of pictures for each class, a .npz or .safetensors "
+    "with images and labels, or file.py:function (default: digits)"
+)
 
 Run = Callable[[argparse.Namespace, str], int]  # arguments and the command -> exit status
 
@@ -76,9 +82,24 @@ def numbers(text: str, what: str) -> list[float]:
         raise ValueError(f"--{what} takes numbers separated by commas, got {text!r}.") from error
 
 
+def resolve(args: argparse.Namespace) -> Dataset:
+    """The data set of --data, kept as ``args.data``; says what data of one's own gets."""
+    args.data = resolve_data(args.dataset)
+    if args.data.like:
+        print(f"note: {args.dataset} has the shape of {args.data.like} and gets its score network and settings.")
+    return args.data
+
+
+def called(args: argparse.Namespace) -> str:
+    """What a run's folder calls the data."""
+    return args.dataset if args.dataset in DATASETS else Path(args.dataset.partition(":")[0]).stem
+
+
 def load_samples(args: argparse.Namespace, n: int, device: torch.device) -> Samples:
     """The first ``n`` test images with their positions as ids."""
-    images, labels = load_dataset(args.dataset, "test", args.data_dir)
+    images, labels = args.data.load("test", args.data_dir)
+    if args.dataset not in DATASETS and args.n_examples is None:
+        n = min(n, len(images))
     if n > len(images):
         raise ValueError(f"{args.dataset} has {len(images)} test images; --n-examples {n} is too many.")
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))

@@ -1,0 +1,91 @@
+"""A user's own part by name: ``file.py:function``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+
+def is_in_file(name: str) -> bool:
+    """Whether this names something in a file of the user's own: ``file.py:function``."""
+    return ".py:" in name
+
+
+def split(name: str) -> tuple[Path, str]:
+    """File and function of ``file.py:function``.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; a part of your own is file.py:function.")
+    return Path(path), function
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function, or class, of ``file.py:function``. The file may import modules that stand beside it.
+
+    Raises:
+        ValueError: there is no such file or function, or the file fails; names the error and its line.
+    """
+    path, function = split(name)
+    unique = f"{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if unique not in sys.modules:
+        spec = importlib.util.spec_from_file_location(unique, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[unique] = module  # dataclasses look their module up
+        try:
+            with siblings(path), said(path):
+                spec.loader.exec_module(module)
+        except ValueError:
+            del sys.modules[unique]
+            raise
+    found = getattr(sys.modules[unique], function, None)
+    if not callable(found):
+        raise ValueError(f"{path} has no function {function!r}.")
+    return found
+
+
+def call(name: str, *args: Any, **options: Any) -> Any:
+    """What the function of ``file.py:function`` returns.
+
+    Raises:
+        ValueError: as :func:`load_function`; the function fails.
+    """
+    function, (path, _) = load_function(name), split(name)
+    with siblings(path), said(path):
+        return function(*args, **options)
+
+
+@contextmanager
+def siblings(path: Path) -> Iterator[None]:
+    """Modules beside the file can be imported."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+@contextmanager
+def said(path: Path) -> Iterator[None]:
+    """Any error of the user's code as one sentence, with its kind and the line of their file."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+        where = f", line {line}" if line else ""
+        raise ValueError(f"{path}{where}, failed with {type(error).__name__}: {text}.") from error
