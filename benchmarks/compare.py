@@ -1,92 +1,11 @@
-#!/usr/bin/env python
-"""How much better or worse than one defence are others? Differences on the same images, with paired intervals.
-
-Reads finished runs of run_autoattack.py; images that a run lacks are left out of its comparison. Attacks that both met
-must have had the same budget. A defence marked ! failed a self-check or was attacked without the exact gradient.
-"""
+#!/usr/bin/env python3
+"""How much better or worse than one defence are others? Differences on the same images, with paired intervals."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from purify.evaluate.metrics import difference, mean_correct, worst_mean
-from purify.evaluate.runner import CLEAN
-from purify.leaderboard import Row, read_run
-from purify.leaderboard.rows import load_json, load_records
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("base", type=Path, metavar="BASE_DIR", help="folder of the run with the defence to compare with")
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of finished runs")
-    p.add_argument("--defence", default="diffpure", help="name of that defence (default: %(default)s)")
-    return p
-
-
-def values(row: Row) -> pd.DataFrame:
-    """Share of purifications that are right, clean and in the worst case, by sample id."""
-    found = {stage: r for (name, stage), r in load_records(Path(row.run) / "records.jsonl").items() if name == row.name}
-    labels = np.array([r["label"] for r in found[CLEAN]])
-    predictions = [np.array([r["predictions"] for r in records]) for records in found.values()]
-    clean = mean_correct(np.array([r["predictions"] for r in found[CLEAN]]), labels)
-    worst = worst_mean([p == labels[:, None] for p in predictions])
-    ids = pd.MultiIndex.from_arrays([[r["sample"] for r in found[CLEAN]], labels], names=["sample", "label"])
-    return pd.DataFrame({"clean": clean, "worst case": worst}, index=ids)
-
-
-def compare(base: Row, row: Row) -> dict[str, str]:
-    """A line of the table: accuracies of ``row``, and how far they lie above those of ``base`` on common images."""
-    theirs, own = values(base).align(values(row), join="inner", axis=0)
-    if own.empty:
-        raise ValueError(f"{row.run} and {base.run} have no image in common; attack the same ones.")
-    above = {f"{name}, above": str(difference(own[name].to_numpy(), theirs[name].to_numpy())).strip() for name in own}
-    accuracies = {name: f"{100 * own[name].mean():.1f}" for name in own}
-    strongest = {"attacks": str(len(row.attacks)), "strongest": row.strongest}
-    level = {"t* clean": "-" if row.t_star is None else f"{row.t_star[0]:.3f}"}
-    name = {"defence": row.name + (" !" if row.marked else ""), "classifier": row.classifier}
-    return {**name, **level, "images": str(len(own)), **strongest, **accuracies, **above}
-
-
-def budgets(row: Row) -> dict[str, dict[str, Any]]:
-    """The budget of each attack that the defence met."""
-    (config,) = load_json(Path(row.run) / "manifest.json", "config")
-    return {budget["attack"]: budget for budget in config["attacks"][row.name]}
-
-
-def check_comparable(base: Row, row: Row) -> None:
-    """Raise ValueError where differences would not be those of the defences."""
-    if (row.dataset, row.threat_model, row.eps) != (base.dataset, base.threat_model, base.eps):
-        raise ValueError(f"{row.run} is about another data set or threat model than {base.run}.")
-    theirs, own = budgets(base), budgets(row)
-    random = [name for name in theirs.keys() & own.keys() if theirs[name] != own[name]]
-    if random and row.draws > 1:  # a model without randomness needs no EOT
-        raise ValueError(f"{row.name} in {row.run} met another budget of {sorted(random)[0]} than {base.name} did.")
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        bases = {row.name: row for row in read_run(args.base)}
-        if args.defence not in bases:
-            raise ValueError(f"{args.base} has no defence {args.defence!r}; it has {', '.join(bases)}.")
-        base = bases[args.defence]
-        lines = []
-        for row in (row for run in args.runs for row in read_run(run)):
-            check_comparable(base, row)
-            lines.append(compare(base, row))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"Accuracies in %, and by how many points they lie above {base.name} ({base.classifier}), [95 % interval]")
-    print(pd.DataFrame(lines).set_index("defence").to_string())
-    return 0
-
+from purify.cli.compare import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="benchmarks/compare.py"))

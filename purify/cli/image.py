@@ -47,7 +47,7 @@ def parser(prog: str = "purify image") -> Parser:
     p.add_argument("--overwrite", action="store_true", help="replace files in --out that are there already")
     p.add_argument("--picture", action="store_true", help="also a picture of before, diffused and after")
     p.add_argument("--purifications", type=int, default=1, help="purifications of each image (default: 1)")
-    p.add_argument("--dataset", default="digits", help="whose network and settings: digits (default), cifar10, imagenet, ...")
+    p.add_argument("--dataset", default="digits", help="whose network and settings (default: digits)")
     p.add_argument("--score-model", help="name or path, as for load_score_model, or file.py:function")
     p.add_argument("--purifier", default="diffpure", help="as for purify attack (default: diffpure)")
     p.add_argument("--t-star", type=number, help="noise level in (0, 1] (default: see purify list purifiers)")

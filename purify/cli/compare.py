@@ -1,0 +1,104 @@
+"""How much better or worse than one defence are others? Differences on the same images, with paired intervals.
+
+Reads finished runs of run_autoattack.py; images that a run lacks are left out of its comparison. Attacks that both met
+must have had the same budget. A defence marked ! failed a self-check or was attacked without the exact gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from purify.cli.parsing import Parser
+from purify.cli.shell import guarded
+from purify.evaluate.metrics import difference, mean_correct, worst_mean
+from purify.evaluate.runner import CLEAN
+from purify.leaderboard import Row, read_run
+from purify.leaderboard.rows import load_json, load_records
+
+
+def parser(prog: str = "purify compare") -> Parser:
+    """All options."""
+    p = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("base", type=Path, metavar="BASE_DIR", help="folder of the run with the defence to compare with")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of finished runs")
+    p.add_argument("--defence", default="diffpure", help="name of that defence (default: %(default)s)")
+    return p
+
+
+def values(row: Row) -> pd.DataFrame:
+    """Share of purifications that are right, clean and in the worst case, by sample id."""
+    found = {stage: r for (name, stage), r in load_records(Path(row.run) / "records.jsonl").items() if name == row.name}
+    labels = np.array([r["label"] for r in found[CLEAN]])
+    predictions = [np.array([r["predictions"] for r in records]) for records in found.values()]
+    clean = mean_correct(np.array([r["predictions"] for r in found[CLEAN]]), labels)
+    worst = worst_mean([p == labels[:, None] for p in predictions])
+    ids = pd.MultiIndex.from_arrays([[r["sample"] for r in found[CLEAN]], labels], names=["sample", "label"])
+    return pd.DataFrame({"clean": clean, "worst case": worst}, index=ids)
+
+
+def compare(base: Row, row: Row) -> dict[str, str]:
+    """A line of the table: accuracies of ``row``, and how far they lie above those of ``base`` on common images."""
+    theirs, own = values(base).align(values(row), join="inner", axis=0)
+    if own.empty:
+        raise ValueError(f"{row.run} and {base.run} have no image in common; attack the same ones.")
+    above = {f"{name}, above": str(difference(own[name].to_numpy(), theirs[name].to_numpy())).strip() for name in own}
+    accuracies = {name: f"{100 * own[name].mean():.1f}" for name in own}
+    strongest = {"attacks": str(len(row.attacks)), "strongest": row.strongest}
+    level = {"t* clean": "-" if row.t_star is None else f"{row.t_star[0]:.3f}"}
+    name = {"defence": row.name + (" !" if row.marked else ""), "classifier": row.classifier}
+    return {**name, **level, "images": str(len(own)), **strongest, **accuracies, **above}
+
+
+def budgets(row: Row) -> dict[str, dict[str, Any]]:
+    """The budget of each attack that the defence met."""
+    (config,) = load_json(Path(row.run) / "manifest.json", "config")
+    return {budget["attack"]: budget for budget in config["attacks"][row.name]}
+
+
+def check_comparable(base: Row, row: Row) -> None:
+    """Raise ValueError where differences would not be those of the defences."""
+    if (row.dataset, row.threat_model, row.eps) != (base.dataset, base.threat_model, base.eps):
+        raise ValueError(f"{row.run} is about another data set or threat model than {base.run}.")
+    theirs, own = budgets(base), budgets(row)
+    random = [name for name in theirs.keys() & own.keys() if theirs[name] != own[name]]
+    if random and row.draws > 1:  # a model without randomness needs no EOT
+        raise ValueError(f"{row.name} in {row.run} met another budget of {sorted(random)[0]} than {base.name} did.")
+
+
+def measurements(runs: Sequence[Path]) -> list[tuple[Row, str]]:
+    """Every row of the runs with the names of the runs that have it; one that several runs repeat comes once."""
+    found: list[tuple[Row, str]] = []
+    for row in (row for run in runs for row in read_run(run)):
+        where = Path(row.run).name
+        same = next((i for i, (other, _) in enumerate(found) if row.repeats(other)), None)
+        if same is None:
+            found.append((row, where))
+        else:
+            found[same] = (found[same][0], f"{found[same][1]}, {where}")
+    return found
+
+
+def run(args: argparse.Namespace, command: str) -> int:
+    """Read the runs and print how far their defences lie above the one of the first."""
+    bases = {row.name: row for row in read_run(args.base)}
+    if args.defence not in bases:
+        raise ValueError(f"{args.base} has no defence {args.defence!r}; it has {', '.join(bases)}.")
+    base = bases[args.defence]
+    lines = []
+    for row, where in measurements(args.runs):
+        check_comparable(base, row)
+        lines.append({**compare(base, row), "run": where})
+    print(f"Accuracies in %, and by how many points they lie above {base.name} ({base.classifier}), [95 % interval]")
+    print(pd.DataFrame(lines).set_index("defence").to_string())
+    return 0
+
+
+def main(argv: list[str] | None = None, prog: str = "purify compare") -> int:
+    """Compare; returns the exit status."""
+    return guarded(parser(prog), run, argv)
