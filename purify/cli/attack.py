@@ -16,11 +16,11 @@ from purify.evaluate import report
 from purify.evaluate.budgets import Budget, reduced
 from purify.evaluate.dryrun import dry_run, duration
 from purify.evaluate.dryrun import table as dry_run_table
-from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
+from purify.evaluate.finish import finish, run_config
+from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import join, leave
 from purify.evaluate.records import RunFolder, check_folder
-from purify.evaluate.runner import WORST_ONLY, Defence, Samples, evaluate, results, worst_only_results
-from purify.evaluate.selfchecks import self_checks
+from purify.evaluate.runner import WORST_ONLY, Defence, Samples, check_together, evaluate
 from purify.machine import set_threads
 from purify.named import check_device
 from purify.purification.defended import DefendedClassifier
@@ -51,17 +51,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     samples = load_samples(args, allowed.n_examples, device)
     defences = build_defences(args, allowed, attacks, device)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    config = {
-        "dataset": args.dataset,
-        "data": fingerprint_of_samples(samples),
-        "n_examples": len(samples),
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "worst_only": args.worst_only,
-        "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
-        "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
-    }
+    config = run_config(defences, samples, args.dataset, args.seed, args.batch_size, args.worst_only)
     if args.dry_run:
+        check_together(defences, samples, args.seed)
         if args.out is not None:
             check_folder(args.out, config)
         return show_dry_run(defences, samples, args)
@@ -69,8 +61,10 @@ def run(args: argparse.Namespace, command: str) -> int:
     folder = RunFolder(args.out or default_folder(name, config), config, environment(device, command, ranks), ranks)
     if ranks.first:
         print(f"{args.dataset}, {args.threat_model} eps {eps:g}, {len(samples)} samples; records in {folder.path}")
-    evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows, worst_only=args.worst_only)
+    new = evaluate(folder, defences, samples, args.seed, args.batch_size, args.max_rows, worst_only=args.worst_only)
     if ranks.first:
+        if not new:
+            print("Nothing was left to attack; what follows is made from the records.")
         show(folder, defences, samples, args, allowed)
     leave()
     return 0
@@ -95,17 +89,15 @@ def show(
 ) -> None:
     """Print the tables, write result.json and a picture for each purifier."""
     criterion = args.worst_only
-    found = (
-        worst_only_results(folder, defences, samples, criterion) if criterion else results(folder, defences, samples)
-    )
     stated = {"preset": args.preset, **dataclasses.asdict(allowed)}
     purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
-    context = {"budget": stated, "sessions": folder.sessions}
-    if not report.is_complete(folder.path / "result.json"):  # the checks may take long, or fail
-        report.write_result(folder.path / "result.json", found, defences, context)
-    checks = [c for d in defences for c in self_checks(folder, d, samples, args.seed, criterion is None, args.max_rows)]
-    context["self_checks"] = [dataclasses.asdict(check) for check in checks]
-    report.write_result(folder.path / "result.json", found, defences, context)
+    finished = finish(folder, defences, samples, stated, args.max_rows)
+    found, checks = finished.results, finished.checks
+    failed = [check for check in checks if not check.passed]
+    print(f"\n{finished.verdict}")
+    print(f"  self-checks: {f'{len(failed)} of {len(checks)} FAILED, see below' if failed else 'all passed'}")
+    for sentence in report.same_levels(folder, defences, samples):
+        print(f"  {sentence}")
     print(f"\nAccuracy in %, {CRITERIA_TEXTS[criterion or 'mean'].format(allowed.judge_draws)}, [95 % interval]")
     print(report.table(found, criterion or "mean").to_string())
     if criterion is None:
@@ -127,7 +119,7 @@ def show(
             "paper before quoting any."
         )
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
-    print(f"Wrote {', '.join(str(p) for p in (folder.path / 'result.json', *pictures) if p)}.")
+    print(f"Wrote {', '.join(str(p) for p in (finished.file, *pictures) if p)}.")
 
 
 CRITERIA_TEXTS = {

@@ -67,6 +67,14 @@ class RunFolder:
             elif b"\r" not in content[end:]:
                 os.truncate(file, end)
 
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides the results."""
+        return json.loads((self.path / "manifest.json").read_text())["config"]
+
     @property
     def sessions(self) -> list[dict[str, Any]]:
         """The environments in which the run was made."""

@@ -17,6 +17,7 @@ from purify.evaluate.records import RunFolder, write_json
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
+SCHEMA = 2  # of result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
@@ -43,7 +44,40 @@ def write_result(
         for name, stages in results.items()
     }
     budgets = {d.name: {stage_name(a): a.budget() for a in d.attacks} for d in defences}
-    write_json(path, {**context, "budgets": budgets, "results": body})
+    write_json(path, {"schema": SCHEMA, **context, "budgets": budgets, "results": body})
+
+
+def verdict(
+    results: dict[str, dict[str, Any]], defences: Sequence[Defence], threat: str, data: str, criterion: str = "mean"
+) -> str:
+    """What a run found, in a line for each defence: the worst case with its interval, and the clean accuracy."""
+    lines = []
+    for d in defences:
+        worst, clean = results[d.name]["worst case"][criterion], results[d.name][CLEAN][criterion]
+        interval = f"[{100 * worst.low:.1f}, {100 * worst.high:.1f}]"
+        share, clean = f"{100 * worst.value:.1f} %", f"{100 * clean.value:.1f} % clean"
+        lines.append(f"  {d.name}: {share} {interval} in the worst case, {clean}")
+    return "\n".join([f"{threat}, {data}:", *lines])
+
+
+def same_levels(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> list[str]:
+    """A sentence for each purified defence whose images all got one noise level under some attack."""
+    found = []
+    for d in defences:
+        if not (isinstance(d.model, DefendedClassifier) and d.model.level_varies):
+            continue
+        levels = {s: _levels(folder, d, s, samples) for s in map(stage_name, d.attacks)}
+        alike = [stage for stage, found_levels in levels.items() if len(found_levels) == 1]
+        if alike:
+            level = levels[alike[0]].pop()
+            found.append(f"{d.name}: all images got t* = {level:g} under {', '.join(alike)}, as at that constant level.")
+    return found
+
+
+def _levels(folder: RunFolder, defence: Defence, stage: str, samples: Samples) -> set[float]:
+    """Noise levels of a stage, to three digits."""
+    keys = [(defence.name, stage, int(i)) for i in samples.ids]
+    return {round(folder.get(*key)["t_star"], 3) for key in keys if key in folder}
 
 
 def is_complete(path: Path) -> bool:
@@ -96,7 +130,7 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
         (f"perturbation\nx {0.5 / float(scale):.2g}", 0.5 + 0.5 * (adversarial - shown.images) / scale, []),
         ("adversarial\nundefended says", adversarial, _said(bare, shown.labels)),
         (
-            "purified\ndefence says",
+            "purified once\nmajority of all says",
             purified,
             [
                 (f"{v}  ({100 * s:.0f}% right)", int(v) == int(y))

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.checks import check_count, check_images, check_labels, check_unique, choose
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
+from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 
@@ -85,8 +85,10 @@ def evaluate(
     max_rows: int = 2048,
     progress: bool = True,
     worst_only: str | None = None,
-) -> None:
+) -> int:
     """Attack and judge what the folder does not hold yet, writing each sample as its batch finishes.
+
+    Returns how many records this process added.
 
     Args:
         folder: where records go; finished (defence, attack, sample) triples are skipped.
@@ -102,24 +104,31 @@ def evaluate(
     Raises:
         ValueError: bad images, two of one id, or labels that some model does not know, before anything runs.
     """
-    check_images(samples.images)
-    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
-    check_unique([d.name for d in defences], "defences", "give each a name of its own")
-    for defence in defences:
-        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
+    check_together(defences, samples, seed)
     check_count(batch_size, "batch size")
     if worst_only is not None:
         choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
     groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
     samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks)
-    total = sum(len(d.stages()) for d in defences) * len(samples)
-    shown = progress and folder.ranks.first
-    with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
+    total = sum(weight(d, a) for d in defences for a in d.stages()) * len(samples)
+    before = len(folder)
+    with Progress(total, progress and folder.ranks.first) as bar:
         for defence in defences:
             for attack in defence.stages():
                 run = _Stage(folder, defence, attack, seed, max_rows, worst_only)
                 run(samples, batch_size, bar)
+    new = len(folder) - before
     folder.merge()
+    return new
+
+
+def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0) -> None:
+    """Raise ValueError unless the models can take the samples and know their labels, and all names differ."""
+    check_images(samples.images)
+    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
+    check_unique([d.name for d in defences], "defences", "give each a name of its own")
+    for defence in defences:
+        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
 
 
 @dataclass(frozen=True)
@@ -137,12 +146,13 @@ class _Stage:
     def name(self) -> str:
         return stage_name(self.attack)
 
-    def __call__(self, samples: Samples, batch_size: int, bar: tqdm) -> None:
+    def __call__(self, samples: Samples, batch_size: int, bar: Progress) -> None:
         ids = samples.ids.tolist()
         done = torch.tensor([(self.defence.name, self.name, i) in self.folder for i in ids], dtype=torch.bool)
         left = torch.tensor([not self._broken(i) for i in ids], dtype=torch.bool)
-        bar.set_description(f"{self.defence.name}, {self.name}")
-        bar.update(int((done | ~left).sum()))
+        each = weight(self.defence, self.attack)
+        bar.stage(f"{self.defence.name}, {self.name}")
+        bar.skip(each * int((done | ~left).sum()))
         right, finished = 0.0, 0
         group = self.attack.group_size if self.attack else None
         for rows in batches(samples.ids, group or batch_size):
@@ -150,11 +160,11 @@ class _Stage:
             wanted = left[rows] & ~done[rows]
             if not bool(wanted.any()):
                 continue
-            for record in self._batch(samples[rows], wanted):
-                right += float(np.mean(np.array(record["predictions"]) == record["label"]))
-                finished += 1
-                bar.update(1)
-            bar.set_postfix(accuracy=f"{100 * right / max(finished, 1):.1f}%")
+            with bar.work(self.defence, each * int(wanted.sum())):
+                for record in self._batch(samples[rows], wanted):
+                    right += float(np.mean(np.array(record["predictions"]) == record["label"]))
+                    finished += 1
+            bar.accuracy(right / max(finished, 1))
 
     def _broken(self, sample: int) -> bool:
         """Whether an earlier stage settled the worst case of this sample, if that is all that is asked for."""

@@ -1,0 +1,83 @@
+"""A bar that counts work, not samples: its estimate weighs every stage by the network calls that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from purify.attacks.base import Attack
+from purify.purification.defended import DefendedClassifier
+
+if TYPE_CHECKING:
+    from purify.evaluate.runner import Defence
+
+GRADIENT = 3  # forward passes that a gradient takes: itself, backward, and what is recomputed
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+
+
+def cost(defence: Defence) -> float:
+    """Network calls of one answer."""
+    model = defence.model
+    if not isinstance(model, DefendedClassifier):
+        return 1.0
+    return model.purifications * (model.purifier.most_steps + 1.0)
+
+
+def weight(defence: Defence, attack: Attack | None) -> float:
+    """Network calls of one sample in a stage: the attack's, and its judges'."""
+    calls = 0 if attack is None else GRADIENT * attack.gradients + attack.forwards
+    return cost(defence) * (calls + defence.draws)
+
+
+class Progress:
+    """The bar of a run.
+
+    Args:
+        total: work of all stages, see :func:`weight`.
+        shown: whether anything is drawn.
+    """
+
+    def __init__(self, total: float, shown: bool) -> None:
+        self.bar = tqdm(total=total, disable=not shown, mininterval=0.5, smoothing=0.1, bar_format=FORMAT)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def stage(self, name: str) -> None:
+        """Say what runs."""
+        self.bar.set_description(name)
+
+    def accuracy(self, share: float) -> None:
+        """Say what it found so far."""
+        self.bar.set_postfix_str(f", accuracy {100 * share:.1f} %")
+
+    def skip(self, work: float) -> None:
+        """Count what an earlier session did, or nobody needs to do."""
+        if not self.bar.disable:
+            self.bar.n += work
+            self.bar.initial += work  # the estimate is that of this session's speed
+            self.bar.last_print_n = self.bar.n
+
+    @contextmanager
+    def work(self, defence: Defence, amount: float) -> Iterator[None]:
+        """Count ``amount``; while it lasts, as the model is called, never more than that."""
+        each, start = cost(defence), self.bar.n
+
+        def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            rows = len(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else 1
+            passes = GRADIENT if torch.is_grad_enabled() and output.requires_grad else 1
+            self.bar.update(min(rows * passes * each, start + amount - self.bar.n))
+
+        hook = defence.model.register_forward_hook(called)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.bar.update(start + amount - self.bar.n)
