@@ -178,19 +178,20 @@ class Peer:
         u = self.sdeint_adjoint(sde, u, self.times, bm=self.path, method="euler", dt=self.dt)[-1]
         return torch.autograd.grad(s.loss((u.reshape(x.shape) + 1) / 2), x)[0]
 
-    def exact(self) -> Tensor:
-        """float64 backpropagation through the very steps and increments of the peer's forward pass."""
+    def exact(self, rows: slice = slice(None)) -> Tensor:
+        """float64 backpropagation, of some rows, through the very steps and increments of the peer's forward pass."""
         s = self.setting.double()
         x = s.x.clone().requires_grad_()
         sde = ReverseSDE(s.model, s.x.shape[1:])
-        u = self.diffuse(2 * x - 1).flatten(1)
+        u = self.diffuse(2 * x - 1).flatten(1)[rows]
         t, last = self.times[0], self.times[-1]
         while t < last:
             following = torch.minimum(t + self.dt, last)
             step = (following - t).double()
-            u = u + sde.f(t, u) * step + sde.g(t, u) * self.path(t, following).double()
+            u = u + sde.f(t, u) * step + sde.g(t, u) * self.path(t, following)[rows].double()
             t = following
-        return torch.autograd.grad(s.loss((u.reshape(x.shape) + 1) / 2), x)[0]
+        s.y = s.y[rows]
+        return torch.autograd.grad(s.loss((u.reshape(-1, *x.shape[1:]) + 1) / 2), x)[0][rows]
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -101,7 +101,10 @@ class Noise:
     def _words(self, step: int | Tensor, count: int) -> Tensor:
         """Words (N, 4, count) for ``step`` (one for all rows, or (N,))."""
         device = self.sample_ids.device
-        steps = torch.as_tensor(step, dtype=torch.int64, device=device).expand(len(self))
+        # A number copied to the device would make the host wait for it; a tensor filled there does not.
+        number = not isinstance(step, Tensor)
+        steps = torch.full((), step, dtype=torch.int64, device=device) if number else step.to(device, torch.int64)
+        steps = steps.expand(len(self))
         counter = (
             torch.arange(count, device=device)[None],
             (steps | (self.stream_id << STREAM_BITS))[:, None],
