@@ -36,16 +36,16 @@ from purify.attacks import PGD
 from purify.certify import Draws, denoised_smoothing
 from purify.checkpoints.unet import unet
 from purify.checks import check_writable
-from purify.defended import DefendedClassifier
+from purify.diffusion.noise import Noise
+from purify.diffusion.reverse import EulerMaruyama
+from purify.diffusion.schedule import ContinuousVP, DiscreteVP, Schedule
+from purify.diffusion.score import ScoreModel
 from purify.evaluate.dryrun import estimate
-from purify.evaluate.models import check_device
 from purify.evaluate.runner import Defence, Samples
-from purify.gradients import BPDA, Checkpoint, Full, GradientEngine
-from purify.noise import Noise
-from purify.purifier import DEFAULT_ENGINE
-from purify.reverse import EulerMaruyama
-from purify.schedule import ContinuousVP, DiscreteVP, Schedule
-from purify.score import ScoreModel
+from purify.named import check_device
+from purify.purification.defended import DefendedClassifier
+from purify.purification.gradients import BPDA, Checkpoint, Full, GradientEngine
+from purify.purification.purifier import DEFAULT_ENGINE
 
 T_STAR, SIGMA, GIB = 0.1, 0.25, 2**30
 PEER, PLAIN = "torchsde adjoint (DiffPure), weights frozen", "plain loop, all graphs kept"

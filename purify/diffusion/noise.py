@@ -102,8 +102,10 @@ class Noise:
         """Words (N, 4, count) for ``step`` (one for all rows, or (N,))."""
         device = self.sample_ids.device
         # A number copied to the device would make the host wait for it; a tensor filled there does not.
-        number = not isinstance(step, Tensor)
-        steps = torch.full((), step, dtype=torch.int64, device=device) if number else step.to(device, torch.int64)
+        if isinstance(step, Tensor):
+            steps = step.to(device, torch.int64)
+        else:
+            steps = torch.full((), step, dtype=torch.int64, device=device)
         steps = steps.expand(len(self))
         counter = (
             torch.arange(count, device=device)[None],

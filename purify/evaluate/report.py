@@ -70,7 +70,8 @@ def same_levels(folder: RunFolder, defences: Sequence[Defence], samples: Samples
         alike = [stage for stage, found_levels in levels.items() if len(found_levels) == 1]
         if alike:
             level = levels[alike[0]].pop()
-            found.append(f"{d.name}: all images got t* = {level:g} under {', '.join(alike)}, as at that constant level.")
+            where = ", ".join(alike)
+            found.append(f"{d.name}: every image got t* = {level:g} under {where}, as with that level alone.")
     return found
 
 
