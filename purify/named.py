@@ -12,7 +12,7 @@ from torch import nn
 
 from purify import zoo
 from purify.checkpoints import load_score_model
-from purify.checks import choose
+from purify.checks import choose, nearest
 from purify.compat import import_robustbench
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
@@ -112,7 +112,9 @@ def from_file(name: str, kind: type[N]) -> N:
 def _entry(name: str, dataset: str, threat_model: str) -> dict[str, Any]:
     """What RobustBench says about a model."""
     if dataset not in ("cifar10", "cifar100", "imagenet"):
-        raise ValueError(f"Unknown model {name!r} for {dataset}; known: {', '.join(zoo.names('classifier'))}.")
+        embedded = zoo.names("classifier")
+        hint = nearest(name, embedded)
+        raise ValueError(f"Unknown model {name!r} for {dataset}{hint}; known: {', '.join(embedded)}.")
     package = import_robustbench()
     models = importlib.import_module("robustbench.model_zoo").model_dicts
     threats = {threat.value: m for threat, m in models[package.model_zoo.enums.BenchmarkDataset(dataset)].items()}

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from purify.checks import choose
+from purify.checks import choose, nearest
 from purify.fingerprint import weights_digest
 from purify.plugin import name_of
 
@@ -38,7 +38,8 @@ def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ValueError(f"Unknown {what} parameter {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+        hint = nearest(unknown[0], known)
+        raise ValueError(f"Unknown {what} parameter {', '.join(unknown)}{hint}; known: {', '.join(sorted(known))}.")
     missing = [
         f.name
         for f in dataclasses.fields(kind)  # type: ignore[arg-type]

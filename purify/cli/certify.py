@@ -15,7 +15,7 @@ from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
 from purify.evaluate.description import Certification
 from purify.evaluate.ranks import leave
-from purify.evaluate.records import RunFolder
+from purify.evaluate.records import RunFolder, writing
 from purify.evaluate.systems import Ready, prepare
 
 EXAMPLES = """examples:
@@ -119,5 +119,6 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)
     fig.legend(loc="outside lower center", ncols=2, fontsize=8)
-    fig.savefig(path)
+    with writing(path) as partial:
+        fig.savefig(partial, format="png")
     return path

@@ -17,6 +17,7 @@ from purify.checks import check_count, choose
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS
+from purify.evaluate.records import writing
 from purify.named import check_device
 from purify.options import NUMBER, PATH, WHOLE
 from purify.presets import find_preset
@@ -251,4 +252,5 @@ def draw(path: Path, purifier: Purifier, one: Input, result: Purified, first: in
             ax.set_yticks([])
             if name == "diffused":
                 ax.set_xlabel(f"t* {float(result.t_star[row]):.3f}", fontsize=8)
-    fig.savefig(path)
+    with writing(path) as partial:
+        fig.savefig(partial, format="png")

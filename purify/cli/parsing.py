@@ -34,6 +34,10 @@ class Parser(jsonargparse.ArgumentParser):
         if unknown:  # in a YAML file
             names = [action.dest for action in self._actions]
             message = f"unknown option {unknown[1]!r} in --config{nearest(unknown[1], names)}"
+        if "arguments are required: " in message:
+            start, _, lacking = message.partition(": ")
+            flags_of = {a.dest: (a.option_strings or [a.dest])[0] for a in self._actions}
+            message = f"{start}: {', '.join(flags_of.get(name, name) for name in lacking.split(', '))}"
         sentence = " ".join(message.replace('Parser key "config": ', "").split()).rstrip(".")
         print(f"error: {sentence[:1].upper()}{sentence[1:]}; see {self.prog} --help.", file=sys.stderr)
         raise SystemExit(2)

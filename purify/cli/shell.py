@@ -24,8 +24,12 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
         return int(done.code or 0)
     try:
         return run(args, shlex.join(sys.argv[1:] if argv is None else argv))
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})"
+        print(f"error: {what}; what was finished is on disk.", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         advice = "lower --batch-size or --max-rows, or set a smaller memory budget; what was finished is on disk"

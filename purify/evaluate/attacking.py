@@ -18,11 +18,13 @@ from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
-from purify.evaluate.records import RunFolder, check_folder
+from purify.evaluate.records import RunFolder, check_folder, check_space, writing
 from purify.evaluate.runner import Defence, Samples, check_together, evaluate
 from purify.machine import set_threads
 from purify.named import check_device
 from purify.sources import resolve_data
+
+RECORD = 512  # bytes of a record without its predictions
 
 
 def begin(asked: Description) -> tuple[Dataset, Ranks, torch.device]:
@@ -52,7 +54,8 @@ def open_folder(
     """The run's folder, with the ``run.yaml`` that repeats it."""
     folder = RunFolder(asked.out or default_folder(name, config), config, session, ranks)
     if ranks.first:
-        (folder.path / "run.yaml").write_text(asked.to_yaml())
+        with writing(folder.path / "run.yaml") as partial:
+            partial.write_text(asked.to_yaml())
     return folder
 
 
@@ -81,11 +84,19 @@ class Prepared:
         """The budget as results state it."""
         return {"preset": self.plan.asked.budget, **dataclasses.asdict(self.plan.budget)}
 
+    @property
+    def bytes(self) -> int:
+        """What records and adversarial images take on disk, about."""
+        image = 4 * self.samples.images[0].numel() + 128
+        records = [(image + RECORD + 4 * d.draws) * len(d.stages()) for d in self.defences]
+        return len(self.samples) * sum(records)
+
     def open(self, command: str) -> RunFolder:
         """The run's folder, which says that ``command`` made it."""
         e = self.plan.asked
         name = f"{e.title}-{'+'.join(map(_short, e.purifier))}-{e.budget}"
         session = environment(self.plan.device, command, self.ranks)
+        check_space(e.out or Path("runs"), self.bytes)
         return open_folder(e, name, self.config, session, self.ranks)
 
     def attack(self, folder: RunFolder, progress: bool = True) -> int:

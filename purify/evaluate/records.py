@@ -9,8 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +46,7 @@ class RunFolder:
         self.path = Path(path)
         self.ranks = ranks or Ranks()
         if self.ranks.first:
+            check_folder(self.path, config)
             self._lock = self._claim()
             self._open(json.loads(json.dumps(config)), environment)  # the config as it will be read back
         self._load()
@@ -261,11 +264,36 @@ def write_all(descriptor: int, data: bytes) -> None:
         raise ValueError(FULL.format(error)) from error
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write to, put in place of ``path`` when all of it is there.
+
+    Raises:
+        ValueError: the disk is full, or the folder cannot be written; names the file, nothing else is lost.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        advice = "make room, and the same command makes it from the records"
+        raise ValueError(f"{path} cannot be written ({error.strerror or error}); {advice}.") from error
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either old or new, never half."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    """Write JSON so that the file is either old or new, never half; raises as :func:`writing`."""
+    with writing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise ValueError if less than ``needed`` bytes are free where the folder ``path`` is, or will be."""
+    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"{path} needs about {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room, or choose "
+            "another --out."
+        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from purify.evaluate.records import RunFolder, write_json
+from purify.evaluate.records import RunFolder, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
@@ -181,7 +181,8 @@ def _draw(
     for ax, y in zip(axes[0], labels.tolist(), strict=True):
         ax.set_title(f"label {y}", fontsize=9)
     fig.suptitle(f"{title}; green: right, red: wrong", fontsize=11)
-    fig.savefig(path)
+    with writing(path) as partial:
+        fig.savefig(partial, format="png")
 
 
 __all__ = ["CLEAN", "figure", "table", "write_result"]

@@ -126,10 +126,12 @@ class Calibration:
         try:
             config = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read as a calibration ({error}); run `purify calibrate`.") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is not a score-norm calibration; run `purify calibrate`.")
-        return cls.from_config(config)
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path} cannot be read as a calibration ({why}); run `purify calibrate`.") from error
+        try:
+            return cls.from_config(config)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a score-norm calibration; run `purify calibrate`.") from error
 
     def check(self, model: ScoreModel) -> None:
         """Raise ValueError unless this was measured with ``model``."""

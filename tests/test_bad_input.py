@@ -1,0 +1,148 @@
+"""Bad input to every command: one sentence, exit code 2, before any work and without a file written."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from purify.__main__ import COMMANDS, main
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of things that are not what they should be."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("colour.png")
+    Image.new("L", (9, 8)).save("odd.png")
+    Path("broken.png").write_bytes(b"not a picture")
+    Path("text.txt").write_text("text")
+    Path("empty").mkdir()
+    Path("flat").mkdir()
+    Image.new("L", (8, 8)).save("flat/a.png")
+    np.savez("nolabels.npz", images=np.zeros((2, 1, 8, 8), np.float32))
+    np.savez("long.npz", images=np.zeros((2, 1, 8, 8), np.float32), labels=np.zeros(3, np.int64))
+    np.savez("bright.npz", images=np.full((2, 1, 8, 8), 3.0, np.float32), labels=np.zeros(2, np.int64))
+    np.savez("float.npz", images=np.zeros((2, 1, 8, 8), np.float32), labels=np.zeros(2, np.float32))
+    np.savez("pickled.npz", images=np.array([{}, {}], dtype=object), labels=np.zeros(2, np.int64))
+    save_file({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0).long()}, "none.safetensors")
+    Path("cut.safetensors").write_bytes(b"\x10\x00")
+    Path("three.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def forward(self, x):\n"
+        "        return x.flatten(1)[:, :3]\n\ndef net():\n    return Net().eval()\n\n"
+        "def training():\n    return Net()\n\ndef fails():\n    return 1 / 0\n\ndef nothing():\n    return None\n"
+    )
+    Path("calibration.json").write_text("{}")
+    Path("runs.json").write_text("[]")
+    return tmp_path
+
+
+IMAGE = ["image", "colour.png", "--out"]
+CASES = {
+    # names, with the nearest one
+    "atack": "Unknown command 'atack' (did you mean 'attack'?)",
+    "attack --atack pgd-eot": "Unknown option --atack (did you mean '--attacks'?)",
+    "attack --attacks pgd": "Unknown attack 'pgd' (did you mean 'pgd-eot'?)",
+    "attack --data FashionMNIST": "(did you mean 'fashion_mnist'?)",
+    "attack --data ./no/where": "Unknown data set 'no/where'",
+    "attack --purifier DiffPur": "(did you mean 'diffpure'?)",
+    "attack --noise-level ssni": "Unknown noise level 'ssni' (did you mean 'ssni-n'?)",
+    "attack --model digits-standrd": "(did you mean 'digits-standard'?)",
+    "attack --budget standart": "Unknown --budget 'standart' (did you mean 'standard'?)",
+    "attack --gradient ful": "(did you mean 'full'?)",
+    "attack --step 5": "Unknown option --step (did you mean '--steps'?)",
+    "certify --method cohn": "Unknown method 'cohn' (did you mean 'cohen'?)",
+    "certify --mode lax": "Unknown --mode 'lax'",
+    "list purifers": "(did you mean 'purifiers'?)",
+    "train digits-gide": "(did you mean 'digits-guide'?)",
+    "calibrate --dataset digit --out c.json": "(did you mean 'digits'?)",
+    "image odd.png --purifier gms --out out": "(did you mean 'gns'?)",
+    "download score-sde-cifar": "score-sde-cifar10",
+    # numbers
+    "attack --eps 8/0": "--eps takes a number, as 0.03 or 8/255, got '8/0'",
+    "attack --eps -0.1": "eps must be a number of at least 0",
+    "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G",
+    "attack --n-examples 0": "--n-examples must be a whole number of at least 1",
+    "attack --seed 1.5": "--seed takes a whole number, got '1.5'",
+    "attack --t-star 1.5": "t_star must lie in (0, 1], got 1.5",
+    "attack --t-star nan": "--t-star takes a number",
+    "certify --sigma 0.25,b": "--sigma takes numbers separated by commas",
+    "certify --draws ten": "--draws takes a whole number, got 'ten'",
+    "image odd.png --t-star two --out out": "takes a number",
+    "image odd.png --purifications 0 --out out": "purifications must be a whole number of at least 1",
+    "calibrate --images few --out c.json": "takes a whole number, got 'few'",
+    "train digits-guide --steps many": "takes a whole number, got 'many'",
+    # options that contradict each other, or lack something
+    "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
+    "attack --gradient bpda --memory-budget 1G": "--memory-budget is for --gradient full, checkpoint or surrogate",
+    "attack --set scale": "--set takes NAME=VALUE or PART.NAME=VALUE, got 'scale'",
+    "attack --set scale=3": "None of diffpure, constant, ssni-l has a parameter 'scale'",
+    "attack --purifier gdmp --set gdmp.scael=3": "(did you mean 'scale'?)",
+    "certify --lam 2": "--lam says nothing about cohen",
+    "attack --dataset": "Argument --data/--dataset: expected one argument",
+    "attack more": "Unrecognized arguments: more",
+    "image odd.png": "--out",
+    "calibrate": "--out",
+    # no GPU
+    "attack --device cuda:3": "There is no GPU 'cuda:3' here",
+    "certify --device gpu": "Unknown device 'gpu'",
+    "image odd.png --device cuda:3 --out out": "There is no GPU 'cuda:3' here",
+    # files
+    "attack --config none.yaml": "none.yaml",
+    "attack --calibration none.json": "none.json",
+    "attack --calibration calibration.json": "calibration.json",
+    "attack --data nolabels.npz --model digits-standard": "nolabels.npz lacks labels",
+    "attack --data long.npz --model digits-standard": "There are 2 images but labels of shape (3,)",
+    "attack --data bright.npz --model digits-standard": "must lie in [0, 1]",
+    "attack --data float.npz --model digits-standard": "abels",
+    "attack --data pickled.npz --model digits-standard": "pickled.npz",
+    "attack --data none.safetensors --model digits-standard": "none.safetensors",
+    "attack --data cut.safetensors --model digits-standard": "cut.safetensors",
+    "attack --data empty --model digits-standard": "empty",
+    "attack --data flat --model digits-standard": "flat",
+    "attack --model three.py:net --dry-run": "Labels must be classes 0 to 2",
+    "attack --model three.py:fails": "three.py, line 15, failed with ZeroDivisionError",
+    "attack --model three.py:nothing": "three.py:nothing returned NoneType",
+    "attack --model three.py:absent": "three.py has no function 'absent'",
+    "attack --model absent.py:net": "There is no file absent.py",
+    "attack --noise-level three.py:Net": "is no noise level",
+    "image broken.png --out out": "broken.png",
+    "image text.txt --out out": "text.txt",
+    "image absent.png --out out": "absent.png",
+    "image empty --out out": "empty",
+    "image colour.png --out out": "--grey",
+    "image odd.png --out out": "--resize",
+    "compare empty empty": "empty",
+    "leaderboard empty": "empty",
+    "leaderboard absent": "absent",
+    # where results cannot go
+    "attack --n-examples 2 --attacks random-noise --noise-level constant --out flat": "flat",
+    "attack --n-examples 2 --attacks random-noise --noise-level constant --out text.txt": "text.txt",
+    "image flat/a.png --out text.txt": "text.txt",
+    "calibrate --out text.txt/c.json": "text.txt",
+    "leaderboard flat --out text.txt": "flat",
+}
+
+
+@pytest.mark.parametrize("words", CASES)
+def test_bad_input_is_one_sentence_and_status_2(words, here, capsys):
+    before = sorted(here.rglob("*"))
+    assert main(words.split()) == 2
+    captured = capsys.readouterr()
+    said = [line for line in captured.err.splitlines() if not line.startswith("note: ")]
+    assert len(said) == 1, captured.err
+    assert said[0].startswith("error: ")
+    assert said[0].endswith(".")
+    assert CASES[words] in said[0]
+    assert not re.search(r"\[Errno|Traceback|<class|object at 0x", said[0])
+    assert [
+        p for p in sorted(here.rglob("*")) if p not in before and p.suffix != ".pyc" and "__pycache__" not in p.parts
+    ] == []
+
+
+def test_every_command_is_among_them():
+    assert {words.split()[0] for words in CASES} >= set(COMMANDS)
+    assert len(CASES) >= 40
