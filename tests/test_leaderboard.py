@@ -13,8 +13,10 @@ from conftest import load_script
 
 from purify.cli.attack import main as benchmark
 from purify.cli.certify import main as certify
+from purify.cli.leaderboard import main as leaderboard
 from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, worst_mean
+from purify.evaluate.report import SCHEMA
 from purify.evaluate.selfchecks import INEXACT
 from purify.leaderboard import plots, read_certified, read_run, read_runs, write_leaderboard
 
@@ -300,6 +302,39 @@ def test_unfinished_and_changed_certified_runs_are_refused(certified, tmp_path):
     (copy / "result.json").unlink()
     with pytest.raises(ValueError, match=r"not the folder of a finished run \(result.json is missing\)"):
         read_runs([copy])
+
+
+def with_schema(folder, copy, schema):
+    """A copy of a run whose result.json has this schema; None: as runs before schemas."""
+    shutil.copytree(folder, copy)
+    result = json.loads((copy / "result.json").read_text())
+    result = {k: v for k, v in result.items() if k not in ("schema", "verdict", "config")}
+    (copy / "result.json").write_text(json.dumps(result if schema is None else {"schema": schema, **result}))
+    return copy
+
+
+def test_results_without_a_schema_are_read_as_those_with_one(run, tmp_path):
+    assert json.loads((run / "result.json").read_text())["schema"] == SCHEMA == 2
+    for schema in (None, 1, 2):
+        rows = read_run(with_schema(run, tmp_path / str(schema), schema))
+        assert all(row.repeats(other) for row, other in zip(rows, read_run(run), strict=True))
+
+
+@pytest.mark.parametrize("schema", [3, "2025-11"])
+def test_results_of_a_newer_purify_are_refused(schema, run, certified, tmp_path, capsys):
+    """Whatever a newer purify changed in the other files."""
+    attacked = with_schema(run, tmp_path / "attacked", schema)
+    proven = with_schema(certified[0], tmp_path / "proven", schema)
+    (attacked / "manifest.json").write_text("{}")
+    for folder in (attacked, proven):
+        message = f"{folder / 'result.json'} has schema {schema}, and this purify reads schemas up to 2: update purify."
+        for read in (read_run, read_certified, lambda path: read_runs([path])):
+            with pytest.raises(ValueError, match="schema") as error:
+                read(folder)
+            assert str(error.value) == message
+        assert leaderboard([str(folder), "--out", str(tmp_path / "board")]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "board").exists()
 
 
 class Cells(HTMLParser):

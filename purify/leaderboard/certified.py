@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from purify.evaluate.certification import CERTIFICATE, Summary, sum_up
-from purify.leaderboard.rows import load_json, load_records
+from purify.leaderboard.rows import load_json, load_manifest, load_records
 
 EXACT = ("dssn",)  # kinds of certifiers that draw nothing and cannot fail
 
@@ -43,10 +43,11 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     """The rows of a finished run of ``run_certify.py``.
 
     Raises:
-        ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
+        ValueError: the folder holds no run, or one that is not finished, was damaged or made by a newer purify; names
+            what is missing.
     """
     folder = Path(folder)
-    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    config, sessions = load_manifest(folder)
     if "systems" not in config:
         raise ValueError(f"{folder} is a run of attacks (run_autoattack.py); give folders of run_certify.py.")
     (results,) = load_json(folder / "result.json", "results")

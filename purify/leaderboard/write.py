@@ -16,7 +16,7 @@ from purify.evaluate.runner import UNDEFENDED
 from purify.leaderboard.certified import CertifiedRow, read_certified
 from purify.leaderboard.groups import ranked
 from purify.leaderboard.plots import draw_curves, draw_plots
-from purify.leaderboard.rows import Row, load_json, read_run
+from purify.leaderboard.rows import Row, load_manifest, read_run
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedRow]]:
@@ -25,12 +25,12 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
     A measurement that several runs repeat is one row, of the first of them.
 
     Raises:
-        ValueError: a folder holds no run, or one that is not finished or was damaged.
+        ValueError: a folder holds no run, or one that is not finished, was damaged or made by a newer purify.
     """
     found: list[Row] = []
     certified: list[CertifiedRow] = []
     for folder in map(Path, folders):
-        (config,) = load_json(folder / "manifest.json", "config")
+        config, _ = load_manifest(folder)
         if "systems" in config:
             certified += read_certified(folder)
         else:
