@@ -25,7 +25,7 @@ from purify.cli.shell import DATA_HELP, add_budget, add_run_options, called, gua
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.provenance import default_folder, environment, fingerprint_of_samples
 from purify.evaluate.ranks import join, leave
-from purify.evaluate.records import RunFolder, write_json
+from purify.evaluate.records import RunFolder, curve_picture, write_json
 from purify.evaluate.runner import Samples
 from purify.machine import set_threads
 from purify.named import check_device, fingerprint, is_in_file, load_classifier, load_score
@@ -316,7 +316,7 @@ def show(
         part = {s.name: found[s.name] for s in systems if s.certifier.norm == norm}
         print(f"\n{norm}: certified accuracy in % at radii, [95 % interval]\n{table(part).to_string()}")
         print(f"\n{worth(part).to_string()}")
-        written.append(curve(folder.path / f"certified-{norm}.png", part, norm))
+        written.append(curve(curve_picture(folder.path, norm), part, norm))
     for name, summary in found.items():
         if summary.refuted:
             changed = f"{summary.refuted} of {summary.attacked} attacks inside the radius changed the answer"
