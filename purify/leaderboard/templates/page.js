@@ -29,12 +29,18 @@ all("table").forEach(table => {
 });
 
 // Filters: what is chosen stands in the address, so that a view can be sent to somebody.
+const words = text => text.toLowerCase().split(/\s+/).filter(Boolean);
+const texts = new Map(entries.map(entry => {
+  const copy = entry.cloneNode(true);
+  all("code", copy).forEach(command => command.remove());  // it names the run's other rows, too
+  return [entry, copy.textContent.toLowerCase()];
+}));
 const chosen = () => Object.fromEntries([...new FormData(form)].filter(([, text]) => text));
 const show = () => {
-  const { q = "", passed, ...same } = chosen(), words = q.toLowerCase().split(/\s+/).filter(Boolean);
+  const { q = "", passed, ...same } = chosen();
   const fits = entry => Object.entries(same).every(([key, text]) => entry.dataset[key] === text)
     && (!passed || "passed" in entry.dataset)
-    && words.every(word => entry.textContent.toLowerCase().includes(word));
+    && words(q).every(word => texts.get(entry).includes(word));
   entries.forEach(entry => { entry.hidden = !fits(entry); });
   all("figure").forEach(figure => { figure.hidden = same.dataset && figure.dataset.dataset !== same.dataset; });
   const empty = part => all("tbody", part).every(entry => entry.hidden);
