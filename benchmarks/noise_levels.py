@@ -34,7 +34,7 @@ from purify.attacks.norms import unit
 from purify.checks import check_count, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
-from purify.evaluate.budgets import PRESETS, budget
+from purify.evaluate.budgets import BUDGETS, budget
 from purify.evaluate.metrics import Estimate, difference, estimate, worst_mean
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks
@@ -314,7 +314,7 @@ def errorbar(ax: Any, points: Sequence[Point], robust: Sequence[Estimate], **sty
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="digits", help=f"one of {', '.join(SSNI)} (default: digits)")
-    p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(PRESETS)} (default: standard)")
+    p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(BUDGETS)} (default: standard)")
     p.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     p.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
     p.add_argument("--n-examples", type=int, default=128, help="test images of each seed (default: %(default)s)")
@@ -338,7 +338,7 @@ def parse_seeds(text: str) -> list[int]:
 def build_jobs(args: argparse.Namespace) -> list[list[Job]]:
     """Jobs by noise level, one per seed."""
     choose(args.dataset, SSNI, "data set of this benchmark")
-    choose(args.preset, PRESETS, "preset")
+    choose(args.preset, BUDGETS, "budget")
     seeds = parse_seeds(args.seeds)
     levels: list[tuple[str, dict[str, float]]] = [("constant", {"t_star": t}) for t in CONSTANTS[args.dataset]]
     levels += SSNI[args.dataset]

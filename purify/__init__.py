@@ -1,5 +1,7 @@
 """purify: diffusion-based adversarial purification, attacked with exact gradients and reported honestly."""
 
+from typing import TYPE_CHECKING, Any
+
 from purify import compat
 from purify.checkpoints import load_score_model
 from purify.diffusion.noise import Noise, derive_seed
@@ -15,19 +17,34 @@ from purify.purification.purifier import Purifier
 from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from purify.evaluate.description import Certification, Evaluation
+
+__version__ = "0.2.0"
 
 compat.install()
+
+
+def __getattr__(name: str) -> Any:
+    """What needs half a second of evaluation's libraries, when it is asked for."""
+    if name not in ("Certification", "Evaluation"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from purify.evaluate import description
+
+    return getattr(description, name)
+
 
 __all__ = [
     "PURIFIERS",
     "AdversarialGuidance",
     "Calibration",
+    "Certification",
     "Constant",
     "ContinuousVP",
     "DefendedClassifier",
     "DiscreteVP",
     "EDMDenoiser",
+    "Evaluation",
     "FixedDt",
     "FixedSteps",
     "MSEGuidance",

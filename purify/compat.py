@@ -68,10 +68,8 @@ MOVED = {
     "networks.loading": "weights.loading",
     "zoo.architectures": "networks.embedded",
     "evaluate.models": "named",
-    "evaluate.build": "cli.build",
     "evaluate.command": "cli.attack",
     "evaluate.certify_command": "cli.certify",
-    "evaluate.options": "cli.options",
     "evaluate.shell": "cli.shell",
 }
 

@@ -152,7 +152,5 @@ DATASETS: dict[str, Dataset] = {
         load_cifar("CIFAR10"), (3, 32, 32), 10, {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}, "score-sde-cifar10"
     ),
     "cifar100": Dataset(load_cifar("CIFAR100"), (3, 32, 32), 100, {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}),
-    "imagenet": Dataset(
-        load_imagenet, (3, 224, 224), 1000, {"Linf": 4 / 255, "L2": 3.0}, "guided-imagenet256"
-    ),
+    "imagenet": Dataset(load_imagenet, (3, 224, 224), 1000, {"Linf": 4 / 255, "L2": 3.0}, "guided-imagenet256"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 import traceback
@@ -9,7 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+MARK = "__purify_file__"  # what modules loaded from here carry
 
 
 def is_in_file(name: str) -> bool:
@@ -42,6 +48,7 @@ def load_function(name: str) -> Callable[..., Any]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        module.__dict__[MARK] = path.name
         sys.modules[unique] = module  # dataclasses look their module up
         try:
             with siblings(path), said(path):
@@ -53,6 +60,25 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}.")
     return found
+
+
+def load_class(name: str, base: type[T], what: str) -> type[T]:
+    """The class of ``file.py:Class``, a dataclass below ``base``.
+
+    Raises:
+        ValueError: as :func:`load_function`; it is no such class.
+    """
+    found: Any = load_function(name)
+    if not (isinstance(found, type) and issubclass(found, base) and dataclasses.is_dataclass(found)):
+        place = f"{base.__module__}.{base.__qualname__}"
+        raise ValueError(f"{name} is no {what}; it must be a dataclass that inherits from {place}.")
+    return found  # type: ignore[return-value]
+
+
+def name_of(kind: type) -> str | None:
+    """``file.py:Class`` of a class that came from a file of the user's own; None for any other."""
+    file = getattr(sys.modules.get(kind.__module__), MARK, None)
+    return f"{file}:{kind.__qualname__}" if file else None
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:

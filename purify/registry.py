@@ -10,13 +10,16 @@ from torch import nn
 
 from purify.checks import choose
 from purify.fingerprint import weights_digest
+from purify.plugin import name_of
 
 T = TypeVar("T")
 
 
 def describe(part: Any, registry: Mapping[str, type]) -> dict[str, Any]:
-    """The registered name and the dataclass fields of ``part``; of a network the fingerprint of its weights."""
-    names = [name for name, kind in registry.items() if type(part) is kind]
+    """The registered name (or ``file.py:Class``) and the dataclass fields of ``part``; of a network the fingerprint of
+    its weights."""
+    own = name_of(type(part))
+    names = [name for name, kind in registry.items() if type(part) is kind] + ([own] if own else [])
     if not names:
         raise ValueError(f"{type(part).__name__} is not registered; add it to the registry to save it as a config.")
     return {"kind": names[0], **{f.name: _plain(getattr(part, f.name)) for f in dataclasses.fields(part)}}

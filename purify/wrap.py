@@ -123,9 +123,7 @@ def build_purifier(
     return built.with_resize() if resize else built
 
 
-def _check_options(
-    name: str, preset: Callable[..., Purifier], of_level: set[str], options: Mapping[str, Any]
-) -> None:
+def _check_options(name: str, preset: Callable[..., Purifier], of_level: set[str], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(preset).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         for option in options:

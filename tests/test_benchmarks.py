@@ -191,8 +191,8 @@ def predictions_of(job):
 def test_noise_levels(tmp_path, capsys, monkeypatch):
     """The whole script on a tiny budget: runs, resumes, table and plot."""
     script = load_script("noise_levels")
-    tiny = replace(budgets.PRESETS["quick"], steps=1, eot=1, n_examples=4, judge_draws=2)
-    monkeypatch.setitem(budgets.PRESETS, "quick", tiny)
+    tiny = replace(budgets.BUDGETS["quick"], steps=1, eot=1, n_examples=4, judge_draws=2)
+    monkeypatch.setitem(budgets.BUDGETS, "quick", tiny)
     monkeypatch.setitem(script.CONSTANTS, "digits", (0.1, 0.2))
     monkeypatch.setitem(script.SSNI, "digits", script.SSNI["digits"][:1])
     monkeypatch.setattr(script, "map_jobs", lambda jobs, workers: [job() or job for job in jobs])

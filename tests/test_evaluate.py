@@ -14,10 +14,11 @@ from test_resume import TINY
 from purify import PURIFIERS, DefendedClassifier, diffpure, zoo
 from purify.attacks import ATTACKS, PGD, Attack, AttackResult, AutoAttackRand
 from purify.cli.attack import main
-from purify.cli.build import build_attacks, build_pairs, build_settings, level_options, resolve_budget
-from purify.cli.options import parser
+from purify.data import DATASETS
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
+from purify.evaluate.build import Plan, build_attacks, build_pairs, build_settings, level_options
 from purify.evaluate.certification import certify_all
+from purify.evaluate.description import Evaluation
 from purify.evaluate.metrics import CRITERIA
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import WORST_ONLY, batches, share, share_out
@@ -243,32 +244,32 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
         (["--model", "nowhere.py:make"], "no file nowhere.py"),
         (["--score-model", "nothing"], "no score network 'nothing'"),
         (["--score-model", "nothing.safetensors"], "no score network 'nothing.safetensors'"),
-        (["--gradient", "exact"], "Unknown gradient engine"),
-        (["--preset", "huge"], "Unknown preset 'huge'; known: paper, quick, standard"),
-        (["--reverse", "heun"], "Unknown reverse rule"),
-        (["--threat-model", "Linfinity"], "Unknown threat model"),
+        (["--gradient", "exact"], "Unknown --gradient 'exact'"),
+        (["--budget", "huge"], "Unknown --budget 'huge'; known: paper, quick, standard"),
+        (["--reverse", "heun"], "Unknown --reverse 'heun'"),
+        (["--threat-model", "Linfinity"], "Unknown --threat-model 'Linfinity' (did you mean 'Linf'?)"),
         (["--t-star", "0"], "t_star must lie in (0, 1]"),
         (["--steps", "0"], "steps must be a whole number"),
         (["--eps", "-1"], "eps must be a number of at least 0"),
-        (["--eot", "0"], "EOT draws must be"),
+        (["--eot", "0"], "--eot must be"),
         (["--n-examples", "501"], "has 500 test images"),
         (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
         (["--device", "gpu"], "Unknown device"),
         (["--device", "meta"], "Unknown device"),
-        (["--threads", "-1"], "threads must be"),
+        (["--threads", "-1"], "--threads must be"),
         (["--gradient", "bpda", "--memory-budget", "7"], "--memory-budget is for"),
         (["--dataset", "imagenet", "--threat-model", "L1"], "no usual L1 radius for imagenet; pass --eps"),
         (["--dataset", "fashion_mnist", "--data-dir", "/nonexistent"], "Fashion-MNIST is not in"),
         (["--out", "/proc/nothing"], "cannot be written"),
-        (["--score-model", "nowhere.py:make"], "There is no file nowhere.py; a model of your own is file.py:function"),
+        (["--score-model", "nowhere.py:make"], "There is no file nowhere.py; a part of your own is file.py:function"),
         (["--purifier", "agdm", "--set", "auxiliary=nowhere.py:make"], "There is no file nowhere.py"),
         (["--purifier", "agdm", "--set", "auxiliary=magic"], "Unknown model 'magic' for digits; known: digits-at"),
         (["--purifier", "agdm", "--set", "auxiliary=fashion_mnist-guide"], "was trained on fashion_mnist"),
-        (["--noise-level", "ssni-n", "--set", "ssni-n.tua=2"], "Unknown noise level ssni-n parameter tua; known: bias"),
+        (["--noise-level", "ssni-n", "--set", "ssni-n.tua=2"], "ssni-n has no parameter 'tua' for --set"),
         (["--noise-level", "ssni-n", "--set", "ssni-n.tau=-2"], "tau must be a positive number, got -2"),
-        (["--set", "ssni-n.tau=2"], "of this run (constant, diffpure, ssni-l), got 'ssni-n.tau=2'"),
+        (["--set", "ssni-n.tau=2"], "of this run (diffpure, constant, ssni-l), got 'ssni-n.tau'"),
         (["--set", "variant"], "--set takes NAME=VALUE"),
-        (["--set", "steps=2"], "diffpure has no parameter 'steps' for --set; known: variant"),
+        (["--set", "steps=2"], "None of diffpure, constant, ssni-l has a parameter 'steps' for --set; known"),
         (["--noise-level", "magic"], "Unknown noise level 'magic'; known: constant, ssni-l, ssni-n"),
     ],
 )
@@ -289,7 +290,7 @@ def test_a_model_from_a_file(tmp_path, capsys):
     assert "has no function 'other'" in capsys.readouterr().err
     (tmp_path / "broken.py").write_text("def make(:")
     assert main([*small, "--model", f"{tmp_path}/broken.py:make", "--out", str(tmp_path / "run3")]) == 2
-    assert "could not give a model" in capsys.readouterr().err
+    assert "broken.py, line 1, failed with SyntaxError" in capsys.readouterr().err
 
 
 OWN = """
@@ -325,8 +326,8 @@ def test_a_score_model_and_an_auxiliary_network_from_a_file(tmp_path):
     [
         ("network", "own.py:network returned PatchUNet; it must return a purify.ScoreModel(network, schedule,"),
         ("guide", "it must return a purify.ScoreModel"),
-        ("other", "own.py could not give a model: it has no function 'other'."),
-        ("thing", "it has no function 'thing'"),
+        ("other", "own.py has no function 'other'."),
+        ("thing", "has no function 'thing'"),
     ],
 )
 def test_what_a_file_returns_must_be_a_score_model(function, message, tmp_path, capsys):
@@ -353,13 +354,14 @@ def test_an_auxiliary_network_by_its_robustbench_name(monkeypatch):
 
 
 def test_parameters_of_a_noise_level_by_set():
-    args = parser().parse_args(["--noise-level", "ssni-n", "--ssni-tau", "2", "--set", "ssni-n.t_min=0.02"])
-    pairs = build_pairs(args)
-    calibration = zoo.calibration("digits")
-    given = build_settings(args, pairs)["ssni-n"]
-    assert level_options("ssni-n", args, given) == {"t_min": 0.02, "tau": 2.0, "calibration": calibration}
-    found = level_options("ssni-n", args, {"tau": 5, "bias": 0.1})
-    assert found == {"tau": 5, "bias": 0.1, "calibration": calibration}
+    plan = digits_plan(noise_level="ssni-n", settings={"tau": 2, "ssni-n.t_min": 0.02})
+    given = build_settings(plan.asked.settings, build_pairs(plan))["ssni-n"]
+    assert level_options("ssni-n", plan, given) == {"t_min": 0.02, "tau": 2, "calibration": zoo.calibration("digits")}
+
+
+def digits_plan(**options):
+    """An evaluation on digits before anything is built."""
+    return Plan(Evaluation(**options), DATASETS["digits"], torch.device("cpu"))
 
 
 def lacking(score_model, level, steps):
@@ -404,9 +406,8 @@ def test_an_attack_of_ones_own_needs_nothing_but_its_entry(monkeypatch):
             return AttackResult(x, torch.zeros(len(x)))
 
     monkeypatch.setitem(ATTACKS, "nothing", Nothing)
-    args = parser().parse_args(["--attacks", "nothing"])
-    allowed = resolve_budget(args)
-    assert build_attacks(args, allowed, 0.25) == [Nothing("Linf", 0.25, queries=allowed.queries)]
+    plan = digits_plan(attacks="nothing", eps=0.25)
+    assert build_attacks(plan) == [Nothing("Linf", 0.25, queries=plan.budget.queries)]
     assert main(["--attacks", "nothing,pgd-eot", "--n-examples", "2", "--steps", "2", "--dry-run"]) == 0
 
 

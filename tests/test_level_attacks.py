@@ -237,7 +237,7 @@ def test_the_benchmark_steps_by_dt(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--noise-level", "ssni"], "Unknown noise level 'ssni'; known: constant, ssni-l, ssni-n"),
+        (["--noise-level", "ssni"], "Unknown noise level 'ssni' (did you mean 'ssni-n'?); known: constant"),
         (["--noise-level", "ssni-n", "--ssni-tau", "0"], "tau must be a positive number"),
         (["--noise-level", "ssni-l", "--calibration", "nowhere.json"], "cannot be read as a calibration"),
         (["--noise-level", "constant", "--attacks", "pgd-eot-norm"], "None of the attacks pgd-eot-norm says anything"),

@@ -253,7 +253,7 @@ def test_damaged_calibration_files(tmp_path, content):
 
 def test_the_command_resizes_where_the_score_model_is_larger(tmp_path, monkeypatch):
     model, path = smooth_model(size=12), tmp_path / "c.json"
-    monkeypatch.setattr("purify.__main__.load_score", lambda name, dataset: model)
+    monkeypatch.setattr("purify.cli.calibrate.load_score", lambda name, dataset: model)
     assert main(["calibrate", "--images", "40", "--draws", "2", "--out", str(path)]) == 0
     expected = calibrate(model, load_dataset("digits", "train")[0][:40], ScoreNorm(draws=2), resize=True)
     assert Calibration.load(path) == expected
@@ -274,7 +274,7 @@ def test_the_command_calibrates(tmp_path, capsys):
 
 
 def test_calibrate_notices_a_file_that_it_cannot_write_first(capsys, monkeypatch):
-    monkeypatch.setattr("purify.__main__.calibrate", lambda *args, **kwargs: pytest.fail("it measured first"))
+    monkeypatch.setattr("purify.cli.calibrate.calibrate", lambda *args, **kwargs: pytest.fail("it measured first"))
     assert main(["calibrate", "--out", "/proc/x.json"]) == 2
     assert "error: /proc/x.json cannot be written (" in capsys.readouterr().err
 

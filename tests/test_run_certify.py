@@ -213,11 +213,11 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
     [
         (["--method", "magic"], "Unknown method 'magic'; known: cohen, dssn, multiscale, ssn"),
         (["--dataset", "mnist"], "Unknown data set 'mnist'"),
-        (["--preset", "huge"], "Unknown preset 'huge'; known: paper, quick, standard"),
+        (["--budget", "huge"], "Unknown --budget 'huge'; known: paper, quick, standard"),
         (["--sigma", "0"], "sigma must be a positive number"),
         (["--sigma", "x"], "--sigma takes numbers separated by commas"),
         (["--method", "multiscale", "--p0", "0.4"], "p0 must lie in [1/2, 1)"),
-        (["--method", "multiscale", "--mode", "lax"], "Unknown cascade mode"),
+        (["--method", "multiscale", "--mode", "lax"], "Unknown --mode 'lax'"),
         (["--method", "cohen,multiscale", "--stop-radius", "0"], "leave --stop-radius out"),
         (["--method", "ssn", "--model", "digits-standard"], "does not say for which lambda it was trained; pass --lam"),
         (["--method", "cohen,ssn", "--model", "digits-standard"], "One --model cannot serve"),
@@ -225,8 +225,8 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
         (["--sigma", "0.25,0.25"], "Two systems are called 'cohen 0.25'"),
         (["--score-model", "digits,digits"], "Two systems are called 'cohen 0.25, digits'; name each method and sigma"),
         (["--radii", "0,-1"], "--radii takes numbers of at least 0"),
-        (["--radii", "nan"], "--radii takes numbers of at least 0"),
-        (["--batch-size", "0"], "batch size must be a whole number"),
+        (["--radii", "nan"], "--radii takes numbers separated by commas, got 'nan'"),
+        (["--batch-size", "0"], "--batch-size must be a whole number"),
         (["--p0", "0.6"], "--p0 says nothing about cohen; it is for multiscale"),
         (["--method", "dssn", "--stop-radius", "1"], "--stop-radius says nothing about dssn"),
         (["--score-model", "fashion_mnist"], "fashion_mnist was trained on fashion_mnist; take a network of digits"),
@@ -238,7 +238,7 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
         (["--draws", "-1"], "n must be a whole number"),
         (["--selection-draws", "0"], "n0 must be a whole number"),
         (["--attack-examples", "-1"], "attacked samples must be a whole number"),
-        (["--max-rows", "0"], "max_rows must be a whole number"),
+        (["--max-rows", "0"], "--max-rows must be a whole number"),
         (["--n-examples", "0"], "n-examples must be a whole number"),
         (["--n-examples", "501"], "has 500 test images"),
         (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
@@ -268,4 +268,4 @@ def test_denoisers_from_a_file(tmp_path, capsys):
         k: zoo.score_model(v).fingerprint() for k, v in expected.items()
     }
     assert main([*few, "--score-model", f"{file}:c", "--out", str(tmp_path / "other")]) == 2
-    assert "own.py could not give a model: it has no function 'c'" in capsys.readouterr().err
+    assert "own.py has no function 'c'" in capsys.readouterr().err

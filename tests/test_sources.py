@@ -9,9 +9,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import purify
 from purify.cli.attack import main
-from purify.cli.options import parser
-from purify.cli.shell import load_samples, resolve
 from purify.data import load_dataset
+from purify.evaluate.attacking import load_samples
+from purify.evaluate.description import Evaluation
 from purify.plugin import load_function
 from purify.sources import read_picture, resolve_data
 
@@ -170,6 +170,5 @@ def test_a_folder_of_pngs_and_a_classifier_of_ones_own_are_attacked(tmp_path, mo
 
 
 def test_fewer_images_than_the_budget_asks_for_are_all_attacked(tmp_path):
-    args = parser().parse_args(["--data", str(arrays(tmp_path / "a.npz"))])
-    resolve(args)
-    assert len(load_samples(args, 128, torch.device("cpu"))) == 40
+    asked = Evaluation(dataset=str(arrays(tmp_path / "a.npz")))
+    assert len(load_samples(asked, resolve_data(asked.dataset), 128, torch.device("cpu"))) == 40

@@ -9,6 +9,8 @@ from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.steps import StepsPGD
 from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
+from purify.checks import choose
+from purify.plugin import is_in_file, load_class
 
 ATTACKS: dict[str, type[Attack]] = {
     a.name: a
@@ -33,6 +35,15 @@ ATTACKS: dict[str, type[Attack]] = {
         Square,
     )
 }
+
+
+def find_attack(name: str) -> type[Attack]:
+    """The attack of this name, or of ``file.py:Class``: a dataclass below :class:`Attack` with ``norm`` and ``eps``.
+
+    Raises:
+        ValueError: unknown name, or a class that is no attack.
+    """
+    return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS, "attack")  # type: ignore[type-abstract]
 
 
 def kind_of(label: str) -> type[Attack] | None:
@@ -63,5 +74,6 @@ __all__ = [
     "StepsPGD",
     "SurrogatePGD",
     "Transfer",
+    "find_attack",
     "kind_of",
 ]

@@ -192,9 +192,7 @@ def _names(shape: Shape, network: nn.Module) -> dict[str, str]:
         modules |= {f"{ours}.{o}": f"{theirs}.{t}" for o, t in {**RESIDUAL, **ATTENTION}.items()}
         # A resampling convolution is called op going down and conv going up.
         modules[f"{ours}.conv"] = f"{theirs}.{'op' if 'down' in ours.rsplit('.', 2)[1] else 'conv'}"
-    return {
-        key: f"{modules[module]}.{leaf}" for key in network.state_dict() for module, leaf in [key.rsplit(".", 1)]
-    }
+    return {key: f"{modules[module]}.{leaf}" for key in network.state_dict() for module, leaf in [key.rsplit(".", 1)]}
 
 
 def _converted(ours: str, weight: Tensor, head_channels: int) -> Tensor:

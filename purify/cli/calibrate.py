@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_writable, choose
-from purify.cli.parsing import Parser, number
+from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.resize import needs_resize
 from purify.named import check_device, load_score
+from purify.options import NUMBER, PATH, WHOLE
 from purify.purification.scorenorm import FORMS, ScoreNorm, calibrate
 
 
@@ -20,18 +20,18 @@ def parser(prog: str = "purify calibrate") -> Parser:
     default = ScoreNorm()
     c = Parser(prog=prog, description="Measure the score norm on clean training images, for SSNI.")
     c.add_argument("--dataset", default="digits", help=f"one of {', '.join(DATASETS)} (default: digits)")
-    c.add_argument("--data-dir", type=Path, help="folder with the data set's files")
+    c.add_argument("--data-dir", type=taking(PATH), help="folder with the data set's files")
     c.add_argument(
         "--score-model", help="name or path, as for load_score_model, or file.py:function (default: the data set's)"
     )
-    c.add_argument("--images", type=int, default=1000, help="reference images (default: %(default)s)")
+    c.add_argument("--images", type=taking(WHOLE), default=1000, help="reference images (default: %(default)s)")
     c.add_argument("--form", default=default.form, help=f"one of {', '.join(FORMS)} (default: %(default)s)")
-    c.add_argument("--draws", type=int, default=default.draws, help="draws averaged (default: %(default)s)")
-    c.add_argument("--t-min", type=number, default=default.t_min, help="least time (default: %(default)s)")
-    c.add_argument("--t-max", type=number, default=default.t_max, help="greatest time (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="keys the noise (default: 0)")
+    c.add_argument("--draws", type=taking(WHOLE), default=default.draws, help="draws averaged (default: %(default)s)")
+    c.add_argument("--t-min", type=taking(NUMBER), default=default.t_min, help="least time (default: %(default)s)")
+    c.add_argument("--t-max", type=taking(NUMBER), default=default.t_max, help="greatest time (default: %(default)s)")
+    c.add_argument("--seed", type=taking(WHOLE), default=0, help="keys the noise (default: 0)")
     c.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    c.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    c.add_argument("--out", type=taking(PATH), required=True, help="JSON file to write")
     return c
 
 

@@ -14,19 +14,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from purify.cli.parsing import Parser
+from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.evaluate.metrics import difference, mean_correct, worst_mean
 from purify.evaluate.runner import CLEAN
 from purify.leaderboard import Row, read_run
 from purify.leaderboard.rows import load_json, load_records
+from purify.options import PATH
 
 
 def parser(prog: str = "purify compare") -> Parser:
     """All options."""
-    p = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("base", type=Path, metavar="BASE_DIR", help="folder of the run with the defence to compare with")
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of finished runs")
+    p = Parser(prog=prog, description=__doc__)
+    p.add_argument(
+        "base", type=taking(PATH), metavar="BASE_DIR", help="the run with the defence to compare with"
+    )
+    p.add_argument("runs", nargs="+", type=taking(PATH), metavar="RUN_DIR", help="folders of finished runs")
     p.add_argument("--defence", default="diffpure", help="name of that defence (default: %(default)s)")
     return p
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from purify.checks import check_count, choose
-from purify.cli.parsing import Parser, number
+from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS
 from purify.named import check_device
+from purify.options import NUMBER, PATH, WHOLE
 from purify.presets import find_preset
 from purify.purification.purifier import Purified, Purifier
 from purify.sources import read_arrays, read_picture, to_images
@@ -42,21 +43,21 @@ class Input:
 def parser(prog: str = "purify image") -> Parser:
     """All options."""
     p = Parser(prog=prog, description="Purify pictures: PNG, JPEG, folders of them, .npz or .safetensors with images.")
-    p.add_argument("inputs", nargs="+", type=Path, help="files or folders")
-    p.add_argument("--out", type=Path, required=True, help="folder for the purified images")
+    p.add_argument("inputs", nargs="+", type=taking(PATH), help="files or folders")
+    p.add_argument("--out", type=taking(PATH), required=True, help="folder for the purified images")
     p.add_argument("--overwrite", action="store_true", help="replace files in --out that are there already")
     p.add_argument("--picture", action="store_true", help="also a picture of before, diffused and after")
-    p.add_argument("--purifications", type=int, default=1, help="purifications of each image (default: 1)")
+    p.add_argument("--purifications", type=taking(WHOLE), default=1, help="purifications of each image (default: 1)")
     p.add_argument("--dataset", default="digits", help="whose network and settings (default: digits)")
     p.add_argument("--score-model", help="name or path, as for load_score_model, or file.py:function")
     p.add_argument("--purifier", default="diffpure", help="as for purify attack (default: diffpure)")
-    p.add_argument("--t-star", type=number, help="noise level in (0, 1] (default: see purify list purifiers)")
-    p.add_argument("--steps", type=int, help="reverse steps")
+    p.add_argument("--t-star", type=taking(NUMBER), help="noise level in (0, 1] (default: see purify list purifiers)")
+    p.add_argument("--steps", type=taking(WHOLE), help="reverse steps")
     p.add_argument("--resize", action="store_true", help="bring pictures to the network's size, and back afterwards")
     p.add_argument("--grey", action="store_true", help="show coloured pictures to a network of one channel as grey")
-    p.add_argument("--seed", type=int, default=0, help="keys the noise (default: 0)")
+    p.add_argument("--seed", type=taking(WHOLE), default=0, help="keys the noise (default: 0)")
     p.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    p.add_argument("--batch-size", type=int, default=16, help="images at once (default: 16)")
+    p.add_argument("--batch-size", type=taking(WHOLE), default=16, help="images at once (default: 16)")
     return p
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from purify.cli.parsing import Parser
+from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.leaderboard import read_runs, write_leaderboard
+from purify.options import PATH
 
 
 def parser(prog: str = "purify leaderboard") -> Parser:
     """All options."""
     p = Parser(prog=prog, description=__doc__)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folders of finished runs")
-    p.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="folder (default: %(default)s)")
+    p.add_argument("runs", nargs="+", type=taking(PATH), metavar="RUN_DIR", help="folders of finished runs")
+    p.add_argument("--out", type=taking(PATH), default=Path("runs/leaderboard"), help="folder (default: %(default)s)")
     return p
 
 

@@ -49,8 +49,10 @@ def purifiers() -> Lines:
         if purifier:
             own = "".join(f", {key} {value}" for key, value in s.own.items())
             where = f"{purifier} on {dataset or 'other data'}"
-            yield f"  {where}", f"t* {s.t_star:g}, {s.steps if isinstance(s.steps, int) else s.steps.dt} " + (
-                f"{'steps' if isinstance(s.steps, int) else 'per step'}, {s.reverse}{own} ({s.source})"
+            yield (
+                f"  {where}",
+                f"t* {s.t_star:g}, {s.steps if isinstance(s.steps, int) else s.steps.dt} "
+                + (f"{'steps' if isinstance(s.steps, int) else 'per step'}, {s.reverse}{own} ({s.source})"),
             )
 
 

@@ -115,9 +115,7 @@ class Noise:
         )
         return torch.stack(torch.broadcast_tensors(*philox(counter, (self.seed & MASK, self.seed >> 32))), 1)
 
-    def uniform(
-        self, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def uniform(self, step: int | Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform numbers in (0, 1) (1 may be reached by rounding below float64), shape (N, *shape).
 
         ``step``: an int, or int64 (N,) with one per row.

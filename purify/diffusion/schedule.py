@@ -76,8 +76,10 @@ class ContinuousVP(Schedule):
         check_sigma(sigma)
         target = math.log1p(sigma * sigma)  # -log abar
         slope = self.beta_max - self.beta_min
-        t = target / self.beta_min if slope == 0 else (
-            2 * target / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * target))
+        t = (
+            target / self.beta_min
+            if slope == 0
+            else (2 * target / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * target)))
         )
         if t > 1:
             raise ValueError(f"sigma = {sigma} is beyond the end of the schedule; use a smaller sigma.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
 
 GRADIENT = 3  # forward passes that a gradient takes: itself, backward, and what is recomputed
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 def cost(defence: Defence) -> float:
@@ -56,7 +56,7 @@ class Progress:
 
     def accuracy(self, share: float) -> None:
         """Say what it found so far."""
-        self.bar.set_postfix_str(f", accuracy {100 * share:.1f} %")
+        self.bar.set_postfix_str(f"accuracy {100 * share:.1f} %")
 
     def skip(self, work: float) -> None:
         """Count what an earlier session did, or nobody needs to do."""

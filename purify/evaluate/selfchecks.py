@@ -160,9 +160,7 @@ def black_box_check(recorded: Recorded, required: bool = True) -> list[Check]:
     return [Check(defence, name, gain, 0.0, at_most(gain, 0.0), meaning)]
 
 
-def inexact_check(
-    defence: str, found: Sequence[tuple[type[Attack], float]], engine_exact: bool = True
-) -> list[Check]:
+def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]], engine_exact: bool = True) -> list[Check]:
     """How much lower the best attack with an inexact gradient brings the accuracy than the best with the exact one.
 
     ``found``: kind of each attack on ``defence`` and the accuracy that it left; ``engine_exact``: whether the run's own

@@ -14,6 +14,7 @@ from purify import registry
 from purify.checks import choose, is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import ScoreModel
+from purify.plugin import is_in_file, load_class
 from purify.purification.scorenorm import Calibration, Total
 
 
@@ -278,13 +279,24 @@ def _check_level(value: Any, what: str) -> None:
 LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}
 
 
+def find_level(name: str) -> type[NoiseLevel]:
+    """The rule of this name, or of ``file.py:Class``.
+
+    Raises:
+        ValueError: unknown name, or a class that is no rule.
+    """
+    if is_in_file(name):
+        return load_class(name, NoiseLevel, "noise level")  # type: ignore[type-abstract]
+    return choose(name, LEVELS, "noise level")
+
+
 def build_level(name: str, settings: Settings, own: Mapping[str, Any]) -> NoiseLevel:
     """The rule of this name: what it takes from ``settings``, and on top its ``own`` parameters.
 
     Raises:
         ValueError: unknown names; as the rule.
     """
-    kind = choose(name, LEVELS, "noise level")
+    kind = find_level(name)
     if "kind" in own:
         raise ValueError(f"The noise level {name} has no parameter 'kind'; name another level instead.")
-    return registry.build({"kind": name, **kind.taken(settings), **own}, LEVELS, f"noise level {name}")
+    return registry.build({"kind": name, **kind.taken(settings), **own}, {name: kind}, f"noise level {name}")

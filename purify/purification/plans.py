@@ -142,9 +142,7 @@ class FixedDt(Plan):
         first = batches[0][0].to(t_star.device) if batches else counts
         return PackedRound(parts.diffuse(t_star), first, tuple(ticks), order)
 
-    def _tick(
-        self, parts: Parts, t_star: Tensor, counts: Tensor, rows: Tensor, done: Tensor, admitted: Tensor
-    ) -> Tick:
+    def _tick(self, parts: Parts, t_star: Tensor, counts: Tensor, rows: Tensor, done: Tensor, admitted: Tensor) -> Tick:
         left = counts[rows] - done  # steps to go, this one included
         t = torch.where(done == 0, t_star[rows], left * self.dt)
         s = torch.where(left == 1, t.clamp_max(parts.t_end), (left - 1) * self.dt)

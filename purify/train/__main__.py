@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from purify import zoo
 from purify.checks import check_writable, choose
-from purify.cli.parsing import Parser
+from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.schedule import ContinuousVP
 from purify.diffusion.score import ScoreModel
 from purify.machine import set_threads
 from purify.networks.embedded import build_network
+from purify.options import PATH, WHOLE
 from purify.train.loop import train
 from purify.train.losses import DiffusionCalibration, SplittingLoss
 from purify.train.measure import measure_classifier, measure_denoised, measure_score, measure_splitting
@@ -38,11 +39,13 @@ def parser(prog: str = "purify train") -> Parser:
         help=f"which recipe: {', '.join(RECIPES)}; or without its data set: guide --dataset digits",
     )
     p.add_argument("--dataset", help="the data set, where the name does not say it (default: digits)")
-    p.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for the weights (default: %(default)s)")
-    p.add_argument("--data-dir", type=Path, help="folder with the data set's files")
-    p.add_argument("--steps", type=int, help="training steps instead of the recipe's")
-    p.add_argument("--seed", type=int, help="seed instead of the recipe's")
-    p.add_argument("--threads", type=int, help="CPU threads for torch")
+    p.add_argument(
+        "--out", type=taking(PATH), default=Path("runs/train"), help="folder (default: %(default)s)"
+    )
+    p.add_argument("--data-dir", type=taking(PATH), help="folder with the data set's files")
+    p.add_argument("--steps", type=taking(WHOLE), help="training steps instead of the recipe's")
+    p.add_argument("--seed", type=taking(WHOLE), help="seed instead of the recipe's")
+    p.add_argument("--threads", type=taking(WHOLE), help="CPU threads for torch")
     return p
 
 

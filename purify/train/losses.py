@@ -210,9 +210,7 @@ class DiffusionCalibration:
         anti = torch.where(answer != labels, -others.logsumexp(1), 0.0).mean()  # the others' share is 1 - F(d2)[y1]
         return brier, anti
 
-    def log_shares(
-        self, module: ScoreModel, images: Tensor, choice: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def log_shares(self, module: ScoreModel, images: Tensor, choice: Tensor, generator: torch.Generator) -> Tensor:
         """log F, (N, K), under fresh noise."""
         times = torch.tensor([module.schedule.time_of_sigma(2 * s) for s in self.sigmas], dtype=torch.float64)
         sigma = torch.tensor(self.sigmas)[choice].reshape(-1, 1, 1, 1)

@@ -66,9 +66,7 @@ def measure_splitting(model: nn.Module, loss: SplittingLoss, images: Tensor, lab
 
 
 @torch.no_grad()
-def measure_denoised(
-    model: ScoreModel, loss: DiffusionCalibration, images: Tensor, labels: Tensor
-) -> dict[str, float]:
+def measure_denoised(model: ScoreModel, loss: DiffusionCalibration, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy of the loss's classifier on the first 2000 images, denoised in one step, at each sigma."""
     found = {}
     for k, sigma in enumerate(loss.sigmas):

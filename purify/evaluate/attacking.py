@@ -1,0 +1,133 @@
+"""An evaluation, run: everything is built and checked first, then attacked, judged and reported."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from purify.attacks import Attack
+from purify.checks import check_unique
+from purify.data import DATASETS, Dataset
+from purify.evaluate.build import Plan, build_attacks, build_defences
+from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.dryrun import Cost, dry_run
+from purify.evaluate.finish import Finished, finish, run_config
+from purify.evaluate.provenance import default_folder, environment
+from purify.evaluate.ranks import Ranks, join
+from purify.evaluate.records import RunFolder, check_folder
+from purify.evaluate.runner import Defence, Samples, check_together, evaluate
+from purify.machine import set_threads
+from purify.named import check_device
+from purify.sources import resolve_data
+
+
+def begin(asked: Description) -> tuple[Dataset, Ranks, torch.device]:
+    """Threads, processes and device of a run, and its data set."""
+    set_threads(asked.threads)
+    ranks, device = join(check_device(asked.device))
+    return resolve_data(asked.dataset), ranks, device
+
+
+def load_samples(asked: Description, data: Dataset, n: int, device: torch.device) -> Samples:
+    """The first ``n`` test images with their positions as ids; of one's own data as many as there are, if fewer.
+
+    Raises:
+        ValueError: there are fewer images than were asked for.
+    """
+    images, labels = data.load("test", asked.data_dir)
+    if asked.dataset not in DATASETS and asked.n_examples is None:
+        n = min(n, len(images))
+    if n > len(images):
+        raise ValueError(f"{asked.dataset} has {len(images)} test images; --n-examples {n} is too many.")
+    return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
+
+
+def open_folder(
+    asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks
+) -> RunFolder:
+    """The run's folder, with the ``run.yaml`` that repeats it."""
+    folder = RunFolder(asked.out or default_folder(name, config), config, session, ranks)
+    if ranks.first:
+        (folder.path / "run.yaml").write_text(asked.to_yaml())
+    return folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation of which everything is built and checked, and nothing attacked yet.
+
+    Attributes:
+        plan: the description with its data set and device.
+        attacks: all attacks by name.
+        defences: undefended, purified, adversarially trained.
+        samples: what is attacked.
+        config: what decides the results.
+        ranks: this process among those of the run.
+    """
+
+    plan: Plan
+    attacks: list[Attack]
+    defences: list[Defence]
+    samples: Samples
+    config: dict[str, Any]
+    ranks: Ranks
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The budget as results state it."""
+        return {"preset": self.plan.asked.budget, **dataclasses.asdict(self.plan.budget)}
+
+    def open(self, command: str) -> RunFolder:
+        """The run's folder, which says that ``command`` made it."""
+        e = self.plan.asked
+        name = f"{e.title}-{'+'.join(map(_short, e.purifier))}-{e.budget}"
+        session = environment(self.plan.device, command, self.ranks)
+        return open_folder(e, name, self.config, session, self.ranks)
+
+    def attack(self, folder: RunFolder, progress: bool = True) -> int:
+        """Attack and judge what the folder does not hold; returns how many records were added."""
+        e = self.plan.asked
+        return evaluate(
+            folder, self.defences, self.samples, e.seed, e.batch_size, self.plan.max_rows, progress, e.worst_only
+        )
+
+    def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
+        """Accuracies, self-checks and result.json of a folder that is complete."""
+        return finish(folder, self.defences, self.samples, self.stated, self.plan.max_rows, progress)
+
+    def dry_run(self) -> dict[str, Cost]:
+        """What each defence would take.
+
+        Raises:
+            ValueError: the models do not fit the data, or the folder holds another run.
+        """
+        e = self.plan.asked
+        check_together(self.defences, self.samples, e.seed)
+        if e.out is not None:
+            check_folder(e.out, self.config)
+        return dry_run(self.defences, self.samples, e.batch_size, self.plan.max_rows)
+
+
+def prepare(asked: Evaluation) -> Prepared:
+    """Look up and build all that an evaluation names.
+
+    Raises:
+        ValueError: unknown names, missing files, or parts that do not fit together.
+    """
+    data, ranks, device = begin(asked)
+    plan = Plan(asked, data, device)
+    attacks = build_attacks(plan)
+    samples = load_samples(asked, data, plan.budget.n_examples, device)
+    defences = build_defences(plan, attacks)
+    check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
+    config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
+    return Prepared(plan, attacks, defences, samples, config, ranks)
+
+
+def _short(name: str) -> str:
+    """A name as a folder can carry it: of ``file.py:function`` the last part."""
+    return Path(name).name.replace(":", ".")

@@ -1,0 +1,252 @@
+"""From a description of an evaluation to attacks and defences."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify import zoo
+from purify.attacks import ATTACKS, PGD, Attack, NormAutoAttackRand, NormPGD, find_attack
+from purify.checkpoints import default_score_model
+from purify.data import DATASETS, Dataset
+from purify.diffusion.score import ScoreModel
+from purify.evaluate.budgets import Budget, budget
+from purify.evaluate.description import Evaluation
+from purify.evaluate.runner import UNDEFENDED, Defence
+from purify.named import fingerprint, load_calibration, load_classifier, load_score
+from purify.presets import SHARED, find_preset
+from purify.purification.defended import DefendedClassifier
+from purify.purification.gradients import ENGINES, Checkpoint, Full, Surrogate
+from purify.purification.levels import find_level
+from purify.purification.plans import FixedDt
+from purify.purification.purifier import DEFAULT_ENGINE
+from purify.wrap import build_purifier
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A description with what was looked up for it.
+
+    Attributes:
+        asked: the description.
+        data: its data set.
+        device: where everything runs.
+    """
+
+    asked: Evaluation
+    data: Dataset
+    device: torch.device
+
+    @property
+    def known(self) -> str:
+        """See :meth:`~purify.evaluate.description.Description.known`."""
+        return self.asked.known(self.data)
+
+    @property
+    def budget(self) -> Budget:
+        """The named budget on the data set, with the user's changes."""
+        e = self.asked
+        asked = {
+            "steps": e.attack_steps,
+            "autoattack_steps": e.attack_steps,
+            "eot": e.eot,
+            "autoattack_eot": e.eot,
+            "n_examples": e.n_examples,
+            "judge_draws": e.judge_draws,
+        }
+        changes = {name: value for name, value in asked.items() if value is not None}
+        return dataclasses.replace(budget(e.budget, self.known), **changes)
+
+    @property
+    def eps(self) -> float:
+        """The radius.
+
+        Raises:
+            ValueError: it is not given, and the data set has none that is usual.
+        """
+        e = self.asked
+        if e.eps is None and e.threat_model not in self.data.eps:
+            raise ValueError(f"There is no usual {e.threat_model} radius for {e.dataset}; pass --eps.")
+        return self.data.eps[e.threat_model] if e.eps is None else e.eps
+
+    @property
+    def max_rows(self) -> int:
+        """Images times draws in the model at once."""
+        return self.asked.rows(self.device)
+
+
+def build_attacks(plan: Plan) -> list[Attack]:
+    """The attacks by name; ``strongest`` stands for all."""
+    names = tuple(ATTACKS) if plan.asked.attacks == ("strongest",) else plan.asked.attacks
+    return [attack for name in names for attack in build_attack(find_attack(name), plan)]
+
+
+def build_attack(kind: type[Attack], plan: Plan) -> list[Attack]:
+    """One attack with those of the budget's numbers that it has; or one for each weight of an attack on the norm."""
+    e, allowed = plan.asked, plan.budget
+    published = (allowed.autoattack_steps, allowed.autoattack_eot)
+    steps, eot = (allowed.steps, allowed.eot) if issubclass(kind, PGD) else published
+    numbers = {
+        "steps": steps,
+        "eot": eot,
+        "restarts": e.restarts,
+        "max_rows": plan.max_rows,
+        "queries": allowed.queries,
+        "surrogate_steps": e.surrogate_steps,
+    }
+    own = {f.name for f in dataclasses.fields(kind)}
+    options: dict[str, Any] = {name: value for name, value in numbers.items() if name in own}
+    if kind in (NormPGD, NormAutoAttackRand):
+        return [kind(e.threat_model, plan.eps, **options, norm_weight=w) for w in e.norm_weights]
+    return [kind(e.threat_model, plan.eps, **options)]
+
+
+def level_options(name: str, plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the noise level ``name``; ``given``: what the settings say of it."""
+    needs = "calibration" in find_level(name).parameters()
+    source = plan.asked.score_model or plan.known
+    found = {"calibration": load_calibration(plan.asked.calibration, source)} if needs else {}
+    return {**found, **given}
+
+
+def build_pairs(plan: Plan) -> list[tuple[str, str]]:
+    """Names of the purifiers of this run, each with a noise level.
+
+    Raises:
+        ValueError: unknown names, or a t* that none of the levels takes.
+    """
+    e = plan.asked
+    embedded = plan.known in zoo.calibrations() and e.score_model is None
+    names = e.noise_level or (("constant", "ssni-l") if embedded else ("constant",))
+    pairs: list[tuple[str, str]] = []
+    for purifier in e.purifier:
+        level = find_preset(purifier)[1]
+        pairs += [(purifier, name) for name in names] if level is None else [("diffpure", level)]
+    taking = [name for _, name in pairs if "t_star" in find_level(name).parameters()]
+    if e.t_star is not None and not taking:
+        raise ValueError(f"{pairs[0][1]} has no t_star; leave --t-star out, see --set for its own parameters.")
+    return pairs
+
+
+def build_steps(plan: Plan) -> int | FixedDt | None:
+    """Reverse steps as the description says, if it does."""
+    e = plan.asked
+    return e.steps if e.dt is None else FixedDt(e.dt, batch=max(1, plan.max_rows // 2))
+
+
+def build_settings(settings: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """What the settings say of each purifier and each noise level of this run, by their names.
+
+    A setting without a part goes to every part that has it.
+
+    Raises:
+        ValueError: a part that is not in this run, or a parameter that it does not have.
+    """
+    parts = {name: purifier_parameters(name) for name, _ in pairs}
+    parts |= {name: find_level(name).parameters() - {"t_star"} for _, name in pairs}
+    found: dict[str, dict[str, Any]] = {name: {} for name in parts}
+    for key, value in settings.items():
+        part, _, name = key.rpartition(".")
+        if part and part not in parts:
+            raise ValueError(
+                "--set takes NAME=VALUE, PURIFIER.NAME=VALUE or LEVEL.NAME=VALUE, with a purifier or noise level of "
+                f"this run ({', '.join(parts)}), got {key!r}."
+            )
+        asked = [part] if part else list(parts)
+        taking = [p for p in asked if parts[p] is None or name in (parts[p] or ())]
+        if not taking or name in (*SHARED, "kind"):
+            known = "; ".join(f"{p}: {', '.join(sorted(parts[p] or ())) or 'none'}" for p in asked)
+            who = f"{part} has no" if part else f"None of {', '.join(asked)} has a"
+            raise ValueError(f"{who} parameter {name!r} for --set; known: {known}.")
+        for p in taking:
+            found[p][name] = value
+    return found
+
+
+def purifier_parameters(name: str) -> set[str] | None:
+    """A purifier's own parameters; None: it takes any."""
+    parameters = inspect.signature(find_preset(name)[0]).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters} - set(SHARED)
+
+
+def build_purified(
+    purifier: str,
+    name: str,
+    bare: nn.Module,
+    score_model: ScoreModel,
+    plan: Plan,
+    attacks: Sequence[Attack],
+    given: Mapping[str, Mapping[str, Any]],
+) -> Defence:
+    """The classifier behind ``purifier`` with the noise level ``name``; ``given``: see :func:`build_settings`."""
+    e = plan.asked
+    shared: dict[str, Any] = {"t_star": e.t_star, "steps": build_steps(plan), "reverse": e.reverse}
+    options = {key: value for key, value in shared.items() if value is not None} | dict(given[purifier])
+    built = build_purifier(
+        purifier, score_model, plan.known, e.threat_model, name, level_options(name, plan, given[name]),
+        gradient=gradient_config(e), shape=plan.data.shape, **options,
+    )  # fmt: skip
+    model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(plan.device)
+    applicable = [a for a in attacks if a.applies_to(model)]
+    title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
+    if not applicable:
+        raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
+    weights = {**described(model_name(plan), bare), "score_model": score_model.fingerprint()}
+    config = {**model.config(), **weights, "exact": built.exact}
+    return Defence(title, model, applicable, plan.budget.judge_draws, config)
+
+
+def model_name(plan: Plan) -> str:
+    """The classifier's name: as given, or usual on the data set."""
+    e, standard = plan.asked, f"{plan.known}-standard"
+    if e.model is None and e.dataset not in DATASETS:
+        raise ValueError("Data of your own needs a classifier; pass --model, as file.py:function for one of your own.")
+    return e.model or (standard if standard in zoo.names("classifier") else "Standard")
+
+
+def described(name: str, classifier: nn.Module) -> dict[str, str]:
+    """A classifier by name and weights, as manifests have it."""
+    return {"model": name, "classifier": fingerprint(classifier)}
+
+
+def build_defences(plan: Plan, attacks: Sequence[Attack]) -> list[Defence]:
+    """Undefended, purified, and the adversarially trained baseline where there is one."""
+    e, known, name = plan.asked, plan.known, model_name(plan)
+    pairs = build_pairs(plan)
+    given = build_settings(e.settings, pairs)
+    bare = load_classifier(name, known, e.threat_model).to(plan.device)
+    score_model = load_score(e.score_model or default_score_model(known), known).to(plan.device)
+    purified = [build_purified(p, n, bare, score_model, plan, attacks, given) for p, n in pairs]
+    once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
+    if not any(isinstance(a, PGD) for a in once):
+        once.append(PGD(e.threat_model, plan.eps, steps=plan.budget.steps, eot=1))
+    defences = [Defence(UNDEFENDED, bare, once, 1, described(name, bare)), *purified]
+    baseline = f"{known}-at"
+    if baseline in zoo.names("classifier") and e.model is None:
+        trained = zoo.classifier(baseline).to(plan.device)
+        defences.append(Defence("adversarial training", trained, once, 1, described(baseline, trained)))
+    return defences
+
+
+def gradient_config(e: Evaluation) -> dict[str, Any]:
+    """The gradient engine with its parameters."""
+    engine = ENGINES[e.gradient]
+    config: dict[str, Any] = {"kind": e.gradient}
+    if e.memory_budget is not None and engine not in (Full, Checkpoint, Surrogate):
+        raise ValueError(f"--memory-budget is for --gradient full, checkpoint or surrogate, not {e.gradient}.")
+    if engine is Surrogate:
+        config["steps"] = e.surrogate_steps
+    if e.memory_budget is not None:
+        config["memory_budget"] = e.memory_budget
+    elif engine is Checkpoint:
+        config["memory_budget"] = DEFAULT_ENGINE.memory_budget
+    return config

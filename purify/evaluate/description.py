@@ -1,0 +1,260 @@
+"""What is evaluated and how, typed and frozen: one description for Python, YAML files and the command line.
+
+The command line is made from these classes (``purify.cli.parsing``), and every run's folder holds the ``run.yaml`` that
+repeats it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from purify.attacks import ATTACKS
+from purify.attacks.base import NORMS
+from purify.certify.multiscale import MODES
+from purify.checks import check_count, choose, nearest
+from purify.data import DATASETS, Dataset
+from purify.diffusion.reverse import REVERSE_RULES
+from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.runner import WORST_ONLY
+from purify.options import (
+    ASSIGNMENTS,
+    NAMES,
+    NUMBER,
+    NUMBERS,
+    PATH,
+    SIZE,
+    TEXT,
+    WHOLE,
+    convert,
+    flags,
+    option,
+    options,
+    plain,
+)
+from purify.presets import PURIFIERS
+from purify.purification.defended import AGGREGATES
+from purify.purification.gradients import ENGINES
+from purify.purification.levels import LEVELS
+
+if TYPE_CHECKING:
+    from purify.evaluate.finish import Finished
+
+DATA = (
+    f"{', '.join(DATASETS)}; or your own: a folder with a folder of pictures for each class, a .npz or .safetensors "
+    "with images and labels, or file.py:function"
+)
+MODEL = (
+    "zoo name, path of a purify .safetensors, RobustBench name, or file.py:function (default: DATASET-standard, or "
+    "RobustBench's Standard)"
+)
+SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
+WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
+GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
+BUDGET, RUN = "budget (by name, or its parts)", "run"
+EVERY_ATTACK = (
+    "random-noise,transfer,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
+    "pgd-eot-first-order,pgd-eot-guide"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What attacks and certificates have in common. Options that are None are the data set's usual ones."""
+
+    dataset: str = option("digits", TEXT, WHAT, DATA, "--data", "--dataset")
+    data_dir: Path | None = option(None, PATH, WHAT, "folder with the data set's files")
+    model: str | None = option(None, TEXT, WHAT, MODEL)
+    n_examples: int | None = option(None, WHOLE, WHAT, "test images (default: the budget's)")
+    seed: int = option(0, WHOLE, RUN, "keys all randomness")
+    device: str = option("cpu", TEXT, RUN, "cpu, cuda, cuda:1, ...")
+    batch_size: int = option(64, WHOLE, RUN, "samples at once")
+    max_rows: int | None = option(None, WHOLE, RUN, "images times draws in the model at once (default: CPU 256)")
+    threads: int | None = option(None, WHOLE, RUN, "CPU threads for torch")
+    out: Path | None = option(None, PATH, RUN, "folder of the run; the same command resumes (default: below runs/)")
+
+    def __post_init__(self) -> None:
+        convert(self)
+        for name in ("n_examples", "batch_size", "max_rows", "threads"):
+            value = getattr(self, name)
+            if value is not None:
+                check_count(value, f"--{name.replace('_', '-')}")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Any:
+        """The description of a ``run.yaml``.
+
+        Raises:
+            ValueError: no such file, no YAML mapping, an unknown option, or a value that it cannot take.
+        """
+        try:
+            found = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} must hold NAME: VALUE lines, the options of a run.")
+        known = {f.name for f in options(cls)}
+        for name in found:
+            if name not in known:
+                raise ValueError(f"{path} has an unknown option {name!r}{nearest(name, known)}.")
+        return cls(**found)
+
+    def to_yaml(self) -> str:
+        """The options that are set, as :meth:`from_yaml` takes them."""
+        return yaml.safe_dump(plain(self), sort_keys=False, width=120)
+
+    def replace(self, **changes: Any) -> Any:
+        """The same with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def title(self) -> str:
+        """What a run's folder calls the data."""
+        return self.dataset if self.dataset in DATASETS else Path(self.dataset.partition(":")[0]).stem
+
+    def known(self, data: Dataset) -> str:
+        """The built-in data set, or the one whose networks and settings one's own ``data`` gets; "" if none."""
+        return self.dataset if self.dataset in DATASETS else data.like or ""
+
+    def _choose(self, name: str, known: Any) -> None:
+        field = next(f for f in options(type(self)) if f.name == name)
+        value = getattr(self, name)
+        if value is not None:
+            choose(value, dict.fromkeys(known), flags(field)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Description):
+    """Attacks on a classifier, undefended and behind purifiers: what ``purify attack`` runs.
+
+    The same name is the same defence here, in :func:`purify.wrap` and on the command line: what is not given comes from
+    ``purify.settings``.
+
+    Raises:
+        ValueError: a value that an option cannot take, or a name that is not known; names the option.
+    """
+
+    purifier: tuple[str, ...] = option(
+        ("diffpure",), NAMES, DEFENCE,
+        f"{', '.join(PURIFIERS)}, file.py:function, or a noise level, which is diffpure there; separated by commas",
+    )  # fmt: skip
+    settings: dict[str, Any] = option(
+        {}, ASSIGNMENTS, DEFENCE,
+        "a parameter of the purifiers or noise levels that have it, as scale=300 or tau=2, or of one of them, as "
+        "gdmp.rounds=2 or ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated", "--set",
+    )  # fmt: skip
+    score_model: str | None = option(None, TEXT, DEFENCE, SCORE_MODEL)
+    t_star: float | None = option(None, NUMBER, DEFENCE, "noise level in (0, 1]")
+    noise_level: tuple[str, ...] | None = option(
+        None, NAMES, DEFENCE,
+        f"{', '.join(LEVELS)}, or file.py:Class; separated by commas (default: constant, on embedded data also ssni-l)",
+    )  # fmt: skip
+    calibration: Path | None = option(
+        None, PATH, DEFENCE, "JSON of `purify calibrate` for SSNI (default: the embedded one)"
+    )
+    steps: int | None = option(None, WHOLE, DEFENCE, "reverse steps")
+    dt: float | None = option(
+        None, NUMBER, DEFENCE,
+        "step length: t* then decides how many steps run, instead of --steps; half of --max-rows at a time",
+    )  # fmt: skip
+    reverse: str | None = option(None, TEXT, DEFENCE, f"reverse rule: {', '.join(REVERSE_RULES)}")
+    purifications: int = option(1, WHOLE, DEFENCE, "purifications per answer")
+    aggregate: str = option("logits", TEXT, DEFENCE, f"how they are combined: {', '.join(AGGREGATES)}")
+    threat_model: str = option("Linf", TEXT, THREAT, f"ball of the attack: {', '.join(NORMS)}")
+    eps: float | None = option(None, NUMBER, THREAT, "radius")
+    attacks: tuple[str, ...] = option(
+        tuple(EVERY_ATTACK.split(",")), NAMES, THREAT,
+        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies)",
+    )  # fmt: skip
+    norm_weights: tuple[float, ...] = option(
+        (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
+    )
+    gradient: str = option("checkpoint", TEXT, THREAT, f"{', '.join(ENGINES)}; checkpoint is exact")
+    memory_budget: int | None = option(
+        None, SIZE, THREAT,
+        "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
+    )  # fmt: skip
+    surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
+    budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
+    attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
+    eot: int | None = option(None, WHOLE, BUDGET, "draws per gradient of every attack")
+    restarts: int = option(1, WHOLE, BUDGET, "random restarts of PGD")
+    judge_draws: int | None = option(None, WHOLE, BUDGET, "fresh purifications that judge each image")
+    worst_only: str | None = option(
+        None, TEXT, BUDGET,
+        f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
+            self._choose(name, names)
+        if self.steps is not None and self.dt is not None:
+            raise ValueError("--steps and --dt exclude each other; give one.")
+        for name in ("attack_steps", "eot", "restarts", "judge_draws", "purifications", "surrogate_steps"):
+            value = getattr(self, name)
+            if value is not None:
+                check_count(value, f"--{name.replace('_', '-')}")
+
+    def rows(self, device: torch.device) -> int:
+        """Images times draws in the model at once."""
+        return self.max_rows or (2048 if device.type == "cuda" else 256)  # what its caches like
+
+    def run(self, progress: bool = True) -> Finished:
+        """Attack, judge and check, resuming what is in the run's folder; prints nothing but the bar.
+
+        Raises:
+            ValueError: what does not fit together; before any attack.
+        """
+        from purify.evaluate.attacking import prepare  # builds networks from this description
+
+        prepared = prepare(self)
+        folder = prepared.open("from Python")
+        prepared.attack(folder, progress)
+        return prepared.finish(folder, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certification(Description):
+    """Certificates of smoothed classifiers, attacked inside their radii: what ``purify certify`` runs.
+
+    Raises:
+        ValueError: a value that an option cannot take, or a name that is not known; names the option.
+    """
+
+    batch_size: int = option(16, WHOLE, RUN, "samples at once")
+    method: tuple[str, ...] = option(("cohen",), NAMES, WHAT, "cohen, multiscale, ssn, dssn; separated by commas")
+    sigma: tuple[float, ...] = option((0.25, 0.5, 1.0), NUMBERS, GAUSSIAN, "scales, separated by commas")
+    score_model: tuple[str, ...] | None = option(
+        None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
+    )
+    p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
+    mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
+    lam: float | None = option(
+        None, NUMBER, SPLITTING, "lambda (default: the one that the classifier was trained with)"
+    )
+    budget: str = option("quick", TEXT, BUDGET, f"draws: {', '.join(DRAWS)}", "--budget", "--preset")
+    selection_draws: int | None = option(None, WHOLE, BUDGET, "n0, draws that choose the class")
+    draws: int | None = option(None, WHOLE, BUDGET, "n, draws that bound its probability")
+    alpha: float = option(0.001, NUMBER, BUDGET, "probability of failure")
+    stop_radius: float | None = option(
+        None, NUMBER, BUDGET, "stop drawing once it is settled whether this radius holds"
+    )
+    looks: int = option(4, WHOLE, BUDGET, "looks at the bound under --stop-radius")
+    attack_examples: int | None = option(None, WHOLE, BUDGET, "images attacked inside their radius")
+    attack_steps: int = option(20, WHOLE, BUDGET, "steps of that PGD")
+    eot: int = option(16, WHOLE, BUDGET, "draws per gradient of that PGD")
+    radii: tuple[float, ...] | None = option(
+        None, NUMBERS, RUN, "radii of the table, separated by commas (default: L2 up to 2, L1 shares of lambda)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choose("mode", MODES)
+        self._choose("budget", DRAWS)

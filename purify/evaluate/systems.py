@@ -1,0 +1,293 @@
+"""From a description of certificates to certifiers, and their run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify import zoo
+from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
+from purify.checkpoints import default_score_model
+from purify.checks import check_count, check_unique, choose
+from purify.data import Dataset
+from purify.evaluate.attacking import begin, load_samples, open_folder
+from purify.evaluate.budgets import DRAWS
+from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
+from purify.evaluate.description import Certification
+from purify.evaluate.provenance import environment, fingerprint_of_samples
+from purify.evaluate.ranks import Ranks
+from purify.evaluate.records import RunFolder, write_json
+from purify.evaluate.runner import Samples
+from purify.named import fingerprint, load_classifier, load_score
+from purify.options import flags, options
+from purify.plugin import is_in_file
+
+RADII = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # L2
+SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius can exceed by more than half a level
+
+# Options that only some methods read.
+READ_BY = {
+    "sigma": ("cohen", "multiscale"),
+    "score_model": ("cohen", "multiscale"),
+    "p0": ("multiscale",),
+    "mode": ("multiscale",),
+    "lam": ("ssn", "dssn"),
+    "selection_draws": ("cohen", "multiscale", "ssn"),
+    "draws": ("cohen", "multiscale", "ssn"),
+    "alpha": ("cohen", "multiscale", "ssn"),
+    "stop_radius": ("cohen", "ssn"),
+    "looks": ("cohen", "ssn"),
+}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A description with what was looked up for it.
+
+    Attributes:
+        asked: the description.
+        known: the built-in data set whose networks it gets; "" if none.
+        device: where everything runs.
+        draws, inside: the budget of certificates, and of the attacks inside their radii.
+    """
+
+    asked: Certification
+    known: str
+    device: torch.device
+    draws: Draws
+    inside: Inside
+
+
+def build_budget(c: Certification) -> tuple[Draws, Inside, int]:
+    """The named budget with the user's changes: draws, the cross-check, samples."""
+    asked = (c.selection_draws, c.draws, c.n_examples, c.attack_examples)
+    n0, n, samples, attacked = (u if a is None else a for a, u in zip(asked, DRAWS[c.budget], strict=True))
+    check_count(samples, "n-examples")
+    stop = None if c.stop_radius is None else EarlyStop(c.stop_radius, c.looks)
+    return Draws(n0, n, c.alpha, stop), Inside(attacked, c.attack_steps, c.eot), samples
+
+
+def check_meant(c: Certification) -> None:
+    """Raise ValueError if an option was changed that no method of this run reads."""
+    for field in options(type(c)):
+        readers = READ_BY.get(field.name, c.method)
+        default = None if field.default is MISSING else field.default
+        if getattr(c, field.name) != default and not set(readers) & set(c.method):
+            raise ValueError(
+                f"{flags(field)[0]} says nothing about {', '.join(c.method)}; it is for {', '.join(readers)}."
+            )
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """The smoothed classifiers behind one denoiser, one per sigma; what tells them from others; and their networks."""
+
+    scales: tuple[Smooth, ...]
+    suffix: str
+    networks: dict[str, Any]
+
+
+def gaussian(order: Order) -> list[Denoised]:
+    """One entry for each denoiser."""
+    c, known = order.asked, order.known
+    standard = f"{known}-standard"
+    default = standard if standard in zoo.names("classifier") else "Standard"
+    classifier = any_classifier(c.model or default, known, "L2").to(order.device)
+    names = c.score_model or (default_score_model(known),)
+    found = []
+    for name in names:
+        networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
+        if name == "none":
+            scales = [Smooth(classifier, s, max_rows=c.max_rows) for s in c.sigma]
+        else:
+            score = load_score(name, known).to(order.device)
+            networks["score_model"] = score.fingerprint()
+            scales = [denoised_smoothing(classifier, score, s, c.max_rows) for s in c.sigma]
+        found.append(Denoised(tuple(scales), suffix, networks))
+    return found
+
+
+def short(name: str) -> str:
+    """How a table calls a denoiser: its file's name, or file.function."""
+    path, _, function = name.rpartition(":") if is_in_file(name) else (name, "", "")
+    return ".".join(part for part in (Path(path).stem, function) if part)
+
+
+def cohen(order: Order) -> list[System]:
+    """Smoothing at each sigma by itself."""
+    return [
+        System(f"cohen {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **d.networks})
+        for d in gaussian(order)
+        for s in d.scales
+    ]
+
+
+def multiscale(order: Order) -> list[System]:
+    """The cascade over all sigmas."""
+    if order.draws.stop is not None:
+        raise ValueError("A cascade makes all its draws; leave --stop-radius out.")
+    systems = []
+    for d in gaussian(order):
+        cascade = Cascade(d.scales, order.asked.p0, order.asked.mode)
+        config = {**cascade.config(), **d.networks}
+        systems.append(System(f"multiscale{d.suffix}", cascade, order.draws, order.inside, config))
+    return systems
+
+
+def splitting(kind: type[SSN] | type[DSSN]) -> Callable[[Order], list[System]]:
+    """SSN or DSSN, over a classifier trained for it."""
+    name = kind.__name__.lower()
+
+    def build(order: Order) -> list[System]:
+        c = order.asked
+        model = c.model or f"{order.known}-{name}"
+        classifier = any_classifier(model, order.known, "L1").to(order.device)
+        lam = c.lam if c.lam is not None else trained_lam(model)
+        certifier: Certifier = kind(classifier, lam, max_rows=c.max_rows)
+        config = {**certifier.config(), "classifier": fingerprint(classifier)}
+        return [System(name, certifier, order.draws, order.inside, config)]
+
+    return build
+
+
+METHODS: dict[str, Callable[[Order], list[System]]] = {
+    "cohen": cohen,
+    "multiscale": multiscale,
+    "ssn": splitting(SSN),
+    "dssn": splitting(DSSN),
+}
+GAUSSIAN = ("cohen", "multiscale")
+
+
+def any_classifier(name: str, known: str, norm: str) -> nn.Module:
+    """A classifier by any of the names that --model takes."""
+    if name in (f"{known}-ssn", f"{known}-dssn") and name not in zoo.names("classifier"):
+        raise ValueError(
+            f"There is no embedded {name}; pass --model, or train one with `purify train {name}` and pass "
+            f"--model runs/train/{name}.safetensors."
+        )
+    return load_classifier(name, known, norm)
+
+
+def trained_lam(model: str) -> float:
+    """The lambda of a classifier that purify trained on splitting noise."""
+    known = model.endswith(".safetensors") or model in zoo.names("classifier")
+    lam = zoo.describe(model).get("loss", {}).get("lam") if known else None
+    if lam is None:
+        raise ValueError(f"{model} does not say for which lambda it was trained; pass --lam.")
+    return float(lam)
+
+
+def build_systems(order: Order) -> list[System]:
+    """The certifiers by name.
+
+    Raises:
+        ValueError: unknown methods, options that no method reads, two systems of one name.
+    """
+    c = order.asked
+    builders = [choose(method, METHODS, "method") for method in c.method]
+    if c.model and len({method in GAUSSIAN for method in c.method}) > 1:
+        raise ValueError("One --model cannot serve Gaussian and splitting noise; run these methods one by one.")
+    check_meant(c)
+    systems = [system for build in builders for system in build(order)]
+    advice = "name each method and sigma once, and give each denoiser a file name of its own"
+    check_unique([s.name for s in systems], "systems", advice)
+    return systems
+
+
+def build_radii(c: Certification, systems: Sequence[System]) -> dict[str, list[float]]:
+    """Radii of the table of each norm."""
+    found: dict[str, list[float]] = {}
+    for norm in {s.certifier.norm for s in systems}:
+        if c.radii is not None:
+            found[norm] = list(c.radii)
+        elif norm == "L1":
+            lam = max(s.config["lam"] for s in systems if s.certifier.norm == norm)
+            found[norm] = [share * lam for share in SHARES]
+        else:
+            found[norm] = list(RADII)
+        if not all(math.isfinite(r) and r >= 0 for r in found[norm]):
+            raise ValueError(f"--radii takes numbers of at least 0, got {', '.join(map(str, found[norm]))}.")
+    return found
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Certificates of which everything is built and checked, and nothing drawn yet.
+
+    Attributes:
+        order: the description with what was looked up for it.
+        data: the data set.
+        systems: what certifies.
+        radii: of the table, by norm.
+        samples: what is certified.
+        ranks: this process among those of the run.
+    """
+
+    order: Order
+    data: Dataset
+    systems: list[System]
+    radii: dict[str, list[float]]
+    samples: Samples
+    ranks: Ranks
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the answer depends on draws: of DSSN it does not."""
+        return not set(READ_BY["draws"]).isdisjoint(self.order.asked.method)
+
+    def open(self, command: str) -> RunFolder:
+        """The run's folder, which says that ``command`` made it."""
+        c = self.order.asked
+        config = {
+            "dataset": c.dataset,
+            "data": fingerprint_of_samples(self.samples),
+            "n_examples": len(self.samples),
+            "seed": c.seed,
+            "batch_size": c.batch_size,
+            "systems": {
+                s.name: {**s.config, "draws": asdict(s.draws), "attack": asdict(s.attack)} for s in self.systems
+            },
+        }
+        name = f"{c.title}-certified-{'-'.join(c.method)}-{c.budget}"
+        return open_folder(c, name, config, environment(self.order.device, command, self.ranks), self.ranks)
+
+    def certify(self, folder: RunFolder) -> None:
+        """Certify and attack what the folder does not hold."""
+        certify_all(folder, self.systems, self.samples, self.order.asked.seed, self.order.asked.batch_size)
+
+    def finish(self, folder: RunFolder) -> dict[str, Summary]:
+        """Sum up a folder that is complete, by system, and write its result.json."""
+        found = {s.name: summarize(folder, s, self.samples, self.radii[s.certifier.norm]) for s in self.systems}
+        body = {s.name: {"norm": s.certifier.norm, **plain(found[s.name])} for s in self.systems}
+        context = {"schema": 2, "config": folder.config, "preset": self.order.asked.budget}
+        write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
+        return found
+
+
+def plain(summary: Summary) -> dict[str, Any]:
+    """A summary for result.json, without what the records hold."""
+    return {k: v for k, v in asdict(summary).items() if k != "correct"}
+
+
+def prepare(asked: Certification) -> Ready:
+    """Look up and build all that a certification names.
+
+    Raises:
+        ValueError: unknown names, missing files, or parts that do not fit together.
+    """
+    data, ranks, device = begin(asked)
+    draws, inside, n = build_budget(asked)
+    order = Order(asked, asked.known(data), device, draws, inside)
+    systems = build_systems(order)
+    radii = build_radii(asked, systems)
+    samples = load_samples(asked, data, n, device)
+    if any(s.certifier.norm == "L1" for s in systems):
+        samples = replace(samples, images=to_grid(samples.images))
+    return Ready(order, data, systems, radii, samples, ranks)
