@@ -472,7 +472,7 @@ def test_every_row_links_to_its_run_wherever_both_are_moved(run, certified, tmp_
     links = [unquote(link) for link in page.links]
     assert all((board / link).is_file() and not link.startswith("/") for link in links)
     above = f"../runs/{odd.name}"
-    for name in ("result.json", "records.jsonl", "manifest.json"):
+    for name in ("result.json", "records.jsonl", "manifest.json", "run.yaml"):
         assert links.count(f"{above}/{name}") == 3
         assert links.count(f"../runs/L2/{name}") == len(found)
     assert links.count(f"{above}/samples-diffpure.png") == 2  # a link to what it shows

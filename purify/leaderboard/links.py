@@ -10,7 +10,7 @@ from purify.evaluate.records import curve_picture, samples_picture
 from purify.leaderboard.certified import CertifiedRow
 from purify.leaderboard.rows import Row
 
-FILES = ("result.json", "records.jsonl", "manifest.json")
+FILES = ("result.json", "records.jsonl", "manifest.json", "run.yaml")  # the last: what to run again
 # the folders of an absolute path that begins a word, or follows = or a comma
 ABSOLUTE = re.compile(r"""(?<![^\s=,'"])(?:[A-Za-z]:)?[/\\](?:[^\s=,'"]*[/\\])?(?=[^\s=,'"/\\])""")
 
