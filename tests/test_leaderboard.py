@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from conftest import load_script
 
 from purify.cli.attack import main as benchmark
 from purify.cli.certify import main as certify
+from purify.cli.leaderboard import main as leaderboard
 from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, worst_mean
+from purify.evaluate.report import SCHEMA
 from purify.evaluate.selfchecks import INEXACT
 from purify.leaderboard import plots, read_certified, read_run, read_runs, write_leaderboard
+from purify.leaderboard.links import command, portable
 
 SMALL = [
     *("--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "3", "--steps", "3"),
@@ -302,6 +307,42 @@ def test_unfinished_and_changed_certified_runs_are_refused(certified, tmp_path):
         read_runs([copy])
 
 
+def with_schema(folder, copy, schema):
+    """A copy of a run whose result.json has this schema; None: as runs before schemas."""
+    shutil.copytree(folder, copy)
+    result = json.loads((copy / "result.json").read_text())
+    result = {k: v for k, v in result.items() if k not in ("schema", "verdict", "config")}
+    (copy / "result.json").write_text(json.dumps(result if schema is None else {"schema": schema, **result}))
+    return copy
+
+
+def test_results_without_a_schema_are_read_as_those_with_one(run, tmp_path):
+    assert json.loads((run / "result.json").read_text())["schema"] == SCHEMA == 2
+    for schema in (None, 1, 2):
+        rows = read_run(with_schema(run, tmp_path / str(schema), schema))
+        assert all(row.repeats(other) for row, other in zip(rows, read_run(run), strict=True))
+
+
+@pytest.mark.parametrize("schema", [3, "2025-11"])
+def test_results_of_a_newer_purify_are_refused(schema, run, certified, tmp_path, capsys):
+    """Whatever a newer purify changed in the other files."""
+    attacked = with_schema(run, tmp_path / "attacked", schema)
+    proven = with_schema(certified[0], tmp_path / "proven", schema)
+    (attacked / "manifest.json").write_text("{}")
+    for folder in (attacked, proven):
+        message = f"{folder / 'result.json'} has schema {schema}, and this purify reads schemas up to 2: update purify."
+        for read in (read_run, read_certified, lambda path: read_runs([path])):
+            with pytest.raises(ValueError, match="schema") as error:
+                read(folder)
+            assert str(error.value) == message
+        assert leaderboard([str(folder), "--out", str(tmp_path / "board")]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "board").exists()
+
+
+COMMITTED = Path(__file__).parent.parent / "docs" / "leaderboard"
+
+
 class Cells(HTMLParser):
     """Text of the tables' rows (an entry's two rows as one), and every link and image."""
 
@@ -397,7 +438,7 @@ def test_certified_runs_alone_and_a_refuted_certificate(certified, tmp_path):
     page = Cells()
     page.feed((tmp_path / "board" / "index.html").read_text())
     assert [("refuted" in text, text.strip().split("\n")[0]) for text in page.rows[1:]] == [
-        (r.name == "cohen 0.25", r.name + "refuted" * (r.name == "cohen 0.25"))
+        (r.name == "cohen 0.25", f"{r.name}digits-standard{'refuted' * (r.name == 'cohen 0.25')}")
         for r in sorted(found, key=lambda r: (-r.found.acr.value, r.name))
     ]
     assert "| ! [cohen 0.25](../copy/manifest.json) |" in (tmp_path / "board" / "leaderboard.md").read_text()
@@ -410,7 +451,82 @@ def test_names_from_runs_are_escaped(run, certified, tmp_path):
     write_leaderboard([row], tmp_path, [proven])
     text = (tmp_path / "index.html").read_text()
     assert "<script>alert" not in text
-    assert text.count("&lt;script&gt;alert") == 2
+    assert text.count("&lt;script&gt;alert") == 3  # two names, and what a picture shows
+
+
+def test_every_row_links_to_its_run_wherever_both_are_moved(run, certified, tmp_path):
+    """Files and pictures that are there, by relative paths, whatever the folders are called."""
+    runs, board = tmp_path / "here" / "runs", tmp_path / "here" / "board"
+    odd = runs / 'attack #1 (t=0.2) "100 %"'
+    shutil.copytree(run, odd)
+    shutil.copytree(certified[0], runs / "L2")
+    (runs / "L2" / "certified-L2.png").unlink()
+    rows, found = read_runs([odd, runs / "L2"])
+    weaker = worst_of(rows[1], 1.0, name="diffpure ssni-l")
+    absolute = replace(rows[2], classifier=f"{tmp_path}/net.py:make", config={**rows[2].config, "classifier": "other"})
+    write_leaderboard([rows[1], weaker, absolute], board, found)
+    (tmp_path / "here").rename(tmp_path / "there")
+    board = tmp_path / "there" / "board"
+    page = Cells()
+    page.feed((board / "index.html").read_text())
+    links = [unquote(link) for link in page.links]
+    assert all((board / link).is_file() and not link.startswith("/") for link in links)
+    above = f"../runs/{odd.name}"
+    for name in ("result.json", "records.jsonl", "manifest.json", "run.yaml"):
+        assert links.count(f"{above}/{name}") == 3
+        assert links.count(f"../runs/L2/{name}") == len(found)
+    assert links.count(f"{above}/samples-diffpure.png") == 2  # a link to what it shows
+    assert links.count(f"{above}/samples-diffpure-ssni-l.png") == 4
+    assert not any("certified-L2.png" in link for link in links)
+    for name in ("index.html", "leaderboard.md", "leaderboard.json", "certified.json"):
+        assert str(tmp_path) not in (board / name).read_text()
+        assert str(run.parent) not in (board / name).read_text()
+    entries = json.loads((board / "leaderboard.json").read_text())
+    assert {e["classifier"] for e in entries} == {"digits-standard", "net.py:make"}
+    assert all(e["command"].endswith(f"--out {run.name}") for e in entries)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--out /home/me/runs/a --eot 2", "--out a --eot 2"),
+        ("--model=/home/me/net.py:make", "--model=net.py:make"),
+        ("--set agdm.auxiliary=/a/b.py:c,/d/e.pt", "--set agdm.auxiliary=b.py:c,e.pt"),
+        ("--out '/home/my runs/a'", "--out 'my runs/a'"),
+        (r"--out C:\Users\me\a", "--out a"),
+        ("--out runs/a --attacks x,y/z", "--out runs/a --attacks x,y/z"),
+    ],
+)
+def test_commands_do_not_show_the_folders_of_a_machine(text, expected, run):
+    assert portable(text) == expected
+    row = read_run(run)[0]
+    assert command(replace(row, command=text)) == f"python benchmarks/run_autoattack.py {expected}"
+    assert command(replace(row, command="from Python")) == "from Python"
+    assert command(replace(row, command="")) == "python benchmarks/run_autoattack.py"
+
+
+def test_without_scripts_the_page_is_a_plain_table(run, certified, tmp_path):
+    """All rows are seen, and nothing that would need a script; the page loads nothing from elsewhere."""
+    rows, found = read_runs([run, *certified])
+    write_leaderboard(rows, tmp_path, found)
+    text = (tmp_path / "index.html").read_text()
+    plain = text.split("<script>")[0].split("</style>")[1]
+    assert '<form role="search" hidden>' in plain
+    assert plain.count("hidden") == 1
+    assert plain.count("<button") == 1  # in the form
+    assert not any(word in text for word in ("http:", "https:", "@import", "url(", "fetch("))
+
+
+def test_certified_rows_name_their_classifier(certified, tmp_path):
+    """By its fingerprint: embedded ones have a name, others the first digits."""
+    assert [row.classifier for row in read_runs(certified)[1]] == ["digits-standard"] * 5
+    copy = tmp_path / "copy"
+    shutil.copytree(certified[0], copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["config"]["systems"]["cohen 0.1"]["classifier"] = "0123456789abcdef"
+    del manifest["config"]["systems"]["multiscale"]["classifier"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert [row.classifier for row in read_certified(copy)] == ["0123456789ab", "digits-standard", "unknown"]
 
 
 def test_nothing_to_rank_and_a_folder_that_cannot_be_written(run, tmp_path):
@@ -466,38 +582,50 @@ def test_compare_says_that_it_takes_no_certificates(run, certified, capsys):
 
 
 def test_the_committed_leaderboard_is_that_of_the_committed_records(tmp_path):
-    committed = Path(__file__).parent.parent / "docs" / "leaderboard"
-    shutil.copytree(committed / "runs", tmp_path / "runs")
+    shutil.copytree(COMMITTED / "runs", tmp_path / "runs")
     rows, certified = read_runs(sorted((tmp_path / "runs").iterdir()))
     write_leaderboard(rows, tmp_path, certified)
     for name in ("leaderboard.json", "certified.json", "leaderboard.md", "index.html"):
-        assert (tmp_path / name).read_text() == (committed / name).read_text(), f"{name}: run benchmarks/leaderboard.py"
+        assert (tmp_path / name).read_text() == (COMMITTED / name).read_text(), f"{name}: run benchmarks/leaderboard.py"
     assert {row.dataset for row in rows} == {"digits", "fashion_mnist"}
     assert {row.name.split()[0] for row in rows} >= {"diffpure", "gdmp", "agdm", "gns"}
-    entries = json.loads((committed / "leaderboard.json").read_text())
+    entries = json.loads((COMMITTED / "leaderboard.json").read_text())
     bare = [(e["classifier"], e["eps"]) for e in entries if e["name"] == "no purifier" and e["stronger"] is None]
     assert len(set(bare)) == len(bare) >= 4
     assert {e["classifier_called"] for e in entries if e["classifier"].endswith("-at")} == {"adversarial training"}
 
 
+def opened(page, tmp_path, script="", address="", width=1280):
+    """The DOM of a page after ``script`` ran in it, and the page's title, which the script may set to its findings."""
+    driven = page.with_name("driven.html")
+    tell = "setTimeout(() => parent.postMessage(document.documentElement.outerHTML, '*'), 100)"
+    driven.write_text(page.read_text().replace("</body>", f"<script>{script};{tell}</script></body>"))
+    frame = f'<iframe src="driven.html{address}" style="width: {width}px; height: 800px; border: 0"></iframe>'
+    told = "<script>addEventListener('message', e => { document.documentElement.innerHTML = e.data; })</script>"
+    page.with_name("frame.html").write_text(f"<!doctype html>{told}{frame}")  # a window is never as narrow as a phone
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    chromium += [f"--window-size={width},900", "--virtual-time-budget=3000", "--dump-dom"]
+    address = page.with_name("frame.html").as_uri()
+    dom = subprocess.run([*chromium, address], capture_output=True, text=True, check=True).stdout
+    return dom, dom.split("<title>")[1].split("</title>")[0]
+
+
+in_a_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+@in_a_browser
 def test_the_page_sorts_and_filters_in_a_browser(run, certified, tmp_path):
     rows, found = read_runs([run, *certified])
     full = replace(rows[1], name="full", reduced=False, clean=worst_of(rows[1], 0.0).worst)
     write_leaderboard([*rows, full, worst_of(full, 1.0)], tmp_path, found)
-    page = tmp_path / "index.html"
     script = (
-        "<script>document.querySelectorAll('#board thead button')[4].click();"
-        "const f=document.querySelector('#filter');f.value='diffpure';f.dispatchEvent(new Event('input'));"
+        "document.querySelectorAll('#board thead button')[4].click();"
+        "const f=document.querySelector('[name=q]');f.value='diffpure';"
+        "f.dispatchEvent(new Event('input', {bubbles: true}));"
         "for (const t of document.querySelectorAll('table')) if (t.id !== 'board') t.querySelector('button').click();"
-        "</script>"
     )
-    (tmp_path / "driven.html").write_text(page.read_text().replace("</body>", script + "</body>"))
-    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dom = subprocess.run(
-        [*chromium, "--dump-dom", f"file://{tmp_path / 'driven.html'}"], capture_output=True, text=True, check=True
-    ).stdout
+    dom, _ = opened(tmp_path / "index.html", tmp_path, script)
     assert "2 of 10 rows" in dom
     assert dom.count('aria-sort="descending"') == 3
     heads = [row.split("</th>")[0] for row in dom.split('<th scope="row" rowspan="')[1:]]
@@ -507,4 +635,58 @@ def test_the_page_sorts_and_filters_in_a_browser(run, certified, tmp_path):
     clean = {f"{r.title}, {r.classifier}": r.clean["mean"].value for r in rows}
     values = [clean[n.removesuffix(", adversarial training")] for n in names[1:5]]
     assert values == sorted(values, reverse=True)
-    assert [n.split("<")[0] for n in names[5:]] == ["ssn", "dssn", "multiscale", "cohen 0.25", "cohen 0.1"]
+    assert [n.split(",")[0] for n in names[5:]] == ["ssn", "dssn", "multiscale", "cohen 0.25", "cohen 0.1"]
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_filters_stand_in_the_address(run, certified, tmp_path):
+    """Each is read from it, all are written to it, and Clear empties it."""
+    rows, found = read_runs([run, *certified])
+    rows = [replace(row, failed_checks=("c",) * (row.name == "diffpure")) for row in rows]
+    write_leaderboard(rows, tmp_path, found)
+    names = {row.name: row.title for row in rows}
+    seen = (
+        "document.title = [...document.querySelectorAll('tbody')].filter(e => e.checkVisibility())"
+        ".map(e => e.querySelector('th').firstChild.textContent).sort().join() + location.hash"
+    )
+    expected = {
+        "#threat=Linf+0.3": names.values(),
+        "#classifier=digits-at": ["no purifier"],
+        "#classifier=digits-standard&threat=L1+radius": ["dssn", "ssn"],
+        "#threat=L2+radius&q=0.25": ["cohen 0.25"],
+        "#threat=Linf+0.3&passed=on": [names[row.name] for row in rows if not row.marked],
+        "#dataset=digits&threat=L1+radius&passed=on": ["dssn", "ssn"],
+        "#dataset=unknown": [*names.values(), *(row.name for row in found)],
+    }
+    for address, shown in expected.items():
+        _, title = opened(tmp_path / "index.html", tmp_path, seen, address)
+        assert unescape(title) == ",".join(sorted(shown)) + address
+    script = (
+        "document.querySelector('[name=passed]').click();"
+        "const f = document.querySelector('[name=threat]'); f.value = 'L1 radius';"
+        "f.dispatchEvent(new Event('input', {bubbles: true}));" + seen
+    )
+    _, title = opened(tmp_path / "index.html", tmp_path, script, "#q=dssn")
+    assert unescape(title) == "dssn#q=dssn&threat=L1+radius&passed=on"
+    script = f"document.querySelector('[type=reset]').click(); setTimeout(() => {{ {seen} }}, 50)"
+    _, title = opened(tmp_path / "index.html", tmp_path, script, "#q=dssn")
+    assert title == ",".join(sorted([*names.values(), *(row.name for row in found)]))
+
+
+@pytest.mark.slow
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 1000, 390])
+def test_no_column_is_lost(width, tmp_path):
+    """The committed page: what is wider than the page scrolls, with a hint; on a phone nothing is."""
+    shutil.copytree(COMMITTED, tmp_path / "board", ignore=shutil.ignore_patterns("runs"))
+    script = (
+        "document.querySelectorAll('details').forEach(d => d.open = true);"
+        "const wide = [...document.querySelectorAll('.scroll')].filter(s => s.scrollWidth > s.clientWidth);"
+        "const cells = [...document.querySelectorAll('tr.main > *')].filter(c => c.getBoundingClientRect().width < 20);"
+        "const fits = document.documentElement.scrollWidth <= innerWidth;"
+        "const told = wide.every(s => s.tabIndex === 0 && s.previousElementSibling.checkVisibility());"
+        "document.title = [innerWidth, fits, told, wide.length > 0, cells.length].join()"
+    )
+    _, title = opened(tmp_path / "board" / "index.html", tmp_path, script, width=width)
+    assert title == f"{width},true,true,{'true' if width == 1000 else 'false'},0"

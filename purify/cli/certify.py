@@ -15,7 +15,11 @@ from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
 from purify.evaluate.description import Certification
 from purify.evaluate.ranks import leave
+<<<<<<< HEAD
 from purify.evaluate.records import RunFolder, writing
+=======
+from purify.evaluate.records import RunFolder, curve_picture
+>>>>>>> board
 from purify.evaluate.systems import Ready, prepare
 
 EXAMPLES = """examples:
@@ -75,7 +79,7 @@ def show(ready: Ready, folder: RunFolder) -> None:
         part = {s.name: found[s.name] for s in ready.systems if s.certifier.norm == norm}
         print(f"\n{norm}: certified accuracy in % at radii, [95 % interval]\n{table(part).to_string()}")
         print(f"\n{further(part).to_string()}")
-        written.append(curve(folder.path / f"certified-{norm}.png", part, norm))
+        written.append(curve(curve_picture(folder.path, norm), part, norm))
     for name, summary in found.items():
         if summary.refuted:
             changed = f"{summary.refuted} of {summary.attacked} attacks inside the radius changed the answer"

@@ -49,10 +49,14 @@ def load_samples(asked: Description, data: Dataset, n: int, device: torch.device
 
 
 def open_folder(
-    asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks
+    asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks, needed: int
 ) -> RunFolder:
-    """The run's folder, with the ``run.yaml`` that repeats it."""
-    folder = RunFolder(asked.out or default_folder(name, config), config, session, ranks)
+    """The run's folder, which may grow by ``needed`` bytes, with the ``run.yaml`` that repeats it."""
+    path = asked.out or default_folder(name, config)
+    if ranks.first:
+        check_folder(path, config)
+        check_space(path, needed)
+    folder = RunFolder(path, config, session, ranks)
     if ranks.first:
         with writing(folder.path / "run.yaml") as partial:
             partial.write_text(asked.to_yaml())
@@ -96,8 +100,7 @@ class Prepared:
         e = self.plan.asked
         name = f"{e.title}-{'+'.join(map(_short, e.purifier))}-{e.budget}"
         session = environment(self.plan.device, command, self.ranks)
-        check_space(e.out or Path("runs"), self.bytes)
-        return open_folder(e, name, self.config, session, self.ranks)
+        return open_folder(e, name, self.config, session, self.ranks, self.bytes)
 
     def attack(self, folder: RunFolder, progress: bool = True) -> int:
         """Attack and judge what the folder does not hold; returns how many records were added."""

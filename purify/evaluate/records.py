@@ -231,6 +231,16 @@ def check_folder(path: Path, config: dict[str, Any]) -> None:
         _check_empty(path)
 
 
+def samples_picture(folder: Path, defence: str) -> Path:
+    """Where the picture of a defence's samples is."""
+    return folder / f"samples-{defence.replace(' ', '-')}.png"
+
+
+def curve_picture(folder: Path, norm: str) -> Path:
+    """Where the picture of certified accuracy over the radius is."""
+    return folder / f"certified-{norm}.png"
+
+
 def parse(line: bytes) -> dict[str, Any] | None:
     """The record on a line, or None if it is not one."""
     try:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from purify.evaluate.records import RunFolder, write_json, writing
+from purify.evaluate.records import RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
@@ -110,7 +110,7 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     there are no such samples.
     """
     assert isinstance(defence.model, DefendedClassifier)
-    path = folder.path / f"samples-{defence.name.replace(' ', '-')}.png"
+    path = samples_picture(folder.path, defence.name)
     attack = stage_name(next((a for a in defence.attacks if not a.black_box), defence.attacks[0]))
     samples = samples[torch.tensor([(defence.name, attack, int(i)) in folder for i in samples.ids])]
     if len(samples) == 0:

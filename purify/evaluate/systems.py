@@ -16,13 +16,14 @@ from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smoo
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
-from purify.evaluate.attacking import begin, load_samples, open_folder
+from purify.evaluate.attacking import RECORD, begin, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
 from purify.evaluate.description import Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder, write_json
+from purify.evaluate.report import SCHEMA
 from purify.evaluate.runner import Samples
 from purify.named import fingerprint, load_classifier, load_score
 from purify.options import flags, options
@@ -256,7 +257,9 @@ class Ready:
             },
         }
         name = f"{c.title}-certified-{'-'.join(c.method)}-{c.budget}"
-        return open_folder(c, name, config, environment(self.order.device, command, self.ranks), self.ranks)
+        session = environment(self.order.device, command, self.ranks)
+        needed = RECORD * len(self.samples) * sum(len(s.stages()) for s in self.systems)
+        return open_folder(c, name, config, session, self.ranks, needed)
 
     def certify(self, folder: RunFolder) -> None:
         """Certify and attack what the folder does not hold."""
@@ -266,7 +269,7 @@ class Ready:
         """Sum up a folder that is complete, by system, and write its result.json."""
         found = {s.name: summarize(folder, s, self.samples, self.radii[s.certifier.norm]) for s in self.systems}
         body = {s.name: {"norm": s.certifier.norm, **plain(found[s.name])} for s in self.systems}
-        context = {"schema": 2, "config": folder.config, "preset": self.order.asked.budget}
+        context = {"schema": SCHEMA, "config": folder.config, "preset": self.order.asked.budget}
         write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
         return found
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from purify import zoo
 from purify.evaluate.certification import CERTIFICATE, Summary, sum_up
-from purify.leaderboard.rows import load_json, load_records
+from purify.fingerprint import weights_digest
+from purify.leaderboard.rows import load_json, load_manifest, load_records
 
 EXACT = ("dssn",)  # kinds of certifiers that draw nothing and cannot fail
 
@@ -18,6 +21,7 @@ class CertifiedRow:
 
     Attributes:
         name: the system.
+        classifier: the embedded classifier in it, or the first digits of another's fingerprint.
         dataset, norm: what was certified, and the norm of its radii.
         found: certified accuracy at the run's radii, ACR, abstentions, draws and the attacks inside the radius.
         alpha: probability that a certificate is false; None where certificates are exact.
@@ -27,6 +31,7 @@ class CertifiedRow:
     """
 
     name: str
+    classifier: str
     dataset: str
     norm: str
     found: Summary
@@ -43,10 +48,11 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     """The rows of a finished run of ``run_certify.py``.
 
     Raises:
-        ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
+        ValueError: the folder holds no run, or one that is not finished, was damaged or made by a newer purify; names
+            what is missing.
     """
     folder = Path(folder)
-    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    config, sessions = load_manifest(folder)
     if "systems" not in config:
         raise ValueError(f"{folder} is a run of attacks (run_autoattack.py); give folders of run_certify.py.")
     (results,) = load_json(folder / "result.json", "results")
@@ -59,6 +65,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
         inside = f"PGD {attack['steps']} x EOT {attack['eot']} inside the radius"
         row = CertifiedRow(
             name=name,
+            classifier=_called(system.get("classifier")),
             dataset=config["dataset"],
             norm=results[name]["norm"],
             found=found,
@@ -72,6 +79,17 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
         )
         rows.append(row)
     return rows
+
+
+def _called(digest: str | None) -> str:
+    """The name of a classifier: manifests of certificates have its fingerprint only."""
+    return "unknown" if digest is None else _embedded().get(digest, digest[:12])
+
+
+@cache
+def _embedded() -> dict[str, str]:
+    """The embedded classifiers by fingerprint."""
+    return {weights_digest(zoo.classifier(name)): name for name in zoo.names("classifier")}
 
 
 def _sum_up(

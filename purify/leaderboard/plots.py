@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from matplotlib.lines import Line2D
 from purify.certify.metrics import certified_accuracy
 from purify.evaluate.metrics import Estimate
 from purify.leaderboard.certified import CertifiedRow
+from purify.leaderboard.links import portable
 from purify.leaderboard.rows import Row
 
-INK = "#808890"  # contrast on white and on near-black
+INK, DARK_INK = "#59636e", "#9aa4af"  # no grey has contrast enough on white and on near-black
+DARK = "@media (prefers-color-scheme: dark) {" + "".join(
+    f'[style*="{what}: {INK}"] {{ {what}: {DARK_INK} !important }}' for what in ("fill", "stroke")
+)
 COLOURS = ["#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800"]
 MARKERS = "osD^v<>p"  # hollow ones differ, too
 LINES = ["-", "--", "-.", ":"]
@@ -94,14 +99,14 @@ def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
             if shown:
                 file, title = f"{dataset}-{plot.file}.svg", f"{plot.title}: {dataset}"
                 _draw(folder / file, shown, plot, title)
-                drawn.append({"file": file, "title": title})
+                drawn.append({"file": file, "title": title, "dataset": dataset})
     return drawn
 
 
 def series(row: Row, several: bool) -> str:
     """What a legend calls the row; ``several``: purifiers stand before more than one classifier."""
     called = f" ({row.called})" if row.called and row.bare else ""
-    return f"{row.title}, {row.classifier}{called}" if several or row.bare else row.title
+    return f"{row.title}, {portable(row.classifier)}{called}" if several or row.bare else row.title
 
 
 def abreast(values: Sequence[float]) -> list[float]:
@@ -122,7 +127,7 @@ def draw_curves(rows: Sequence[CertifiedRow], folder: Path) -> list[dict[str, st
         shown = [r for r in rows if (r.dataset, r.norm) == (dataset, norm)]
         file, title = f"{dataset}-certified-{norm}.svg", f"Certified accuracy against radius: {dataset}, {norm}"
         _draw_curves(folder / file, shown, title)
-        drawn.append({"file": file, "title": title})
+        drawn.append({"file": file, "title": title, "dataset": dataset})
     return drawn
 
 
@@ -185,5 +190,7 @@ def _save(fig: Figure, handles: Mapping[str, Line2D], path: Path) -> None:
     """Write the plot, with a legend of what is drawn by name."""
     style: dict[str, Any] = {"ncols": 2, "fontsize": 8, "labelcolor": INK, "facecolor": "none", "edgecolor": INK}
     fig.legend(list(handles.values()), list(handles), loc="outside lower center", **style)
+    drawn = StringIO()
     with rc_context({"svg.hashsalt": path.name}):  # the same plot is the same file
-        fig.savefig(path, format="svg", metadata={"Date": None})
+        fig.savefig(drawn, format="svg", metadata={"Date": None})
+    path.write_text(drawn.getvalue().replace("</style>", f"{DARK}}}</style>", 1))

@@ -14,6 +14,7 @@ from purify.attacks import AutoAttackRand, kind_of
 from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, summarize, worst_case
 from purify.evaluate.records import parse
+from purify.evaluate.report import SCHEMA
 from purify.evaluate.runner import CLEAN
 from purify.evaluate.selfchecks import INEXACT, at_limit, inexact_check
 
@@ -105,10 +106,11 @@ def read_run(folder: str | Path) -> list[Row]:
     """The rows of a finished run.
 
     Raises:
-        ValueError: the folder holds no run, or one that is not finished or was damaged; names what is missing.
+        ValueError: the folder holds no run, or one that is not finished, was damaged or made by a newer purify; names
+            what is missing.
     """
     folder = Path(folder)
-    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    config, sessions = load_manifest(folder)
     if "systems" in config:
         raise ValueError(f"{folder} is a run of certificates (run_certify.py); give folders of run_autoattack.py.")
     result = dict(zip(RESULT, load_json(folder / "result.json", *RESULT), strict=True))
@@ -124,6 +126,24 @@ def read_run(folder: str | Path) -> list[Row]:
         if any(abs(e.value - stored.get(c, {}).get("value", np.inf)) > 1e-9 for c, e in row.worst.items()):
             raise ValueError(f"{folder}: result.json and the records differ for {row.name}; run its command again.")
     return rows
+
+
+def load_manifest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Config and sessions of a run; ValueError if there is no run, or one of a newer schema than this purify reads."""
+    check_schema(folder / "result.json")  # a newer purify may write other manifests, too
+    config, sessions = load_json(folder / "manifest.json", "config", "sessions")
+    return config, sessions
+
+
+def check_schema(path: Path) -> None:
+    """Raise ValueError if a result.json says that it is newer than this purify; one without a schema is old."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # who reads it says what is wrong with it
+    schema = content.get("schema", 1) if isinstance(content, dict) else 1
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, and this purify reads schemas up to {SCHEMA}: update purify.")
 
 
 def load_json(path: Path, *keys: str) -> list[Any]:

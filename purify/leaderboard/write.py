@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from purify.evaluate.records import write_json
 from purify.evaluate.runner import UNDEFENDED
 from purify.leaderboard.certified import CertifiedRow, read_certified
 from purify.leaderboard.groups import ranked
+from purify.leaderboard.links import command, files, pictures, portable, relative
 from purify.leaderboard.plots import draw_curves, draw_plots
-from purify.leaderboard.rows import Row, load_json, read_run
+from purify.leaderboard.rows import Row, load_manifest, read_run
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedRow]]:
@@ -25,12 +25,12 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
     A measurement that several runs repeat is one row, of the first of them.
 
     Raises:
-        ValueError: a folder holds no run, or one that is not finished or was damaged.
+        ValueError: a folder holds no run, or one that is not finished, was damaged or made by a newer purify.
     """
     found: list[Row] = []
     certified: list[CertifiedRow] = []
     for folder in map(Path, folders):
-        (config,) = load_json(folder / "manifest.json", "config")
+        config, _ = load_manifest(folder)
         if "systems" in config:
             certified += read_certified(folder)
         else:
@@ -85,11 +85,12 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
     """
     return {
         "name": row.title,
-        "classifier": row.classifier,
+        "classifier": portable(row.classifier),
         "classifier_called": row.called,
         "dataset": row.dataset,
         "threat_model": row.threat_model,
         "eps": f"{row.eps:g}",
+        "threat": f"{row.threat_model} {row.eps:g}",
         "clean_acc": f"{100 * row.clean['mean'].value:.1f}",
         "autoattack_acc": percent(row.autoattack),
         "external": None,
@@ -111,9 +112,7 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
         "seed": row.seed,
         "failed_checks": list(row.failed_checks),
         "exact_gradient": row.exact,
-        "command": f"python benchmarks/run_autoattack.py {row.command}".rstrip(),
-        "manifest": manifest(row, folder),
-        "git": row.git,
+        **origin(row, folder),
     }
 
 
@@ -124,8 +123,10 @@ def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:
     return {
         "kind": "certified",
         "name": row.name,
+        "classifier": row.classifier,
         "dataset": row.dataset,
         "norm": row.norm,
+        "threat": f"{row.norm} radius",
         "radii": found.radii,
         "certified": texts(certified),
         "acr": f"{found.acr.value:.3f} [{found.acr.low:.3f}, {found.acr.high:.3f}]",
@@ -141,9 +142,7 @@ def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:
         "budget": row.budget,
         "samples": row.samples,
         "seed": row.seed,
-        "command": f"python benchmarks/run_certify.py {row.command}".rstrip(),
-        "manifest": manifest(row, folder),
-        "git": row.git,
+        **origin(row, folder),
     }
 
 
@@ -154,7 +153,18 @@ def radius(value: float) -> str:
 
 def manifest(row: Row | CertifiedRow, folder: Path) -> str:
     """Where a row's manifest is, seen from ``folder``."""
-    return os.path.relpath(Path(row.run) / "manifest.json", folder)
+    return relative(Path(row.run) / "manifest.json", folder)
+
+
+def origin(row: Row | CertifiedRow, folder: Path) -> dict[str, Any]:
+    """How a row was made, and the files of its run that are there."""
+    return {
+        "command": command(row),
+        "manifest": manifest(row, folder),
+        "files": files(row, folder),
+        "pictures": pictures(row, folder),
+        "git": row.git,
+    }
 
 
 def percent(found: dict[str, Estimate] | None) -> str | None:
