@@ -15,11 +15,7 @@ from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
 from purify.evaluate.description import Certification
 from purify.evaluate.ranks import leave
-<<<<<<< HEAD
-from purify.evaluate.records import RunFolder, writing
-=======
-from purify.evaluate.records import RunFolder, curve_picture
->>>>>>> board
+from purify.evaluate.records import RunFolder, curve_picture, writing
 from purify.evaluate.systems import Ready, prepare
 
 EXAMPLES = """examples:

@@ -298,7 +298,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def check_space(path: Path, needed: int) -> None:
     """Raise ValueError if less than ``needed`` bytes are free where the folder ``path`` is, or will be."""
-    free = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+    usage = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
+    free = usage.free if usage.total else needed  # a file system that does not tell
     if free < needed:
         raise ValueError(
             f"{path} needs about {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; make room, or choose "
