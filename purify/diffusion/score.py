@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, choose, is_number
+from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
-from purify.diffusion.schedule import DiscreteVP, Schedule
+from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import weights_digest
 
 
@@ -76,21 +76,9 @@ def check_settings(settings: Iterable[str]) -> None:
         choose(name, dict.fromkeys(SETTINGS), "setting of a score model")
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    try:
-        shape = tuple(value)
-    except TypeError:
-        shape = ()
-    if len(shape) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {value!r}.")
-    for n in shape:
-        check_count(n, "each of image_shape (C, H, W)")
-    return shape
-
-
 def _number(value: Any, what: str) -> float:
     if not is_number(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+        raise ValueError(f"{what} must be a finite number, got {short(value)}.")
     return float(value)
 
 
@@ -100,7 +88,9 @@ class ScoreModel(nn.Module):
     Args:
         network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels
             (N,); returns a tensor or an object with ``.sample`` (diffusers).
-        schedule: the VP schedule that the network was trained on.
+        schedule: the VP schedule that the network was trained on: a :class:`~purify.ContinuousVP`, for networks trained
+            as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
+            ``cosine``.
         prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
         image_shape: (C, H, W) of the images; checked by the purifier when given.
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
@@ -117,7 +107,7 @@ class ScoreModel(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule,
+        schedule: Schedule | str,
         prediction: str = "eps",
         image_shape: tuple[int, int, int] | None = None,
         time_scale: float | None = None,
@@ -127,15 +117,16 @@ class ScoreModel(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise ValueError(f"network must be a torch.nn.Module, got {type(network).__name__}.")
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule must be a purify.ContinuousVP or DiscreteVP, got {schedule!r}.")
+        schedule = as_schedule(schedule)
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
-        self.image_shape = None if image_shape is None else _shape(image_shape)
+        self.image_shape = None if image_shape is None else check_shape(image_shape)
         scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
         self.time_scale = scale if time_scale is None else _number(time_scale, "time_scale")
+        if self.time_scale <= 0:
+            raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
         self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
         self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
         if self.autocast is not None:
@@ -158,9 +149,13 @@ class ScoreModel(nn.Module):
         """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,).
 
         Raises:
-            ValueError: the network returns another shape than its prediction has.
+            ValueError: the network cannot take these images, or returns another shape than its prediction has.
         """
-        output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
+        if not (isinstance(u, Tensor) and isinstance(t, Tensor)) or t.shape != u.shape[:1]:
+            given = f"{short(u)} and {short(t)}"
+            raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
+        with fitting(u, "The score network"):
+            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
         self._check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
