@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import NORMS, Attack, AttackResult, check_budget
-from purify.checks import check_count, choose
+from purify.attacks.base import NORMS, Attack, AttackResult, check_budget, check_model
+from purify.attacks.counting import count
+from purify.checks import check_count, check_images, check_labels, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
 
@@ -27,7 +28,11 @@ def backend() -> ModuleType:
         ImportError: neither is installed.
     """
     if is_original_installed():
-        return import_module("autoattack")
+        try:
+            return import_module("autoattack")
+        except ImportError as error:
+            advice = "remove its folder from site-packages (torchattacks 3.3 brings one), then pyautoattack is used"
+            raise ImportError(f"The installed autoattack cannot be imported ({error}); {advice}.") from error
     if util.find_spec("pyautoattack") is not None:
         return import_module("pyautoattack")
     raise ImportError("AutoAttack is not installed; run `pip install pyautoattack`.")
@@ -81,6 +86,9 @@ class AutoAttack:
         if is_tf_model:
             raise ValueError("Only PyTorch models are supported; pass is_tf_model=False.")
         choose(norm, dict.fromkeys(NORMS), "norm of AutoAttack")
+        check_model(model)
+        if not (is_number(eps) and eps >= 0 and (norm != "Linf" or eps <= 1)):
+            raise ValueError(f"eps must be a number of at least 0, in Linf at most 1, got {short(eps)}.")
         choose(version, dict.fromkeys(VERSIONS), "version of AutoAttack")
         if device is None:
             parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
@@ -123,6 +131,8 @@ class AutoAttack:
         state_path: Path | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Adversarial images (those that no attack broke are returned as they came), and labels if asked for."""
+        check_images(x_orig)
+        check_labels(y_orig, len(x_orig))
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         state = {} if state_path is None else {"state_path": Path(state_path)}
         with self._logging():
@@ -133,6 +143,8 @@ class AutoAttack:
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
         """What each attack finds by itself: name -> images, or (images, labels) if asked for."""
+        check_images(x_orig)
+        check_labels(y_orig, len(x_orig))
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         with self._logging():
             found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
@@ -193,11 +205,28 @@ class _Library(Attack):
         assert self.group_size is not None
         images = x.clone()
         groups = ids // self.group_size
-        for group in groups.unique().tolist():
-            rows = (groups == group).nonzero()[:, 0]
-            rows = rows[ids[rows].argsort()]
-            images[rows] = self._run_group(self.attacked(model), x[rows], y[rows], derive_seed(seed, group))
+        attacked = self.attacked(model)
+        with self._counting(attacked):
+            for group in groups.unique().tolist():
+                rows = (groups == group).nonzero()[:, 0]
+                rows = rows[ids[rows].argsort()]
+                images[rows] = self._run_group(attacked, x[rows], y[rows], derive_seed(seed, group))
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
+
+    @contextmanager
+    def _counting(self, model: Any) -> Iterator[None]:
+        """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted."""
+
+        def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if self.black_box or output.requires_grad:
+                count(len(output))
+
+        hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _run_group(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
+from purify.attacks.counting import count
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.checks import check_count, choose, is_number
 from purify.diffusion.noise import Noise
@@ -192,6 +193,7 @@ class PGD(Attack):
             losses.append(terms[0].detach())
             if with_gradient:
                 gradients.append(torch.stack(_gradients(terms, images)))
+                count(len(part))
         loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
         if not with_gradient:
             return loss, []
@@ -201,6 +203,10 @@ class PGD(Attack):
 
 def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     """Gradient of each term's sum; the graph goes with the last."""
+    if not all(t.requires_grad for t in terms):
+        raise ValueError(
+            "The model's answer has no gradient with respect to the images; do not detach them in it, or use square."
+        )
     last = len(terms) - 1
     return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
 

@@ -37,6 +37,10 @@ class Transfer(PGD):
     def forwards(self) -> int:
         return 0
 
+    @property
+    def counted(self) -> int:
+        return self.restarts * self.steps  # of the other network
+
     def attacked(self, model: Any) -> nn.Module:
         return model.classifier
 
@@ -79,6 +83,10 @@ class GuidePGD(PGD):
         super().__post_init__()
         if not is_number(self.guide_weight):
             raise ValueError(f"guide_weight must be a finite number, got {self.guide_weight}.")
+
+    @property
+    def counted(self) -> int:
+        return self.gradients + self.steps  # those of its start
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images

@@ -180,8 +180,8 @@ def _table(betas: Any) -> np.ndarray:
         )
     if len(found) > 1 and found[0] > 0.5 and (np.diff(found) < 0).all():
         raise ValueError(
-            f"These betas fall from {found[0]:.4g} to {found[-1]:.4g}, as alphas do; DiscreteVP takes betas: 1 - alphas "
-            "(not alphas_cumprod), or of diffusers' scheduler scheduler.betas."
+            f"These betas fall from {found[0]:.4g} to {found[-1]:.4g}, as alphas do; DiscreteVP takes betas: "
+            "1 - alphas (not alphas_cumprod), or of diffusers' scheduler scheduler.betas."
         )
     return found
 

@@ -16,6 +16,7 @@ from purify.attacks.base import Attack, keyed
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import PGD, margin_loss
 from purify.diffusion.noise import derive_seed
+from purify.evaluate.progress import GRADIENT, Progress, cost, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.purification.defended import DefendedClassifier
@@ -57,23 +58,53 @@ class Check:
 
 
 def self_checks(
-    folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True, max_rows: int = 2048
+    folder: RunFolder,
+    defence: Defence,
+    samples: Samples,
+    seed: int,
+    complete: bool = True,
+    max_rows: int = 2048,
+    bar: Progress | None = None,
 ) -> list[Check]:
     """All checks of a defence whose records are in ``folder``; those of gradients if it has a purifier.
 
     ``complete``: whether every sample met every attack, without which attacks cannot be compared; ``max_rows``: as in
-    :func:`purify.evaluate.runner.evaluate`.
+    :func:`purify.evaluate.runner.evaluate`; ``bar``: counts :func:`checks_work`.
     """
-    # Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
-    few = samples[torch.arange(min(16, -(-len(samples) // 4)))]
+    bar = bar or Progress(0, shown=False)
+    few, fewer = _few(samples)
     recorded = Recorded(folder, defence, samples)
     purified = isinstance(defence.model, DefendedClassifier)
     return [
-        *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
+        *(gradient_checks(defence, fewer, seed, bar) if purified else []),
         *(black_box_check(recorded, required=purified) if complete else []),
         *(inexact_check(defence.name, recorded.found(), defence.config.get("exact", True)) if complete else []),
-        *convergence_checks(defence, few, seed, recorded if complete else None, max_rows),
+        *convergence_checks(defence, few, seed, recorded if complete else None, max_rows, bar),
     ]
+
+
+def _few(samples: Samples) -> tuple[Samples, Samples]:
+    """Those that convergence is checked on, and gradients.
+
+    Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
+    """
+    quarter = min(16, -(-len(samples) // 4))
+    return samples[torch.arange(quarter)], samples[torch.arange(min(4, len(samples)))]
+
+
+def checks_work(folder: RunFolder, defence: Defence, samples: Samples, complete: bool = True) -> float:
+    """Network calls of :func:`self_checks`, in the units of :func:`purify.evaluate.progress.weight`."""
+    few, fewer = _few(samples)
+    gradients = _gradients_work(defence, fewer) if isinstance(defence.model, DefendedClassifier) else 0.0
+    attack = _to_converge(defence, Recorded(folder, defence, samples) if complete else None)
+    if attack is None:
+        return gradients
+    attacks = [*_stronger(attack, defence).values(), *([] if complete else [attack])]
+    return gradients + sum(weight(defence, a) for a in attacks) * len(few)
+
+
+def _gradients_work(defence: Defence, samples: Samples) -> float:
+    return 2 * GRADIENT * cost(defence) * len(samples)  # the one in use, and the reference
 
 
 @dataclass(frozen=True)
@@ -113,13 +144,15 @@ def reference(model: nn.Module) -> nn.Module:
     return double.double().with_gradient(engine, through_level=True, second_order=True)
 
 
-def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
+def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress | None = None) -> list[Check]:
     """The gradient in use against full backpropagation in float64, at its worst sample, and its share of zeros."""
-    used = input_gradient(defence.model, samples, samples.images.dtype, seed)
-    whole = reference(defence.model)
-    # One by one: the graphs of a network of ImageNet's size fill a GPU.
-    each = torch.arange(len(samples)).split(1)
-    exact = torch.cat([input_gradient(whole, samples[i], torch.float64, seed) for i in each])
+    bar = bar or Progress(0, shown=False)
+    with bar.work(defence, _gradients_work(defence, samples)):
+        used = input_gradient(defence.model, samples, samples.images.dtype, seed)
+        whole = reference(defence.model)  # with the hooks of its original
+        # One by one: the graphs of a network of ImageNet's size fill a GPU.
+        each = torch.arange(len(samples)).split(1)
+        exact = torch.cat([input_gradient(whole, samples[i], torch.float64, seed) for i in each])
     cosine = torch.cosine_similarity(used, exact, dim=1, eps=0.0).nan_to_num(0.0).min().item()
     zeros = (used == 0).double().mean().item()
     return [
@@ -180,27 +213,46 @@ def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]], eng
     return [Check(defence, INEXACT, gain, LOST, at_most(gain, LOST), meaning)]
 
 
+def _to_converge(defence: Defence, recorded: Recorded | None) -> PGD | None:
+    """The strongest PGD attack of the defence; without records the first one. None: there is none."""
+    attacks = [a for a in defence.attacks if isinstance(a, PGD) and not a.black_box]
+    found = recorded.strongest(attacks) if recorded and attacks else next(iter(attacks), None)
+    assert found is None or isinstance(found, PGD)
+    return found
+
+
+def _stronger(attack: PGD, defence: Defence) -> dict[str, PGD]:
+    """The attack with twice the steps, and with twice the draws where they differ."""
+    steps = {"steps": replace(attack, steps=2 * attack.steps)}
+    return {**steps, "EOT draws": replace(attack, eot=2 * attack.eot)} if defence.draws > 1 else steps
+
+
 def convergence_checks(
-    defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None, max_rows: int = 2048
+    defence: Defence,
+    samples: Samples,
+    seed: int,
+    recorded: Recorded | None = None,
+    max_rows: int = 2048,
+    bar: Progress | None = None,
 ) -> list[Check]:
     """How much lower twice the steps, or twice the draws, of the strongest PGD attack bring a few samples.
 
     Without records the first one counts as the strongest.
     """
     name = "accuracy lost with twice the {} ({} samples)"
-    attacks = [a for a in defence.attacks if isinstance(a, PGD) and not a.black_box]
-    if not attacks:
+    attack, bar = _to_converge(defence, recorded), bar or Progress(0, shown=False)
+    if attack is None:
         meaning = "No attack was run whose steps can be doubled; add pgd-eot."
         return [Check(defence.name, name.format("steps", len(samples)), None, LOST, False, meaning)]
-    attack = recorded.strongest(attacks) if recorded else attacks[0]
-    assert isinstance(attack, PGD)
-    stronger = {"steps": replace(attack, steps=2 * attack.steps)}
-    if defence.draws > 1:
-        stronger["EOT draws"] = replace(attack, eot=2 * attack.eot)
-    before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed, max_rows)
+
+    def found(attack: PGD) -> float:
+        with bar.work(defence, weight(defence, attack) * len(samples)):
+            return accuracy(defence, attack, samples, seed, max_rows)
+
+    before = recorded.accuracy(attack, samples) if recorded else found(attack)
     checks = []
-    for what, better in stronger.items():
-        lost = before - accuracy(defence, better, samples, seed, max_rows)
+    for what, better in _stronger(attack, defence).items():
+        lost = before - found(better)
         meaning = f"{attack.label} has not converged: twice the {what} lower the accuracy further."
         checks.append(Check(defence.name, name.format(what, len(samples)), lost, LOST, at_most(lost, LOST), meaning))
     return checks
