@@ -216,7 +216,7 @@ def check_count(value: int, what: str, minimum: int = 1) -> None:
         raise ValueError(f"{what} must be a whole number of at least {minimum}, got {short(value)}.")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--out") -> None:
     """Raise ValueError unless the file ``path`` can be written; makes its folder, and leaves a file as it is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,4 +226,4 @@ def check_writable(path: Path) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another {option}.") from error

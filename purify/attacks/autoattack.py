@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import NORMS, Attack, AttackResult, check_budget, check_model
 from purify.attacks.counting import count
-from purify.checks import check_count, check_images, check_labels, choose, is_number, short
+from purify.checks import check_count, check_images, check_labels, check_writable, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
 
@@ -48,6 +48,7 @@ def is_original_installed() -> bool:
 
 
 VERSIONS = ("standard", "plus", "rand", "custom")
+PARTS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 
 
 class AutoAttack:
@@ -93,6 +94,10 @@ class AutoAttack:
         if device is None:
             parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
+        for part in attacks_to_run or []:
+            choose(part, dict.fromkeys(PARTS), "attack of AutoAttack")
+        if log_path is not None:
+            check_writable(Path(log_path), "log_path")
         package = backend()
         self._original = package.__name__ == "autoattack"
         self.verbose, self.log_path = verbose, log_path
@@ -131,8 +136,7 @@ class AutoAttack:
         state_path: Path | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Adversarial images (those that no attack broke are returned as they came), and labels if asked for."""
-        check_images(x_orig)
-        check_labels(y_orig, len(x_orig))
+        _check_batch(x_orig, y_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         state = {} if state_path is None else {"state_path": Path(state_path)}
         with self._logging():
@@ -143,8 +147,7 @@ class AutoAttack:
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
         """What each attack finds by itself: name -> images, or (images, labels) if asked for."""
-        check_images(x_orig)
-        check_labels(y_orig, len(x_orig))
+        _check_batch(x_orig, y_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         with self._logging():
             found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
@@ -172,6 +175,12 @@ class AutoAttack:
                 handler.close()
             logger.setLevel(level)
             logger.propagate = propagate
+
+
+def _check_batch(images: Tensor, labels: Tensor) -> None:
+    check_images(images)
+    check_labels(labels, len(images))
+    check_count(len(images), "images to attack")
 
 
 def set_apgd_steps(apgd: Any, steps: int) -> None:

@@ -203,12 +203,15 @@ class PGD(Attack):
 
 def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     """Gradient of each term's sum; the graph goes with the last."""
-    if not all(t.requires_grad for t in terms):
-        raise ValueError(
-            "The model's answer has no gradient with respect to the images; do not detach them in it, or use square."
-        )
-    last = len(terms) - 1
-    return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
+    found: list[Tensor] = []
+    for i, term in enumerate(terms):
+        more = i < len(terms) - 1
+        own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
+        if not isinstance(own, Tensor):
+            advice = "do not detach them in it, or use square"
+            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+        found.append(own)
+    return found
 
 
 def mixed(gradients: Sequence[Tensor], weight: float) -> Tensor:

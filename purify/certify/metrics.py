@@ -26,6 +26,8 @@ def certified_accuracy(correct: np.ndarray, radii: Sequence[float] | np.ndarray)
 
 def average_certified_radius(correct: np.ndarray) -> float:
     """Mean radius over all images, 0 where wrong or abstained (ACR; Zhai et al. 2020)."""
+    if np.size(correct) == 0:
+        raise ValueError("There are no certificates to take the mean of.")
     return float(np.maximum(correct, 0).mean())
 
 

@@ -22,7 +22,7 @@ from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
-from purify.checks import check_count, check_logits, choose, is_number, short
+from purify.checks import check_count, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
 
@@ -177,8 +177,8 @@ class Cascade(Certifier):
         if not (is_number(self.p0) and 0.5 <= self.p0 < 1):
             raise ValueError(f"p0 must lie in [1/2, 1), got {self.p0}: below 1/2 the cascade's certificate is false.")
         if not (isinstance(self.scales, Sequence) and all(isinstance(s, Smooth) for s in self.scales)):
-            given = short(self.scales)
-            raise ValueError(f"scales must be a tuple of purify.certify.Smooth or denoised_smoothing(...), got {given}.")
+            advice = "purify.certify.Smooth(classifier, sigma), as (Smooth(c, 0.5), Smooth(c, 1.0))"
+            raise ValueError(f"scales must be a tuple of {advice}, got {short(self.scales)}.")
         ordered = tuple(sorted(self.scales, key=lambda s: -s.sigma))
         if len({s.sigma for s in ordered}) < max(len(ordered), 1):
             raise ValueError("A cascade needs at least one scale, and different sigmas.")
@@ -245,7 +245,8 @@ class Cascade(Certifier):
         class shares (:func:`mixed_logits`); of the clean logits alone where none is. Never abstains.
         """
         check_count(n, "n")
-        check_logits(logits, len(images), "Whoever asks for predictions")
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            raise ValueError(f"logits must be the classifier's of the images, a tensor (N, C), got {short(logits)}.")
         if not (is_number(uniform) and 0 < uniform < 1):
             raise ValueError(f"uniform must lie in (0, 1), got {short(uniform)}.")
         ids = keys(images, sample_ids, seed).sample_ids

@@ -233,7 +233,7 @@ def check_grid(images: Tensor) -> None:
 
 
 def to_grid(images: Tensor) -> Tensor:
-    """The nearest images on the grid k/255: 8-bit images, as floats. Raises ValueError for images that are no floats."""
+    """The nearest images on the grid k/255: 8-bit images, as floats. Raises ValueError for what are no floats."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"Images must be a floating point tensor in [0, 1], got {kind}; divide 8-bit images by 255.")

@@ -82,8 +82,10 @@ class Description:
         """Names the option that was meant by a name that is none."""
         if args:
             raise ValueError(f"The options of {cls.__name__} have names, as {cls.__name__}(dataset='digits').")
+        known = {f.name for f in options(cls)}
         for name in given:
-            choose(name, {f.name: f for f in options(cls)}, f"option of {cls.__name__}")
+            if name not in known:
+                raise ValueError(f"Unknown option {name!r} of {cls.__name__}{nearest(name, known)}; see its help().")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
