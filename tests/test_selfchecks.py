@@ -8,14 +8,16 @@ import torch
 from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, Transfer
+from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, StepsPGD, Transfer
 from purify.attacks.norms import BALLS
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
+from purify.evaluate.progress import Progress
 from purify.evaluate.selfchecks import (
     Recorded,
     accuracy,
     black_box_check,
+    checks_work,
     convergence_checks,
     gradient_checks,
     inexact_check,
@@ -217,3 +219,22 @@ def test_random_noise_is_keyed_and_fills_the_ball(samples):
 def test_one_attack_is_its_own_worst_case_whatever_the_number_of_draws():
     right = np.random.default_rng(0).random((50, 5)) < 0.5
     np.testing.assert_allclose(worst_mean([right]), right.mean(1))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("strongest", [PGD, StepsPGD])  # the latter calls model.details, which has no hooks
+def test_the_bar_of_the_checks_counts_their_work(samples, tmp_path, monkeypatch, strongest, complete):
+    one = defence(attacks=[RandomNoise("Linf", 0.01), strongest("Linf", 0.3, steps=3, eot=2)])
+    folder = RunFolder(tmp_path, {}, {})
+    evaluate(folder, [one], samples, progress=False)
+    total = checks_work(folder, one, samples, complete)
+    seen = []
+    monkeypatch.setattr(
+        "purify.evaluate.progress.tqdm.update", lambda bar, n: setattr(bar, "n", seen.append(n) or bar.n + n)
+    )
+    bar = Progress(total, shown=True)
+    checks = self_checks(folder, one, samples, 0, complete, bar=bar)
+    assert bar.bar.n == pytest.approx(total)
+    assert max(seen) < total / 5, (seen, total)
+    assert sum(n > 0 for n in seen) > 15
+    assert checks == self_checks(folder, one, samples, 0, complete)
