@@ -122,8 +122,8 @@ def import_robustbench() -> ModuleType:
         raise ImportError(f"robustbench cannot be imported ({error}); run `pip install robustbench`.") from error
     if replaced("robustbench", TABLE):
         raise ImportError(
-            "robustbench's model tables were overwritten by another package (torchattacks carries an old copy of them); "
-            "run `pip install --force-reinstall --no-deps robustbench`."
+            "robustbench's model tables were overwritten by another package (torchattacks carries an old copy); run "
+            "`pip install --force-reinstall --no-deps robustbench`."
         )
     return package
 
