@@ -20,6 +20,7 @@ from purify.purification.plans import packing, reverse_times
 FEW = settings(max_examples=40, deadline=None)
 UNIT = st.floats(0, 1, allow_nan=False)
 IMAGES = st.lists(st.lists(UNIT, min_size=9, max_size=9), min_size=1, max_size=3)
+IDS = st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=6, unique=True)
 STEPS = st.lists(st.lists(st.floats(-2, 2), min_size=9, max_size=9), min_size=3, max_size=3)
 
 
@@ -183,9 +184,7 @@ def test_numbers_and_sizes_are_what_they_say(a, b, size):
 
 
 @FEW
-@given(
-    st.integers(0, 2**63 - 1), st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=6, unique=True), st.integers(0, 99)
-)
+@given(st.integers(0, 2**62), IDS, st.integers(0, 99))
 def test_noise_of_a_sample_depends_on_its_keys_alone(seed, ids, step):
     rows = torch.tensor(ids)
     whole = Noise.keyed(seed, rows).normal(step, (1, 2, 2))
