@@ -82,9 +82,9 @@ class ContinuousVP(Schedule):
             if slope == 0
             else (2 * target / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * target)))
         )
-        if t > 1:
+        if t > 1 + 1e-9:  # up to rounding
             raise ValueError(f"sigma = {sigma} is beyond the end of the schedule; use a smaller sigma.")
-        return t
+        return min(t, 1.0)
 
     def config(self) -> dict[str, Any]:
         return {"kind": "continuous", "beta_min": self.beta_min, "beta_max": self.beta_max}
