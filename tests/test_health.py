@@ -1,12 +1,14 @@
 """The health check names the convention of a network that is wired wrongly, and is quiet on good ones."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, EDMDenoiser, ScoreModel, zoo
+from purify.__main__ import main
 from purify.data import load_dataset
 from purify.diffusion.health import LIMIT, plot, times_of
 from purify.networks.embedded import build_network
@@ -251,3 +253,29 @@ def test_images_are_few_where_they_are_large_and_flat_ones_do_no_harm():
 def test_the_plot_is_a_picture(tmp_path):
     plot(zoo.score_model("digits").with_settings(prediction="v").check(DIGITS, 4), tmp_path / "a.png", "digits")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_plots_and_tells_by_its_status(tmp_path, capsys):
+    assert main(["check", "--images", "8", "--out", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "denoises as it should" in out
+    assert re.search(r"noisy image, scaled +mean image +as declared", out)
+    assert (tmp_path / "a.png").is_file()
+    (tmp_path / "net.py").write_text(
+        "from purify import zoo\n\ndef score():\n    return zoo.score_model('digits').with_settings(prediction='v')\n"
+    )
+    assert main(["check", "--images", "8", "--score-model", f"{tmp_path}/net.py:score"]) == 1
+    out = capsys.readouterr().out
+    assert "This network's output fits eps, continuous schedule, labels 1000 t, with 0.4" in out
+    assert "best reading" in out
+
+
+def test_the_dry_run_warns(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "from purify import zoo\n\ndef score():\n    return zoo.score_model('digits').with_settings(prediction='v')\n"
+    )
+    command = ["attack", "--n-examples", "4", "--steps", "1", "--noise-level", "constant", "--dry-run"]
+    assert main(command) == 0
+    assert "diffpure: This network denoises as it should" in capsys.readouterr().out
+    assert main([*command, "--score-model", f"{tmp_path}/net.py:score"]) == 0
+    assert "WARNING: diffpure: This network's output fits eps" in capsys.readouterr().out

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
 
-from purify import DefendedClassifier, diffpure
+from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, Transfer
 from purify.attacks.norms import BALLS
+from purify.data import load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
 from purify.evaluate.selfchecks import (
@@ -18,6 +19,7 @@ from purify.evaluate.selfchecks import (
     black_box_check,
     convergence_checks,
     gradient_checks,
+    health_checks,
     inexact_check,
     input_gradient,
     self_checks,
@@ -66,6 +68,18 @@ def test_a_purifier_under_autocast_is_checked_against_one_without(samples):
     cosine, _ = gradient_checks(Defence("d", defended, [], 4, {}), samples, seed=0)
     assert 0.99 < cosine.value < 1 - 1e-9  # near the float64 gradient, and not it
     assert model.autocast == "bfloat16"
+
+
+def test_a_score_network_read_wrongly_fails():
+    images = load_dataset("digits", "test")[0][:16]
+    cases = ({}, [True, True]), ({"prediction": "v"}, [False, False]), ({"time_scale": 1}, [False, False])
+    for settings, passed in cases:
+        score_model = zoo.score_model("digits").with_settings(**settings)
+        found = selfchecks.health(DefendedClassifier(zoo.classifier("digits-standard"), diffpure(score_model)), images)
+        checks = health_checks("d", found)
+        assert [check.passed for check in checks] == passed
+        assert found.images == 8
+    assert "fits eps, continuous schedule, labels 1000 t, with" in checks[1].meaning
 
 
 def test_vanishing_gradients_fail(samples):
@@ -189,11 +203,11 @@ def test_all_checks_of_a_run(samples, tmp_path):
     folder = RunFolder(tmp_path, {}, {})
     evaluate(folder, [one], samples, progress=False)
     checks = self_checks(folder, one, samples, seed=0)
-    assert len(checks) == 5
+    assert len(checks) == 7
     assert [check.passed for check in checks if "black-box" in check.name] == [False]  # none was run
-    assert len({check.name for check in checks}) == 5
+    assert len({check.name for check in checks}) == 7
     few = samples[torch.arange(4)]
-    assert convergence_checks(one, few, seed=0) == checks[3:]  # found again without the records
+    assert convergence_checks(one, few, seed=0) == checks[5:]  # found again without the records
     two = replace(one, attacks=[*attacks, BPDA("Linf", 0.2, steps=1, eot=1)])
     evaluate(folder, [two], samples, progress=False)
     (check,) = [c for c in self_checks(folder, two, samples, seed=0) if c.name == selfchecks.INEXACT]

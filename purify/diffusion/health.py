@@ -146,13 +146,13 @@ def check(model: ScoreModel, images: Tensor, n: int = 32, levels: Sequence[float
     levels = tuple(dict.fromkeys(_on_grid(model.schedule, levels)))
     noise = Noise.keyed(derive_seed(seed, "health"), torch.arange(len(u), device=u.device))
     z = [noise.normal(i, u.shape[1:], u.dtype) for i in range(len(levels))]
-    trivial = [_trivial(u, s, one) for s, one in zip(levels, z, strict=True)]
+    scaled, mean = zip(*(_trivial(u, s, one) for s, one in zip(levels, z, strict=True)), strict=True)
     declared = Reading(model.prediction, model.schedule, model.time_scale, model.time_offset)
     readings = _read(model, declared, u, levels, z)
     for asked in _labellings(model, declared, levels, u.shape[1]):
         with suppress(RuntimeError, IndexError):  # labels that the network cannot take
             readings += _read(model, asked, u, levels, z)
-    found = Health(levels, len(u), *zip(*trivial, strict=True), readings[0], readings[0])
+    found = Health(levels, len(u), scaled, mean, readings[0], readings[0])
     least = min(map(found.relative, readings))
     near = [r for r in readings if found.relative(r) <= NEAR * least]
     return replace(found, best=min(near, key=lambda r: (r.changes(declared), found.relative(r))))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from purify.attacks.base import Attack, keyed
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import PGD, margin_loss
+from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
@@ -22,6 +23,8 @@ from purify.purification.defended import DefendedClassifier
 
 GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
 LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget
+HEALTH_LEVELS = (0.1, 0.3, 1.0, 3.0)  # noise levels, and images, at which a run asks its score network
+HEALTH_IMAGES = 8
 INEXACT = "accuracy that attacks with an inexact gradient take beyond exact white-box ones"
 
 
@@ -68,8 +71,10 @@ def self_checks(
     few = samples[torch.arange(min(16, -(-len(samples) // 4)))]
     recorded = Recorded(folder, defence, samples)
     purified = isinstance(defence.model, DefendedClassifier)
+    asked = [health(defence.model, samples.images)] if isinstance(defence.model, DefendedClassifier) else []
     return [
         *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
+        *(check for found in asked for check in health_checks(defence.name, found)),
         *(black_box_check(recorded, required=purified) if complete else []),
         *(inexact_check(defence.name, recorded.found(), defence.config.get("exact", True)) if complete else []),
         *convergence_checks(defence, few, seed, recorded if complete else None, max_rows),
@@ -139,6 +144,22 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check
             at_most(zeros, 0.1),
             "The gradient vanishes in places; an attack on logits or margins may do better.",
         ),
+    ]
+
+
+def health(model: DefendedClassifier, images: Tensor) -> Health:
+    """A quick check of the defence's score model on clean images."""
+    purifier = model.purifier
+    return purifier.score_model.check(purifier.resized(images[:HEALTH_IMAGES]), HEALTH_IMAGES, HEALTH_LEVELS)
+
+
+def health_checks(defence: str, found: Health) -> list[Check]:
+    """Whether the score network denoises, and whether it should be read otherwise than it is declared."""
+    error = "denoising error of the score network, in units of trivial denoisers'"
+    gain = "share of the denoising error that another reading of the score network takes off"
+    return [
+        Check(defence, error, found.error, LIMIT, found.error <= LIMIT, found.sentence),
+        Check(defence, gain, found.gain, MARGIN, found.gain <= MARGIN, found.sentence),
     ]
 
 
