@@ -266,7 +266,7 @@ def test_the_command_prints_plots_and_tells_by_its_status(tmp_path, capsys):
     )
     assert main(["check", "--images", "8", "--score-model", f"{tmp_path}/net.py:score"]) == 1
     out = capsys.readouterr().out
-    assert "This network's output fits eps, continuous schedule, labels 1000 t, with 0.4" in out
+    assert "This network's output fits eps, continuous schedule, labels 1000 t, with 0.5" in out
     assert "best reading" in out
 
 
