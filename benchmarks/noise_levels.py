@@ -314,7 +314,8 @@ def errorbar(ax: Any, points: Sequence[Point], robust: Sequence[Estimate], **sty
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="digits", help=f"one of {', '.join(SSNI)} (default: digits)")
-    p.add_argument("--preset", default="standard", help=f"attack budget: {', '.join(BUDGETS)} (default: standard)")
+    text = f"attack budget: {', '.join(BUDGETS)} (default: standard)"
+    p.add_argument("--budget", "--preset", dest="preset", default="standard", help=text)
     p.add_argument("--seeds", default="0", help="comma-separated (default: 0)")
     p.add_argument("--steps", type=int, default=10, help="reverse steps (default: %(default)s)")
     p.add_argument("--n-examples", type=int, default=128, help="test images of each seed (default: %(default)s)")

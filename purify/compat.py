@@ -9,10 +9,12 @@ A second finder resolves the module names of version 0.1, with a DeprecationWarn
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module, util
+from importlib import import_module, metadata, util
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -113,8 +115,26 @@ def import_robustbench() -> ModuleType:
     """
     install()
     try:
-        return import_module("robustbench")
+        package = import_module("robustbench")
     except ModuleNotFoundError as error:
         if error.name == "pkg_resources":
             raise ImportError("robustbench needs pkg_resources; run `pip install 'setuptools<81'`.") from error
         raise ImportError(f"robustbench cannot be imported ({error}); run `pip install robustbench`.") from error
+    if replaced("robustbench", TABLE):
+        raise ImportError(
+            "robustbench's model tables were overwritten by another package (torchattacks carries an old copy); run "
+            "`pip install --force-reinstall --no-deps robustbench`."
+        )
+    return package
+
+
+TABLE = "robustbench/model_zoo/cifar10.py"
+
+
+def replaced(package: str, file: str) -> bool:
+    """Whether an installed package's file is no longer the one that its wheel had."""
+    found = next((f for f in metadata.files(package) or () if str(f) == file), None)
+    if found is None or found.hash is None or found.hash.mode != "sha256":
+        return False  # installed from its sources
+    digest = hashlib.sha256(Path(str(found.locate())).read_bytes()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != found.hash.value

@@ -1,5 +1,7 @@
 """Attack libraries and RobustBench take our models as they are."""
 
+import base64
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from conftest import TinyClassifier, smooth_model
 from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import APGD, PGD, AutoAttack, AutoAttackRand, Square
 from purify.attacks import autoattack as adapter
+from purify.compat import import_robustbench, replaced
 from purify.data import load_dataset
 
 
@@ -275,3 +278,22 @@ def test_square_shrinks_its_squares_within_its_queries():
     x, y = (t[:64] for t in load_dataset("digits", "test"))
     right = model(attack(model, x, y).images).argmax(1) == y
     assert right.float().mean() < 0.72
+
+
+def test_a_file_that_another_package_replaced_is_noticed(tmp_path, monkeypatch):
+    """torchattacks' wheel holds an old copy of robustbench's tables; the real package's RECORD tells."""
+    wheel, content = tmp_path / "thing-1.dist-info", b"models = 76\n"
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    (tmp_path / "thing").mkdir()
+    wheel.mkdir()
+    (tmp_path / "thing" / "zoo.py").write_bytes(content)
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: thing\nVersion: 1\n")
+    (wheel / "RECORD").write_text(f"thing/zoo.py,sha256={digest},12\nthing/other.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not replaced("thing", "thing/zoo.py")
+    assert not replaced("thing", "thing/absent.py")
+    (tmp_path / "thing" / "zoo.py").write_bytes(b"models = 57\n")
+    assert replaced("thing", "thing/zoo.py")
+    monkeypatch.setattr("purify.compat.replaced", lambda package, file: True)
+    with pytest.raises(ImportError, match=r"overwritten by another package .torchattacks"):
+        import_robustbench()

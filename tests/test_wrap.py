@@ -7,7 +7,7 @@ import families
 import pytest
 import torch
 from conftest import SmoothNet, TinyClassifier, smooth_model
-from networks import LAYOUTS, random_weights
+from layouts import LAYOUTS, random_weights
 from torch import nn
 from torchvision.transforms import Normalize, Resize
 

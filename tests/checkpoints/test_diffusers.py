@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from networks import LAYOUTS, random_weights, saved_pipeline, small_unet
+from layouts import LAYOUTS, random_weights, saved_pipeline, small_unet
 
 from purify import DiscreteVP, load_score_model
 from purify.checkpoints.diffusers import SCHEDULES

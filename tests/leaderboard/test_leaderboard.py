@@ -340,7 +340,7 @@ def test_results_of_a_newer_purify_are_refused(schema, run, certified, tmp_path,
     assert not (tmp_path / "board").exists()
 
 
-COMMITTED = Path(__file__).parent.parent / "docs" / "leaderboard"
+COMMITTED = Path(__file__).parents[2] / "docs" / "leaderboard"
 
 
 class Cells(HTMLParser):

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from networks import (
+from layouts import (
     FOLDER,
     SMALL,
     saved_pipeline,

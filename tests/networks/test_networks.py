@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import GaussianEps, SmoothNet, smooth_model
-from networks import LAYOUTS
+from layouts import LAYOUTS
 from torch import nn
 
 from purify import ContinuousVP, EDMDenoiser, Purifier, ScoreModel, diffpure

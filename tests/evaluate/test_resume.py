@@ -18,7 +18,7 @@ TINY = [
     *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
     *("--steps", "3", "--threads", "1", "--noise-level", "constant"),
 ]
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_autoattack.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "run_autoattack.py"
 
 
 def test_twenty_kills_leave_the_same_records(tmp_path):

@@ -22,7 +22,7 @@ from purify.evaluate.certification import CERTIFICATE, Inside, System, attack, c
 from purify.train.loop import Hyper, train
 from purify.train.losses import SplittingLoss
 
-BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "run_certify.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "run_certify.py"
 TINY = [
     *("--method", "cohen,multiscale", "--sigma", "0.1,0.25", "--n-examples", "20", "--selection-draws", "10"),
     *("--draws", "50", "--batch-size", "4", "--attack-examples", "10", "--attack-steps", "2", "--eot", "2"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import FOLDER, LAYOUTS, SMALL, example, random_weights, small_model, small_weights, written
+from layouts import FOLDER, LAYOUTS, SMALL, example, random_weights, small_model, small_weights, written
 
 from purify import ContinuousVP, DiscreteVP, load_score_model
 from purify.checkpoints import openai
