@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
+from torch import nn
 
 from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, Transfer
@@ -133,13 +134,46 @@ def test_a_black_box_attack_must_not_win(white, black, passes, samples, tmp_path
     write(folder, "random-noise", [[False] * 4] * 2)  # no attack, whatever it breaks
     noise, white_box = RandomNoise("Linf", 0.1), PGD("Linf", 0.1, steps=1, eot=1)
     attacks = [white_box, Transfer("Linf", 0.1, steps=1), noise]
-    (check,) = black_box_check(Recorded(folder, defence(attacks=attacks), few))
+    (check,) = black_box_check(Recorded(folder, defence(attacks=attacks), few), few, 0)
     assert check.passed is passes
     assert check.value == pytest.approx(white - black)
-    (missing,) = black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few))
+    (missing,) = black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), few, 0)
     assert (missing.passed, missing.value) == (False, None)
     assert missing.meaning == "No black-box attack was run; add transfer or square."
-    assert black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), required=False) == []
+
+
+class Masked(nn.Module):
+    """A classifier whose gradient says nothing: it sees 8-bit images, with a slope of its own making."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.inner, self.slope = zoo.classifier("digits-standard"), slope
+        self.eval()
+
+    def forward(self, x):
+        rounded = (255 * x).round() / 255
+        return self.inner(rounded.detach() + self.slope * (x - x.detach()).flip(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "zeros", "black"),
+    [
+        (zoo.classifier("digits-standard"), True, True),
+        (zoo.classifier("digits-at"), True, True),
+        (Masked(0.0), False, False),
+        (Masked(-1.0), True, False),
+    ],
+)
+def test_models_without_a_purifier_are_asked_for_masked_gradients(model, zeros, black, tmp_path):
+    images, labels = (t[:32] for t in load_dataset("digits", "test"))
+    samples = Samples(images, labels, torch.arange(32))
+    attack = PGD("Linf", 0.15, steps=10, eot=1, random_start=False)
+    one = Defence("d", model, [RandomNoise("Linf", 0.15), attack], 1, {})
+    folder = RunFolder(tmp_path, {}, {})
+    evaluate(folder, [one], samples, progress=False)
+    found = self_checks(folder, one, samples, seed=0)
+    assert [check.passed for check in found if "zero entries" in check.name] == [zeros]
+    assert [check.passed for check in found if "black-box" in check.name] == [black]
 
 
 @pytest.mark.parametrize(
