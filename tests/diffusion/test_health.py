@@ -173,6 +173,53 @@ def test_channels_in_the_wrong_order_are_named():
     assert health.best.data == "reversed"
 
 
+TRAINED = {
+    "v": (DiscreteVP.cosine(), 1000.0, 1.0, 150),
+    "eps": (DiscreteVP.cosine(100), 100.0, 1.0, 150),
+    "score": (ContinuousVP(), 999.0, 0.0, 150),
+    "x0": (DiscreteVP.linear(), 1000.0, 1.0, 500),
+}
+
+
+def trained(prediction):
+    """A network trained in this way, for a short while."""
+    schedule, scale, offset, steps = TRAINED[prediction]
+    images = 2 * load_dataset("digits", "train")[0] - 1
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network(zoo.describe("digits")["architecture"])
+        optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+        for _ in range(steps):
+            x, t = images[torch.randint(len(images), (64,))], (torch.randint(1000, (64,)) + 1).double() / 1000
+            if isinstance(schedule, DiscreteVP):
+                t = (t * schedule.steps).ceil() / schedule.steps
+            z, a, b = torch.randn_like(x), *(column(c).float() for c in (schedule.alpha(t), schedule.sigma(t)))
+            target = {"v": a * z - b * x, "eps": z, "score": -z / b, "x0": x}[prediction]
+            error = network(a * x + b * z, (t * scale - offset).float()) - target
+            (error * (b if prediction == "score" else 1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    how = {"schedule": schedule, "time_scale": scale, "time_offset": offset}
+    return ScoreModel(network.requires_grad_(False), prediction=prediction, **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", TRAINED)
+def test_small_trained_networks(prediction):
+    """Poor ones, quiet as they were trained and named in every other reading."""
+    model = trained(prediction)
+    health = model.check(DIGITS, 16, FEW)
+    assert health.passed, health.sentence
+    wrong = [{"prediction": other} for other in TRAINED if other != prediction] + [{"time_scale": 1.0}]
+    if isinstance(model.schedule, ContinuousVP):
+        wrong.append({"schedule": DiscreteVP.cosine()})
+    for settings in wrong:
+        health = model.with_settings(**settings).check(DIGITS, 16, FEW)
+        assert not health.passed
+        assert health.best.prediction == prediction
+        assert model.with_settings(**health.best.settings()).check(DIGITS, 16, FEW).passed
+
+
 def test_untrained_weights_and_other_data_are_no_better_than_trivial():
     with torch.random.fork_rng():
         torch.manual_seed(0)
