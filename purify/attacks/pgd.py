@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
 from purify.attacks.counting import count
+from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.checks import check_count, choose, is_number
 from purify.diffusion.noise import Noise
@@ -104,10 +105,11 @@ class PGD(Attack):
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         evaluate = self.evaluator(self.attacked(model), seed)
         first = self.first(model, x, y, ids, seed)
+        inside = Inside(len(x), x.device)
         best = x.clone()
         best_loss = torch.full((len(x),), -math.inf, device=x.device)
         for restart in range(self.restarts):
-            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first):
+            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first, inside):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
@@ -158,14 +160,22 @@ class PGD(Attack):
         return parts
 
     def _iterates(
-        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
+        self,
+        evaluate: Evaluator,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        seed: int,
+        restart: int,
+        first: Tensor | None,
+        inside: Inside | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
         z = self._start(x, ids, seed, restart, first)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, not last, inside)
             yield z, loss
             if not last:
                 size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
@@ -178,6 +188,28 @@ class PGD(Attack):
         return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _eot(
+        self,
+        evaluate: Evaluator,
+        z: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        first_draw: int,
+        with_gradient: bool,
+        inside: Inside | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
+        if inside is None or not with_gradient:
+            return self._mean(evaluate, z, y, ids, first_draw, with_gradient)
+        loss, gradients = self._mean(evaluate, inside.place(z), y, ids, first_draw, True)
+        asked = inside.ask(z, gradients[0])
+        if len(asked):
+            _, inner = self._mean(evaluate, moved(z[asked]), y[asked], ids[asked], first_draw, True)
+            better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
+            for gradient, other in zip(gradients, inner, strict=True):
+                gradient[asked[better]] = other[better]
+        return loss, gradients
+
+    def _mean(
         self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, ``max_rows`` rows at a time."""

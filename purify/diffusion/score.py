@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import weights_digest
+
+if TYPE_CHECKING:
+    from purify.diffusion.health import Health
 
 
 def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
@@ -156,11 +159,11 @@ class ScoreModel(nn.Module):
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
         with fitting(u, "The score network"):
             output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
-        self._check_output(output, u)
+        self.check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
 
-    def _check_output(self, output: Tensor, u: Tensor) -> None:
+    def check_output(self, output: Tensor, u: Tensor) -> None:
         """Raise ValueError for what would be broadcast, or fail somewhere else."""
         learned = self.prediction == "learned_variance"
         expected = (len(u), (2 if learned else 1) * u.shape[1], *u.shape[2:])
@@ -191,6 +194,24 @@ class ScoreModel(nn.Module):
         """u0_hat from a prediction already made."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def check(
+        self, images: Tensor, n: int = 32, levels: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), seed: int = 0
+    ) -> Health:
+        """Whether the network denoises as it is declared, or would do better read otherwise.
+
+        Args:
+            images: clean images (N, C, H, W) in [0, 1], like those that it was trained on.
+            n: of which so many are used, fewer of large ones.
+            levels: noise levels sigma / alpha.
+            seed: keys the noise.
+
+        Raises:
+            ValueError: bad images, or an output of another shape than declared.
+        """
+        from purify.diffusion import health  # which needs this class
+
+        return health.check(self, images, n, levels, seed)
 
     def with_settings(self, **settings: Any) -> ScoreModel:
         """A model over the same network, with other arguments than this one's."""
