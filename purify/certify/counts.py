@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from purify.certify.protocols import Classifier
 from purify.checks import check_count, check_eval, check_images
 from purify.diffusion.noise import Noise
 from purify.diffusion.precision import float32_proper
@@ -39,10 +40,10 @@ class NoisyCounts:
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """
 
-    classifier: nn.Module
+    classifier: Classifier
     perturb: Perturbation
     max_rows: int | None = None
-    referee: nn.Module | None = None
+    referee: Classifier | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, noise: Noise, draws: range) -> Tensor:

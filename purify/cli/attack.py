@@ -75,10 +75,9 @@ def show_dry_run(prepared: Prepared) -> int:
     asked = prepared.plan.asked
     print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
     for d in prepared.defences:
-        purifier = getattr(d.model, "purifier", None)
-        if purifier is not None and purifier.resize:
+        if isinstance(d.model, DefendedClassifier) and d.model.purifier.resize:
             height, width = prepared.samples.images.shape[2:]
-            shape = purifier.score_model.image_shape
+            shape = d.model.purifier.score_model.image_shape
             print(f"{d.name}: images of {height}x{width} are resized to the score model's {shape[1]}x{shape[2]}.")
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from purify.attacks.base import Attack
+from purify.purification.cost import most_steps
 from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def cost(defence: Defence) -> float:
     model = defence.model
     if not isinstance(model, DefendedClassifier):
         return 1.0
-    return model.purifications * (model.purifier.most_steps + 1.0)
+    return model.purifications * (most_steps(model.purifier) + 1.0)
 
 
 def weight(defence: Defence, attack: Attack | None) -> float:
