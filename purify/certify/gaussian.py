@@ -82,7 +82,8 @@ class OneShotDenoised(nn.Module):
         check_classifier(classifier, None)
         self.time = score_model.schedule.time_of_sigma(2 * sigma)
         self.classifier = classifier.requires_grad_(False)
-        self.score_model = score_model.requires_grad_(False)
+        self.score_model: Denoiser = score_model
+        score_model.requires_grad_(False)
         self.eval()
 
     def forward(self, noisy: Tensor) -> Tensor:

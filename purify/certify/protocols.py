@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from purify.diffusion.schedule import Schedule
 
@@ -23,4 +23,4 @@ class Denoiser(Protocol):
 
     def denoise(self, u: Tensor, t: Tensor, /) -> Tensor: ...
 
-    def requires_grad_(self, requires_grad: bool = True) -> nn.Module: ...
+    def requires_grad_(self, requires_grad: bool = True) -> object: ...

@@ -78,6 +78,7 @@ def show_dry_run(prepared: Prepared) -> int:
         if isinstance(d.model, DefendedClassifier) and d.model.purifier.resize:
             height, width = prepared.samples.images.shape[2:]
             shape = d.model.purifier.score_model.image_shape
+            assert shape is not None
             print(f"{d.name}: images of {height}x{width} are resized to the score model's {shape[1]}x{shape[2]}.")
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
@@ -137,7 +138,7 @@ def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
     """What the attacks were allowed, and whether that is enough to be quoted."""
     asked = prepared.plan.asked
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
-    exact = all(getattr(d.model.purifier, "exact", False) for d in purified)
+    exact = all(d.model.purifier.exact for d in purified if isinstance(d.model, DefendedClassifier))
     gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}.")
     if reduced(prepared.stated, prepared.plan.known):

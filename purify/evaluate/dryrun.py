@@ -106,9 +106,9 @@ def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        found = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
-        if size >= rows or sum(found) > PATIENCE:
-            return found[0] / size, found[1] / size
+        spent = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
+        if size >= rows or sum(spent) > PATIENCE:
+            return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)
 
 

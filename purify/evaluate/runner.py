@@ -250,8 +250,8 @@ def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
     if not traces:
         return {}
     calls = [trace.network_calls.double() for trace in traces if trace.network_calls is not None]
-    found = {"t_star": torch.cat([trace.t_star.mean(1) for trace in traces])}
-    return {**found, "network_calls": torch.cat(calls)} if calls else found
+    levels = {"t_star": torch.cat([trace.t_star.mean(1) for trace in traces])}
+    return {**levels, "network_calls": torch.cat(calls)} if calls else levels
 
 
 def share_out(samples: Samples, unit: int, ranks: Ranks) -> Samples:
@@ -332,9 +332,9 @@ def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) ->
     labels = samples.labels.cpu().numpy()
     table: dict[str, dict[str, Any]] = {}
     for defence in defences:
-        found = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
-        table[defence.name] = {stage: summarize(p, labels) for stage, p in found.items()}
-        table[defence.name]["worst case"] = worst_case(list(found.values()), labels)
+        answers = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
+        table[defence.name] = {stage: summarize(p, labels) for stage, p in answers.items()}
+        table[defence.name]["worst case"] = worst_case(list(answers.values()), labels)
     return table
 
 
@@ -345,7 +345,7 @@ def worst_only_results(
     labels = samples.labels.cpu().numpy()
     table = {}
     for d in defences:
-        found = [worst_only_predictions(folder, d, stage_name(a), samples, criterion) for a in d.stages()]
-        rows = {CLEAN: summarize(found[0], labels), "worst case": worst_case(found, labels)}
+        answers = [worst_only_predictions(folder, d, stage_name(a), samples, criterion) for a in d.stages()]
+        rows = {CLEAN: summarize(answers[0], labels), "worst case": worst_case(answers, labels)}
         table[d.name] = {stage: {criterion: row[criterion]} for stage, row in rows.items()}
     return table
