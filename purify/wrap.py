@@ -11,7 +11,7 @@ from torch import nn
 
 from purify import zoo
 from purify.checkpoints import default_score_model, load_score_model
-from purify.checks import choose
+from purify.checks import choose, short
 from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
 from purify.presets import find_preset
@@ -57,6 +57,9 @@ def wrap(
         ValueError: unknown names; a file that is not here (the message says what to fetch); a module in train mode; a
             score model of other channels or for smaller images; at the call: images of another shape.
     """
+    if not isinstance(model, str | nn.Module):
+        advice = "a name, as 'Standard', or a torch.nn.Module in eval mode"
+        raise ValueError(f"model must be {advice}, got {short(model)}.")
     data = resolve_data(dataset)
     shape, dataset = data.shape, data.like or dataset
     if isinstance(model, str):

@@ -10,9 +10,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature, has
-from purify.checks import check_count, check_eval, check_images, check_labels, choose, is_number
+from purify.attacks.counting import bar
+from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature
+from purify.checks import (
+    check_count,
+    check_eval,
+    check_images,
+    check_labels,
+    check_logits,
+    choose,
+    fitting,
+    has,
+    is_number,
+    nearest,
+    sample_keys,
+    short,
+)
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.score import ScoreModel
+from purify.purification.purifier import Purifier
 
 KeyedCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
 
@@ -50,9 +66,12 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
+            meant = nearest(self.norm, NORMS)
+            raise ValueError(f"Unknown threat model {short(self.norm)}{meant}; known: {', '.join(NORMS)}.")
         if not (is_number(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
+            raise ValueError(f"eps must be a number of at least 0, got {short(self.eps)}.")
+        if not isinstance(self.eps, (int, float)):
+            object.__setattr__(self, "eps", float(self.eps))  # a number of numpy's; records are JSON
         if self.norm == "Linf" and self.eps > 1:
             raise ValueError(f"An L_inf eps is for images in [0, 1] and at most 1, got {self.eps}; divide it by 255.")
 
@@ -64,26 +83,30 @@ class Attack(ABC):
         *,
         sample_ids: Tensor | None = None,
         seed: int = 0,
+        progress: bool = False,
     ) -> AttackResult:
         """Attack ``model`` at ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,).
 
         ``sample_ids`` (N,) key all randomness together with ``seed`` (default: 0..N-1). Weights should not require
         gradients (a :class:`~purify.DefendedClassifier` freezes its own); the attack then costs a third less.
+        ``progress`` shows a bar that counts the network's gradients.
 
         Raises:
-            ValueError: images or labels out of range, a model in train mode, or a loss or gradient that is not finite.
+            ValueError: images or labels out of range or on another device; a model in train mode, or that is none, or
+                that cannot take the images; no gradient, or a loss or gradient that is not finite.
         """
         check_images(images)
-        if isinstance(model, nn.Module):
-            check_eval(model, "attacking it")
-        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
-        if ids.shape != (len(images),):
-            raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
-        ids, seed = ids.to(images.device), derive_seed(seed, self.name)
+        check_model(model)
+        ids, seed = sample_keys(sample_ids, images), derive_seed(seed, self.name)
+        if isinstance(labels, Tensor) and labels.device != images.device:
+            raise ValueError(f"Labels are on {labels.device} but images on {images.device}; move one of them.")
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
         if self.feature is not None and not self.applies_to(model):
             raise ValueError(self.feature.refusal(self.name, model))
-        return self.run(model, images.detach(), labels.long(), ids, seed)
+        if len(images) == 0:
+            return AttackResult(images.detach(), images.new_zeros(0))
+        with torch.enable_grad(), bar(self.label, self.counted * len(images), progress):
+            return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
@@ -117,6 +140,11 @@ class Attack(ABC):
         """Forward passes of the judged model, without a gradient, that the attack takes per image."""
         return 0
 
+    @property
+    def counted(self) -> int:
+        """What a bar counts per image: gradients, or queries of an attack that takes none."""
+        return self.gradients or self.forwards
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self
@@ -127,6 +155,17 @@ class Attack(ABC):
 
 
 NORMS = ("Linf", "L2", "L1")
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError unless ``model`` can be attacked here: a function, or a module in eval mode."""
+    if not callable(model) or isinstance(model, (type, ScoreModel, Purifier)):
+        advice = "attack a torch.nn.Module from images to logits, as purify.DefendedClassifier(classifier, purifier)"
+        raise ValueError(f"{short(model)} is no classifier; {advice}.")
+    if isinstance(model, nn.Module):
+        check_eval(model, "attacking it")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Attacks take gradients, which torch.inference_mode() forbids; call them outside of it.")
 
 
 def keyed(model: nn.Module, seed: int) -> KeyedCall:
@@ -141,12 +180,9 @@ def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int) -> int
     """Classes that the model tells apart, asked on one image; None without images."""
     if len(images) == 0:
         return None
-    try:
+    with fitting(images, "The model"):
         logits = keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1]))
-    except RuntimeError as error:  # torch's word for shapes that do not fit
-        raise ValueError(f"The model cannot take images of shape {tuple(images.shape[1:])}: {error}") from error
-    if logits.ndim != 2:
-        raise ValueError(f"The model must return logits (N, K), it returned shape {tuple(logits.shape)} for one image.")
+    check_logits(logits, 1, "The model")
     return logits.shape[1]
 
 

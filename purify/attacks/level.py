@@ -109,6 +109,7 @@ class Lowering(nn.Module):
     def __init__(self, model: nn.Module, norm_weight: float) -> None:
         super().__init__()
         self.model, self.norm_weight = model, norm_weight
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to logits."""

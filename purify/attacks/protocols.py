@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeGuard, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from purify.checks import has, missing
 from purify.purification.gradients import GradientEngine
 from purify.purification.outcomes import Details
 from purify.purification.purifier import Purifier
@@ -89,20 +90,6 @@ class InStep(HasDetails, Protocol):
 
     @property
     def in_step(self) -> bool: ...
-
-
-def missing(model: object, protocol: type) -> list[str]:
-    """Members of the protocol that the model lacks.
-
-    Not by ``isinstance``: from Python 3.12 on that sees neither submodules nor what ``torch.compile`` passes on.
-    """
-    names = dict.fromkeys(name for kind in protocol.__mro__ for name in vars(kind) if not name.startswith("_"))
-    return [name for name in names if not hasattr(model, name)]
-
-
-def has(model: object, protocol: type[M]) -> TypeGuard[M]:
-    """Whether the model has all members of the protocol."""
-    return not missing(model, protocol)
 
 
 @dataclass(frozen=True)

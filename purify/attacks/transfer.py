@@ -38,6 +38,10 @@ class Transfer(PGD):
     def forwards(self) -> int:
         return 0
 
+    @property
+    def counted(self) -> int:
+        return self.restarts * self.steps  # of the other network
+
     def attacked(self, model: nn.Module) -> nn.Module:
         return BARE_CLASSIFIER.of(model).classifier
 
@@ -87,6 +91,10 @@ class GuidePGD(PGD):
         super().__post_init__()
         if not is_number(self.guide_weight):
             raise ValueError(f"guide_weight must be a finite number, got {self.guide_weight}.")
+
+    @property
+    def counted(self) -> int:
+        return self.gradients + self.steps  # those of its start
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images

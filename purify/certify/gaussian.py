@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from purify.certify.base import RandomizedSmoothing
 from purify.certify.counts import check_classifier
 from purify.certify.protocols import Denoiser
+from purify.checks import check_weights, has, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.schedule import check_sigma
 from purify.diffusion.score import per_sample
@@ -80,6 +81,11 @@ class OneShotDenoised(nn.Module):
     def __init__(self, classifier: nn.Module, score_model: Denoiser, sigma: float) -> None:
         super().__init__()
         check_classifier(classifier, None)
+        if not has(score_model, Denoiser):
+            advice = "pass (classifier, score_model, sigma)"
+            raise ValueError(f"The denoiser must be a purify.ScoreModel, got {short(score_model)}; {advice}.")
+        check_weights(score_model.network, "The score network")
+        check_sigma(sigma)
         self.time = score_model.schedule.time_of_sigma(2 * sigma)
         self.classifier = classifier.requires_grad_(False)
         self.score_model: Denoiser = score_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from purify.diffusion.schedule import Schedule
 
@@ -17,6 +17,9 @@ class Classifier(Protocol):
 
 class Denoiser(Protocol):
     """Knows the noise at each time and the mean of the clean images behind noisy ones, as a ``ScoreModel`` does."""
+
+    @property
+    def network(self) -> nn.Module: ...
 
     @property
     def schedule(self) -> Schedule: ...

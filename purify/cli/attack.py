@@ -80,6 +80,8 @@ def show_dry_run(prepared: Prepared) -> int:
             shape = d.model.purifier.score_model.image_shape
             assert shape is not None
             print(f"{d.name}: images of {height}x{width} are resized to the score model's {shape[1]}x{shape[2]}.")
+    for name, found in prepared.health().items():
+        print(f"{name}: {found.sentence}" if found.passed else f"WARNING: {name}: {found.sentence}")
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")

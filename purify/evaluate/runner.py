@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
-from purify.attacks.protocols import HasDetails, has
-from purify.checks import check_count, check_images, check_labels, check_unique, choose
+from purify.attacks.protocols import HasDetails
+from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
@@ -49,6 +49,11 @@ class Defence:
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(f"The model of {self.name} must be a torch.nn.Module, got {short(self.model)}.")
+        if not isinstance(self.attacks, Sequence) or not all(isinstance(a, Attack) for a in self.attacks):
+            given = short(self.attacks)
+            raise ValueError(f"attacks on {self.name} must be a list, as [PGD('Linf', 8 / 255)], got {given}.")
         check_count(self.draws, "judge draws")
         check_unique(map(stage_name, self.stages()), f"attacks on {self.name}", "name each once")
 
@@ -64,6 +69,12 @@ class Samples:
     images: Tensor
     labels: Tensor
     ids: Tensor
+
+    def __post_init__(self) -> None:
+        parts = (self.images, self.labels, self.ids)
+        if not all(isinstance(p, Tensor) for p in parts) or len({len(p) for p in parts}) > 1:
+            given = ", ".join(map(short, parts))
+            raise ValueError(f"Samples are tensors of images (N, C, H, W), labels (N,) and ids (N,), got {given}.")
 
     def __getitem__(self, rows: Tensor) -> Samples:
         return Samples(self.images[rows], self.labels[rows], self.ids[rows])

@@ -6,17 +6,18 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_images, is_number
+from purify.checks import check_count, check_flag, check_images, check_weights, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
-from purify.diffusion.schedule import Schedule, schedule_from_config
+from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
 from purify.purification.gradients import (
@@ -52,7 +53,7 @@ class Purifier(nn.Module):
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
-        forward_schedule: schedule that diffuses the image, where it differs from the score model's.
+        forward_schedule: schedule that diffuses the image, where it differs from the score model's; as there.
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
@@ -65,8 +66,8 @@ class Purifier(nn.Module):
 
     Raises:
         ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model, a
-            gradient engine that cannot differentiate this; and at the call: images that are not float in [0, 1],
-            contain NaN, or do not have the score model's shape.
+            gradient engine that cannot differentiate this, NaN in the weights; and at the call: images that are not
+            float in [0, 1], contain NaN, do not have the score model's shape, or that the network cannot take.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Purifier(nn.Module):
         steps: int | Plan | Mapping[str, Any] = 100,
         t_end: float = 0.0,
         gradient: str | GradientEngine | Mapping[str, Any] = DEFAULT_ENGINE,
-        forward_schedule: Schedule | None = None,
+        forward_schedule: Schedule | str | None = None,
         clip: bool = True,
         through_level: bool = True,
         guidance: Guidance | Mapping[str, Any] | None = None,
@@ -89,7 +90,10 @@ class Purifier(nn.Module):
             kind = type(score_model).__name__
             raise ValueError(f"A purifier wraps a purify.ScoreModel; wrap this {kind} in one first.")
         if not (is_number(t_end) and 0 <= t_end < 1):
-            raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
+            raise ValueError(f"t_end must lie in [0, 1), got {short(t_end)}.")
+        for name, flag in (("clip", clip), ("through_level", through_level), ("resize", resize)):
+            check_flag(flag, name)
+        check_weights(score_model.network, "The score network")
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)
         self.level.check(score_model)
@@ -105,7 +109,7 @@ class Purifier(nn.Module):
             self.guidance.check(score_model)
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
-        self.forward_schedule = forward_schedule
+        self.forward_schedule = None if forward_schedule is None else as_schedule(forward_schedule, "forward_schedule")
         self.resize = resize
         self._check()
 
@@ -171,6 +175,8 @@ class Purifier(nn.Module):
         shape = self.score_model.image_shape
         check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
+        if len(x) == 0:
+            return self._nothing(x)
         u = 2 * self.resized(x) - 1
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
@@ -182,6 +188,12 @@ class Purifier(nn.Module):
         standard = (statistic - self.level.centre) / self.level.scale
         deviated = watch.mean() if isinstance(watch, Deviation) else None
         return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
+
+    def _nothing(self, x: Tensor) -> Purified:
+        """The purification of an empty batch, which not every network could take."""
+        none = torch.zeros(0, dtype=torch.float64, device=x.device)
+        calls = None if self.rule.calls is None else none.long()
+        return Purified(x, t_star=none, statistic=none, network_calls=calls, deviation=none.to(x.dtype))
 
     def steps(self, t_star: Tensor) -> Tensor:
         """Reverse steps of each sample in all rounds, int64 (N,), for levels ``t_star`` (N,)."""
@@ -217,7 +229,8 @@ class Purifier(nn.Module):
         """The noise that ``forward`` uses for these keys."""
         if sample_ids is None:
             return Noise.fresh(n, device)
-        noise = Noise.keyed(seed, torch.as_tensor(sample_ids, device=device), torch.as_tensor(draw, device=device))
+        ids = whole_numbers(sample_ids, "sample_ids", device)
+        noise = Noise.keyed(seed, ids, whole_numbers(draw, "draw", device))
         if len(noise) != n:
             raise ValueError(f"There are {n} images but {len(noise)} sample_ids; give one per image.")
         return noise
@@ -321,6 +334,8 @@ class Purifier(nn.Module):
         Raises:
             ValueError: unknown settings, or the auxiliary network is missing or another one.
         """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"A purifier's config is a dict, got {short(config)}; Purifier.config() makes one.")
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
         known = set(inspect.signature(cls).parameters) - {"score_model"}
@@ -363,11 +378,12 @@ def _part(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) ->
         return value
     if isinstance(value, (str, Mapping)):
         return registry.build(value, known, what)
-    raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")
+    raise ValueError(f"{short(value)} is not a {what}; give one of {', '.join(sorted(known))}.")
 
 
 def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
-    level = Constant(float(level)) if isinstance(level, (int, float)) else level
+    if isinstance(level, Real):
+        return Constant(float(level) if is_number(level) else level)  # type: ignore[arg-type]
     return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
@@ -386,8 +402,8 @@ def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:
         return (1.0,) * rounds
     try:
         shares = tuple(float(share) for share in rounds)
-    except TypeError:
+    except (TypeError, ValueError):
         shares = ()
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {rounds}.")
+        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {short(rounds)}.")
     return shares

@@ -11,7 +11,8 @@ from torch import nn
 from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, BPDA, PGD, LowLevelPGD, StepsPGD, Transfer
 from purify.attacks.base import keyed
-from purify.attacks.protocols import FEATURES, PURIFIER, AcceptsKeys, Feature, has
+from purify.attacks.protocols import FEATURES, PURIFIER, AcceptsKeys, Feature
+from purify.checks import has
 
 LABELS = torch.arange(7) % 5
 
