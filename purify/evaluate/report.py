@@ -13,11 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from purify.evaluate.records import RunFolder, samples_picture, write_json, writing
+from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
-SCHEMA = 2  # of result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
