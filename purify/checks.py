@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,20 @@ def short(value: object, most: int = 60) -> str:
         return f"a {type(value).__name__}"
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def missing(model: object, protocol: type) -> list[str]:
+    """Members of the protocol that the model lacks.
+
+    Not by ``isinstance``: from Python 3.12 on that sees neither submodules nor what ``torch.compile`` passes on.
+    """
+    names = dict.fromkeys(name for kind in protocol.__mro__ for name in vars(kind) if not name.startswith("_"))
+    return [name for name in names if not hasattr(model, name)]
+
+
+def has(model: object, protocol: type[T]) -> TypeGuard[T]:
+    """Whether the model has all members of the protocol."""
+    return not missing(model, protocol)
 
 
 def check_images(x: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None) -> None:

@@ -116,8 +116,8 @@ def build_purifier(
     settings = {name: value for name, value in usual.items() if takes_any or name in parameters} | options
     if not isinstance(settings.get("t_star"), (NoiseLevel, Mapping)):
         source = default_score_model(dataset) if score_model is None else str(score_model)
-        told = _told(settings["t_star"], source, dataset)
-        settings["t_star"] = build_level(rule, told, level_options or {})
+        given = _level_settings(settings["t_star"], source, dataset)
+        settings["t_star"] = build_level(rule, given, level_options or {})
     elif level or named or level_options:
         raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
     built = preset(network, **_networks(settings, dataset, threat_model))
@@ -133,7 +133,7 @@ def _check_options(name: str, preset: Callable[..., Purifier], of_level: set[str
             choose(option, dict.fromkeys(set(parameters) - {"score_model"} | of_level), f"option of {name}")
 
 
-def _told(t_star: float, score_model: str, dataset: str) -> Settings:
+def _level_settings(t_star: float, score_model: str, dataset: str) -> Settings:
     """What noise levels take beside their own parameters."""
     tau, unit = usual_tau(dataset)
     embedded = zoo.calibration if score_model in zoo.calibrations() else lambda name: None

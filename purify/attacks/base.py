@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.counting import bar
+from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature
 from purify.checks import (
     check_count,
     check_eval,
     check_images,
     check_labels,
     check_logits,
+    choose,
     fitting,
+    has,
     is_number,
     nearest,
     sample_keys,
@@ -27,7 +30,7 @@ from purify.diffusion.noise import derive_seed
 from purify.diffusion.score import ScoreModel
 from purify.purification.purifier import Purifier
 
-Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
+KeyedCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
-    # What the attack is about, and says nothing without; see FEATURES.
-    needs: ClassVar[str | None] = None
+    # What the attack is about, and says nothing without: a Feature, or its name in FEATURES.
+    needs: ClassVar[Feature[Any] | str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
     # Whether the loss is differentiated through the judged model itself; False for a stand-in or with parts of it held
     # constant. What an attack mixes into that gradient does not count.
@@ -98,9 +101,8 @@ class Attack(ABC):
         if isinstance(labels, Tensor) and labels.device != images.device:
             raise ValueError(f"Labels are on {labels.device} but images on {images.device}; move one of them.")
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
-        if not self.applies_to(model):
-            assert self.needs is not None
-            raise ValueError(f"{self.name} is for a model that {FEATURES[self.needs]}; this one does not, use pgd-eot.")
+        if self.feature is not None and not self.applies_to(model):
+            raise ValueError(self.feature.refusal(self.name, model))
         if len(images) == 0:
             return AttackResult(images.detach(), images.new_zeros(0))
         with torch.enable_grad(), bar(self.label, self.counted * len(images), progress):
@@ -115,9 +117,14 @@ class Attack(ABC):
         """How records and tables call the attack: its name, with what tells it from its siblings in one run."""
         return self.name
 
+    @property
+    def feature(self) -> Feature[Any] | None:
+        """What ``needs`` stands for."""
+        return choose(self.needs, FEATURES, "feature of models") if isinstance(self.needs, str) else self.needs
+
     def applies_to(self, model: nn.Module) -> bool:
         """Whether the attack says something about ``model`` that others do not."""
-        return self.needs is None or getattr(model, self.needs, None) not in (None, False)
+        return self.feature is None or self.feature.is_of(model)
 
     def attacked(self, model: nn.Module) -> nn.Module:
         """The model that is differentiated; its forward values are those of ``model``."""
@@ -147,14 +154,6 @@ class Attack(ABC):
         return {"attack": self.label, **asdict(self)}
 
 
-# Attributes of models that attacks may need, and what to call them.
-FEATURES = {
-    "purifier": "has a purifier",
-    "level_varies": "chooses a noise level for each image",
-    "guided": "guides its reverse steps",
-    "auxiliary": "is guided by an auxiliary network",
-    "in_step": "steps all samples together (a number of steps, not --dt), with the gradient full or checkpoint",
-}
 NORMS = ("Linf", "L2", "L1")
 
 
@@ -169,14 +168,9 @@ def check_model(model: Any) -> None:
         raise ValueError("Attacks take gradients, which torch.inference_mode() forbids; call them outside of it.")
 
 
-def with_gradient(model: Any, **changes: Any) -> nn.Module:
-    """``model`` under another gradient of its purifier; ``Attack.applies_to`` has made sure that there is one."""
-    return model.with_gradient(**changes)
-
-
-def keyed(model: nn.Module, seed: int) -> Keyed:
+def keyed(model: nn.Module, seed: int) -> KeyedCall:
     """``model`` as a function of images, sample ids and draws; models without keys ignore these."""
-    if getattr(model, "accepts_keys", False):
+    if has(model, AcceptsKeys) and model.accepts_keys:
         return lambda x, ids, draws: model(x, sample_ids=ids, draw=draws, seed=seed)
     return lambda x, ids, draws: model(x)
 

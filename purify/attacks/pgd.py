@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
+from purify.attacks.base import Attack, AttackResult, check_budget, keyed
 from purify.attacks.counting import count
 from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
+from purify.attacks.protocols import GUIDED, PURIFIER, Feature
 from purify.checks import check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
@@ -257,11 +258,11 @@ class BPDA(PGD):
     """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""
 
     name: ClassVar[str] = "bpda-eot"
-    needs: ClassVar[str | None] = "purifier"
+    needs: ClassVar[Feature[Any] | str | None] = PURIFIER
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, gradient="bpda")
+        return PURIFIER.of(model).with_gradient("bpda")
 
 
 @dataclass(frozen=True)
@@ -274,16 +275,17 @@ class SurrogatePGD(PGD):
     surrogate_steps: int = 5
 
     name: ClassVar[str] = "surrogate-eot"
-    needs: ClassVar[str | None] = "purifier"
+    needs: ClassVar[Feature[Any] | str | None] = PURIFIER
     exact_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.surrogate_steps, "surrogate steps")
 
-    def attacked(self, model: Any) -> nn.Module:
-        budget = getattr(model.purifier.engine, "memory_budget", DEFAULT_BUDGET)
-        return with_gradient(model, gradient=Surrogate(self.surrogate_steps, memory_budget=budget))
+    def attacked(self, model: nn.Module) -> nn.Module:
+        purified = PURIFIER.of(model)
+        budget = getattr(purified.purifier.engine, "memory_budget", DEFAULT_BUDGET)
+        return purified.with_gradient(Surrogate(self.surrogate_steps, memory_budget=budget))
 
 
 @dataclass(frozen=True)
@@ -291,11 +293,11 @@ class FirstOrderPGD(PGD):
     """PGD+EOT that takes what guides the reverse steps for constant in its gradient, as published attacks did."""
 
     name: ClassVar[str] = "pgd-eot-first-order"
-    needs: ClassVar[str | None] = "guided"
+    needs: ClassVar[Feature[Any] | str | None] = GUIDED
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, second_order=False)
+        return GUIDED.of(model).with_gradient(second_order=False)
 
 
 def _finite(values: Tensor, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from purify.certify.protocols import Classifier
 from purify.checks import (
     check_count,
     check_eval,
@@ -48,10 +49,10 @@ class NoisyCounts:
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """
 
-    classifier: nn.Module
+    classifier: Classifier
     perturb: Perturbation
     max_rows: int | None = None
-    referee: nn.Module | None = None
+    referee: Classifier | None = None
 
     def __post_init__(self) -> None:
         check_rows(self.max_rows)

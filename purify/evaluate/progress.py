@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
+from purify.purification.cost import most_steps
 from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def cost(defence: Defence) -> float:
     model = defence.model
     if not isinstance(model, DefendedClassifier):
         return 1.0
-    return model.purifications * (model.purifier.most_steps + 1.0)
+    return model.purifications * (most_steps(model.purifier) + 1.0)
 
 
 def weight(defence: Defence, attack: Attack | None) -> float:
@@ -81,7 +82,7 @@ class Progress:
             hooked += rows if gradient else 0
             done(rows * (GRADIENT if gradient else 1))
 
-        def told(rows: int) -> None:
+        def on_count(rows: int) -> None:
             """Of gradients through ``model.details``, which has no hooks, only the attack tells."""
             nonlocal hooked
             done(GRADIENT * max(rows - hooked, 0))
@@ -89,7 +90,7 @@ class Progress:
 
         hook = defence.model.register_forward_hook(called)
         try:
-            with heard(told):
+            with heard(on_count):
                 yield
         finally:
             hook.remove()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +23,9 @@ from purify.checks import (
 )
 from purify.diffusion.score import ScoreModel
 from purify.purification.gradients import GradientEngine
+from purify.purification.outcomes import Details
 from purify.purification.plans import FixedSteps
-from purify.purification.purifier import Purifier
+from purify.purification.purifier import Purifier, twin
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -45,25 +44,6 @@ def vote_shares(logits: Tensor) -> Tensor:
 
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
-
-
-@dataclass(frozen=True)
-class Details:
-    """An answer and how it came about, over M purifications.
-
-    Attributes:
-        logits: (N, K), or vote shares.
-        t_star: noise levels, float64 (N, M).
-        statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purification.purifier.Purified`.
-        network_calls: score-network calls (NFE) of all purifications together, int64 (N,), or None.
-        deviation: of the reverse processes, (N, M), if asked for; see :class:`~purify.purification.purifier.Purified`.
-    """
-
-    logits: Tensor
-    t_star: Tensor
-    statistic: Tensor
-    network_calls: Tensor | None
-    deviation: Tensor | None = None
 
 
 class Auxiliary(nn.Module):
@@ -166,19 +146,10 @@ class DefendedClassifier(nn.Module):
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
         purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
-        shape = (len(x), m)
         with fitting(purified.images, "The classifier"):
             logits = self.classifier(purified.images)
         check_logits(logits, len(rows))
-        logits = self._aggregate(logits.unflatten(0, shape))
-        calls = purified.network_calls
-        return Details(
-            logits,
-            purified.t_star.unflatten(0, shape),
-            purified.statistic.unflatten(0, shape),
-            None if calls is None else calls.unflatten(0, shape).sum(1),
-            None if purified.deviation is None else purified.deviation.unflatten(0, shape),
-        )
+        return Details.of(self._aggregate(logits.unflatten(0, (len(x), m))), purified, m)
 
     @property
     def level_varies(self) -> bool:
@@ -215,9 +186,7 @@ class DefendedClassifier(nn.Module):
 
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""
-        twin = copy.copy(self)
-        twin._modules = {**self._modules, "purifier": purifier}
-        return twin
+        return twin(self, purifier=purifier)
 
     def config(self) -> dict[str, Any]:
         """Plain data: the purifier's config and how its purifications are combined."""

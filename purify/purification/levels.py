@@ -290,7 +290,7 @@ def find_level(name: str) -> type[NoiseLevel]:
         ValueError: unknown name, or a class that is no rule.
     """
     if is_in_file(name):
-        return load_class(name, NoiseLevel, "noise level")  # type: ignore[type-abstract]
+        return load_class(name, NoiseLevel, "noise level")
     return choose(name, LEVELS, "noise level")
 
 

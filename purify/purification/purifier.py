@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,36 +27,18 @@ from purify.purification.gradients import (
     GradientEngine,
     Shorter,
     Task,
-    saved_bytes,
 )
-from purify.purification.guidance import GUIDANCES, Guidance, Guide
+from purify.purification.guidance import GUIDANCES, Guidance
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
-from purify.purification.plans import PLANS, FixedSteps, Parts, Plan
-from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
+from purify.purification.outcomes import Purified
+from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
+from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
 
-
-@dataclass(frozen=True)
-class Purified:
-    """What a purification was.
-
-    Attributes:
-        images: purified images (N, C, H, W) in [0, 1].
-        t_star: noise levels, float64 (N,).
-        statistic: what the noise-level rule saw, float64 (N,), in standard deviations from its mean on clean images
-            (0 where the level is constant); differentiable.
-        network_calls: score-network calls of each image (NFE), int64 (N,); None where an adaptive solver decides.
-        deviation: how far the reverse process departed from the forward one, (N,), if asked for; differentiable. See
-            :class:`~purify.purification.process.Deviation`.
-    """
-
-    images: Tensor
-    t_star: Tensor
-    statistic: Tensor
-    network_calls: Tensor | None
-    deviation: Tensor | None = None
+T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Purifier(nn.Module):
@@ -117,7 +99,7 @@ class Purifier(nn.Module):
         self.level.check(score_model)
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
-        self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
         self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
@@ -136,7 +118,7 @@ class Purifier(nn.Module):
         lowest = self.plan.step_length(self.level.highest * min(self.rounds))
         if lowest <= self.t_end:
             raise ValueError(f"t_end = {self.t_end} must be smaller than a step, {lowest:.3g}.")
-        if len(self.rounds) > MOST_ROUNDS or max(self._most_steps()) >= ROUND_INDICES:
+        if len(self.rounds) > MOST_ROUNDS or max(self.most_steps_by_round()) >= ROUND_INDICES:
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
@@ -145,12 +127,10 @@ class Purifier(nn.Module):
         self.engine.check(self.task)
 
     def _with(self, **changed: Any) -> Purifier:
-        """A twin that shares the weights, with other parts, checked."""
-        twin = copy.copy(self)
-        for name, part in changed.items():
-            setattr(twin, name, part)
-        twin._check()
-        return twin
+        """A twin with other parts, checked."""
+        other = twin(self, **changed)
+        other._check()
+        return other
 
     def forward(
         self,
@@ -201,17 +181,19 @@ class Purifier(nn.Module):
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
-        watch = Deviation(u) if deviation else look_away
+        watch = Deviation(u) if deviation else unwatched
         purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
-        return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
+        deviated = watch.mean() if isinstance(watch, Deviation) else None
+        return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
 
     def _nothing(self, x: Tensor) -> Purified:
         """The purification of an empty batch, which not every network could take."""
         none = torch.zeros(0, dtype=torch.float64, device=x.device)
-        return Purified(x, none, none, None if self.rule.calls is None else none.long(), none.to(x.dtype))
+        calls = None if self.rule.calls is None else none.long()
+        return Purified(x, t_star=none, statistic=none, network_calls=calls, deviation=none.to(x.dtype))
 
     def steps(self, t_star: Tensor) -> Tensor:
         """Reverse steps of each sample in all rounds, int64 (N,), for levels ``t_star`` (N,)."""
@@ -258,7 +240,7 @@ class Purifier(nn.Module):
         t_star: Tensor,
         noise: Noise,
         shorter: Shorter | None = None,
-        watch: Watch = look_away,
+        watch: Watch = unwatched,
         images: Tensor | None = None,
     ) -> Process:
         """The rounds that purify from levels ``t_star`` (N,), or a shorter process.
@@ -270,8 +252,8 @@ class Purifier(nn.Module):
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            parts = Parts(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
-            rounds.append(plan.round(parts, self.rounds[j] * t_star))
+            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 
     def _plans(self, shorter: Shorter | None = None) -> list[tuple[int, Plan]]:
@@ -311,50 +293,10 @@ class Purifier(nn.Module):
         """The same purifier (sharing its weights) at this share, in (0, 1], of its noise level."""
         return self._with(level=Share(self.level, share))
 
-    def at_most(self, steps: int) -> Purifier:
-        """The same purifier with at most so many reverse steps per round, for estimates of cost."""
-        twin = copy.copy(self)
-        twin.plan = self.plan.at_most(steps)  # unchecked: fewer steps may end before t_end, and cost the same
-        return twin
-
-    def _most_steps(self, shorter: Shorter | None = None) -> list[int]:
-        """Reverse steps of each round, at the greatest noise level."""
+    def most_steps_by_round(self, shorter: Shorter | None = None) -> list[int]:
+        """Reverse steps of each round, or of each that is kept, at the greatest noise level."""
         highest = torch.tensor([self.level.highest], dtype=torch.float64)
         return [int(plan.counts(self.rounds[j] * highest)) for j, plan in self._plans(shorter)]
-
-    @property
-    def most_steps(self) -> int:
-        """Reverse steps, in all rounds, of a sample at the greatest noise level."""
-        return sum(self._most_steps())
-
-    def held_bytes(self, x: Tensor, rows: int) -> int:
-        """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
-        steps = sum(self._most_steps(self.engine.shorter(len(self.rounds))))
-        if steps == 0:
-            return 0
-        held = self.engine.held(rows * self.graph_bytes(x), steps)
-        return held + (rows * self.rebuilt_bytes(x) if self.guidance is not None else 0)
-
-    def graph_bytes(self, x: Tensor) -> int:
-        """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""
-        return saved_bytes(*self._first_step(x))[1]
-
-    def rebuilt_bytes(self, x: Tensor) -> int:
-        """Bytes of graph that guidance holds on top: of what came in, and of one grad D in the backward pass."""
-        step, u = self._first_step(x)
-        assert self.guidance is not None
-        assert isinstance(step.look, Guide)
-        of_input = saved_bytes(self.guidance.bind, u)[1]
-        second_order = self.guidance.exact and self.guidance.scale != 0
-        return of_input + (saved_bytes(step.look.rebuilt(self.score_model, step.t), u)[1] if second_order else 0)
-
-    def _first_step(self, x: Tensor) -> tuple[ReverseStep, Tensor]:
-        """The first reverse step and the state that it starts from, at the greatest noise level."""
-        u = (2 * self.resized(x) - 1).requires_grad_()
-        t_star = torch.full((len(x),), self.level.highest, dtype=torch.float64, device=x.device)
-        noise = self.noise(len(x), x.device, range(len(x)), 0, 0)
-        one_round = self.process(t_star, noise, images=u).rounds[0]
-        return one_round.reverse[0], one_round.diffuse(u)
 
     @property
     def exact(self) -> bool:
@@ -407,6 +349,19 @@ class Purifier(nn.Module):
         return cls(score_model, forward_schedule=schedule, **arguments)
 
 
+def twin(module: Module, **changed: Any) -> Module:
+    """A shallow copy that shares weights and hooks, with other attributes or submodules.
+
+    Not made by the constructor: that would take the weights' fingerprint again, and a run's progress bar would lose
+    its hook, which counts the calls of twins, too.
+    """
+    other = copy.copy(module)
+    other._modules = dict(module._modules)  # of its own, so that the original keeps its submodules
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return other
+
+
 def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
     if network is None or weights_digest(network) != wanted:
         what = "no" if network is None else "another"
@@ -417,7 +372,7 @@ def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
     return network
 
 
-def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
+def _part(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> T:
     """A part given as itself, by name, or as its config."""
     if isinstance(value, base):
         return value
