@@ -23,10 +23,12 @@ class AttackResult:
     Attributes:
         images: adversarial images (N, C, H, W) in [0, 1], within eps of the originals.
         loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
+        calls: network calls that each image took, (N,); None where the attack does not count them.
     """
 
     images: Tensor
     loss: Tensor
+    calls: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,17 @@ class Attack(ABC):
         """Forward passes of the judged model, without a gradient, that the attack takes per image."""
         return 0
 
+    def passes(self, model: nn.Module) -> tuple[float, float]:
+        """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
+        return self.gradients, self.forwards
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self
+
+    def doubled(self) -> dict[str, Attack]:
+        """The same attack with twice the effort, by what is doubled; none where convergence cannot be asked for."""
+        return {}
 
     def budget(self) -> dict[str, Any]:
         """Plain data that states the attack and its budget in records and tables."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import Attack, keyed
 from purify.attacks.noise import RandomNoise
-from purify.attacks.pgd import PGD, margin_loss
+from purify.attacks.pgd import DRAWS, margin_loss
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
@@ -183,20 +183,17 @@ def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]], eng
 def convergence_checks(
     defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None, max_rows: int = 2048
 ) -> list[Check]:
-    """How much lower twice the steps, or twice the draws, of the strongest PGD attack bring a few samples.
+    """How much lower the strongest attack brings a few samples with twice the steps, draws or calls.
 
     Without records the first one counts as the strongest.
     """
     name = "accuracy lost with twice the {} ({} samples)"
-    attacks = [a for a in defence.attacks if isinstance(a, PGD) and not a.black_box]
+    attacks = [a for a in defence.attacks if a.doubled() and not a.black_box]
     if not attacks:
         meaning = "No attack was run whose steps can be doubled; add pgd-eot."
         return [Check(defence.name, name.format("steps", len(samples)), None, LOST, False, meaning)]
     attack = recorded.strongest(attacks) if recorded else attacks[0]
-    assert isinstance(attack, PGD)
-    stronger = {"steps": replace(attack, steps=2 * attack.steps)}
-    if defence.draws > 1:
-        stronger["EOT draws"] = replace(attack, eot=2 * attack.eot)
+    stronger = {what: better for what, better in attack.doubled().items() if what != DRAWS or defence.draws > 1}
     before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed, max_rows)
     checks = []
     for what, better in stronger.items():
