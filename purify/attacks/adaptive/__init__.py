@@ -112,7 +112,8 @@ class Adaptive(Attack):
         if getattr(model, "purifier", None) is None:
             return self.gradients, self.forwards
         cost, plan = calls(model), self.stages(model)
-        return sum(stage.climbs for stage in plan) / cost.gradient, sum(stage.race.used for stage in plan)
+        climbs = self._warm(model) + sum(stage.climbs for stage in plan)
+        return climbs / cost.gradient, sum(stage.race.used for stage in plan)
 
     def on_deterministic(self) -> Attack:
         return replace(self, calls=min(self.calls, ALONE))
