@@ -55,7 +55,7 @@ class Adaptive(Attack):
         start, extra = self._start(model, x, y, ids, seed)
         best = torch.empty_like(x)
         loss, used = torch.empty(len(x), device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
-        used += self._warm(model)
+        used += self.warm(model)
         left = torch.arange(len(x), device=x.device)
         for stage in plan:
             winner = self._stage(model, stage, start, extra, x[left], y[left], ids[left], seed)
@@ -70,13 +70,13 @@ class Adaptive(Attack):
 
     def stages(self, model: Any) -> Sequence[Stage]:
         """What is done to a purified model, and what each part may spend."""
-        return list(stages(model, self._climb, self.calls - self._warm(model)))
+        return list(stages(model, self._climb, self.calls - self.warm(model)))
 
     @property
     def _climb(self) -> Climb:
         return Climb(self.norm, self.eps, max_rows=self.max_rows)
 
-    def _warm(self, model: Any) -> int:
+    def warm(self, model: Any) -> int:
         """Calls of the warm start."""
         return 0 if model.auxiliary is None else GUIDE_STEPS * GRADIENT + 1
 
@@ -112,7 +112,7 @@ class Adaptive(Attack):
         if getattr(model, "purifier", None) is None:
             return self.gradients, self.forwards
         cost, plan = calls(model), self.stages(model)
-        climbs = self._warm(model) + sum(stage.climbs for stage in plan)
+        climbs = self.warm(model) + sum(stage.climbs for stage in plan)
         return climbs / cost.gradient, sum(stage.race.used for stage in plan)
 
     def on_deterministic(self) -> Attack:
