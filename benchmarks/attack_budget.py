@@ -31,6 +31,7 @@ from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
 from purify.evaluate.runner import Defence, judge
 from purify.purification.calls import GRADIENT, calls
+from purify.purification.cost import shortened
 
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
 TOGETHER = (PGD, APGD, SurrogatePGD, ConstantLevelPGD, FirstOrderPGD, GuidePGD)  # the best of `strongest`, each alone
@@ -94,7 +95,7 @@ def price(attack: Any, model: Any) -> int:
     own = calls(attack.attacked(model))
     gradient = own.gradient
     if isinstance(attack, SurrogatePGD):  # the whole forward, and the shorter one forward and back
-        short = calls(model.with_purifier(model.purifier.at_most(attack.surrogate_steps)))
+        short = calls(model.with_purifier(shortened(model.purifier, attack.surrogate_steps)))
         gradient = own.forward + short.gradient
     guide = 0
     if isinstance(attack, GuidePGD):  # its warm start, and the guide's own gradient at every draw

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("purify.cli.compare", "by how much defences of finished runs differ, image by image"),
     "list": ("purify.cli.list", "models, score models, purifiers, noise levels, attacks and data sets by name"),
     "calibrate": ("purify.cli.calibrate", "measure the score norm on clean images, for SSNI"),
+    "check": ("purify.cli.check", "whether a diffusion model is wired as it was trained"),
     "download": ("purify.cli.download", "fetch public score networks"),
     "train": ("purify.train.__main__", "train a network of the embedded default, or one like it"),
 }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purify.checks import choose
+from purify.checks import choose, short
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
 IDX_FILES = {"train": "train", "test": "t10k"}
@@ -48,6 +48,8 @@ def load_dataset(name: str, split: str = "test", data_dir: str | Path | None = N
     """
     dataset = choose(name, DATASETS, "data set")
     choose(split, IDX_FILES, "split")
+    if not isinstance(data_dir, str | Path | None):
+        raise ValueError(f"data_dir must be a folder with the data set's files, got {short(data_dir)}.")
     return dataset.load(split, None if data_dir is None else Path(data_dir))
 
 

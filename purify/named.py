@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,9 +127,14 @@ def _entry(name: str, dataset: str, threat_model: str) -> dict[str, Any]:
 
 def _from_robustbench(name: str, dataset: str, threat_model: str) -> nn.Module:
     entry = _entry(name, dataset, threat_model)
+    folders = [Path("models", dataset, threat_model), Path("models", dataset), Path("models")]
+    made = [folder for folder in folders if not folder.exists()]  # it makes them before it downloads
     try:
         return import_robustbench().utils.load_model(name, dataset=dataset, threat_model=threat_model)
     except Exception as error:
+        for folder in made:
+            with suppress(OSError):  # something is in it, or it was not made
+                folder.rmdir()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"RobustBench's {name} could not be loaded ({reason}); without a network, put "

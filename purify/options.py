@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from purify.checks import is_number
+from purify.checks import is_number, short
 
 T = TypeVar("T")
 SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -61,7 +61,7 @@ def convert(description: Any) -> None:
         try:
             object.__setattr__(description, field.name, kind.convert(value))
         except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"{flags(field)[0]} takes {kind.takes}, got {value!r}.") from error
+            raise ValueError(f"{flags(field)[0]} takes {kind.takes}, got {short(value)}.") from error
 
 
 def plain(description: Any) -> dict[str, Any]:

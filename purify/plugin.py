@@ -20,7 +20,7 @@ MARK = "__purify_file__"  # what modules loaded from here carry
 
 def is_in_file(name: str) -> bool:
     """Whether this names something in a file of the user's own: ``file.py:function``."""
-    return ".py:" in name
+    return isinstance(name, str) and ".py:" in name
 
 
 def split(name: str) -> tuple[Path, str]:

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from purify.checks import check_images, check_labels, nearest
+from purify.checks import check_images, check_labels, nearest, short
 from purify.data import DATASETS, Dataset, Loaded
 from purify.plugin import call, is_in_file
 
 SPLITS = ("train", "test")
 
 
-def resolve_data(source: str) -> Dataset:
+def resolve_data(source: str | Path) -> Dataset:
     """The data set of this name, or one of one's own.
 
     Args:
@@ -33,6 +33,9 @@ def resolve_data(source: str) -> Dataset:
     Raises:
         ValueError: nothing of this name (the nearest is named), or what is there cannot be used.
     """
+    if not isinstance(source, str | Path):
+        raise ValueError(f"A data set is a name or a path, as 'digits' or 'arrays.npz', got {short(source)}.")
+    source = str(source)
     if source in DATASETS:
         return DATASETS[source]
     load = loader(source)

@@ -11,7 +11,7 @@ from torch import nn
 
 from purify import zoo
 from purify.checkpoints import default_score_model, load_score_model
-from purify.checks import choose
+from purify.checks import choose, short
 from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
 from purify.presets import find_preset
@@ -57,6 +57,9 @@ def wrap(
         ValueError: unknown names; a file that is not here (the message says what to fetch); a module in train mode; a
             score model of other channels or for smaller images; at the call: images of another shape.
     """
+    if not isinstance(model, str | nn.Module):
+        advice = "a name, as 'Standard', or a torch.nn.Module in eval mode"
+        raise ValueError(f"model must be {advice}, got {short(model)}.")
     data = resolve_data(dataset)
     shape, dataset = data.shape, data.like or dataset
     if isinstance(model, str):
@@ -113,8 +116,8 @@ def build_purifier(
     settings = {name: value for name, value in usual.items() if takes_any or name in parameters} | options
     if not isinstance(settings.get("t_star"), (NoiseLevel, Mapping)):
         source = default_score_model(dataset) if score_model is None else str(score_model)
-        told = _told(settings["t_star"], source, dataset)
-        settings["t_star"] = build_level(rule, told, level_options or {})
+        given = _level_settings(settings["t_star"], source, dataset)
+        settings["t_star"] = build_level(rule, given, level_options or {})
     elif level or named or level_options:
         raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
     built = preset(network, **_networks(settings, dataset, threat_model))
@@ -130,7 +133,7 @@ def _check_options(name: str, preset: Callable[..., Purifier], of_level: set[str
             choose(option, dict.fromkeys(set(parameters) - {"score_model"} | of_level), f"option of {name}")
 
 
-def _told(t_star: float, score_model: str, dataset: str) -> Settings:
+def _level_settings(t_star: float, score_model: str, dataset: str) -> Settings:
     """What noise levels take beside their own parameters."""
     tau, unit = usual_tau(dataset)
     embedded = zoo.calibration if score_model in zoo.calibrations() else lambda name: None

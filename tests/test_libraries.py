@@ -175,6 +175,7 @@ def test_the_original_package_is_preferred(monkeypatch):
     class Original:
         def __init__(self, model, **kwargs):
             calls["init"] = kwargs
+            self.attacks_to_run = ["square"]
 
         def run_standard_evaluation(self, x, y, bs, return_labels):
             calls["run"] = (bs, return_labels)

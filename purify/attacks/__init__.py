@@ -45,7 +45,7 @@ def find_attack(name: str) -> type[Attack]:
     Raises:
         ValueError: unknown name, or a class that is no attack.
     """
-    return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS, "attack")  # type: ignore[type-abstract]
+    return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS, "attack")
 
 
 def kind_of(label: str) -> type[Attack] | None:

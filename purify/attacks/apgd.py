@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from purify.attacks.kinks import Inside
 from purify.attacks.pgd import PGD, Evaluator
 
 MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -35,14 +36,22 @@ class APGD(PGD):
     name: ClassVar[str] = "apgd-margin-eot"
 
     def _iterates(
-        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
+        self,
+        evaluate: Evaluator,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        seed: int,
+        restart: int,
+        first: Tensor | None,
+        inside: Inside | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         z = previous = self._start(x, ids, seed, restart, first)
         pace = _Pace(len(x), 2 * self.mean_step(x), x.device)
         marks = checkpoints(self.steps)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=step < self.steps)
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, step < self.steps, inside)
             yield z, loss
             if step == self.steps:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import NORMS, Attack, AttackResult, check_budget
-from purify.checks import check_count, choose
+from purify.attacks.base import NORMS, Attack, AttackResult, check_budget, check_model
+from purify.attacks.counting import count
+from purify.attacks.kinks import Watched
+from purify.checks import check_count, check_images, check_labels, check_writable, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
 
@@ -27,7 +30,11 @@ def backend() -> ModuleType:
         ImportError: neither is installed.
     """
     if is_original_installed():
-        return import_module("autoattack")
+        try:
+            return import_module("autoattack")
+        except ImportError as error:
+            advice = "remove its folder from site-packages (torchattacks 3.3 brings one), then pyautoattack is used"
+            raise ImportError(f"The installed autoattack cannot be imported ({error}); {advice}.") from error
     if util.find_spec("pyautoattack") is not None:
         return import_module("pyautoattack")
     raise ImportError("AutoAttack is not installed; run `pip install pyautoattack`.")
@@ -43,6 +50,9 @@ def is_original_installed() -> bool:
 
 
 VERSIONS = ("standard", "plus", "rand", "custom")
+PARTS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
+LOOK = 4  # images on which the model is looked at before an attack
+CLASSES = {"apgd-dlr": 3, "apgd-t": 4, "fab-t": 2}  # that a model must have: DLR divides by the third logit, or fourth
 
 
 class AutoAttack:
@@ -58,6 +68,10 @@ class AutoAttack:
         version: ``standard``, ``plus``, ``rand`` or ``custom``.
         device: where to attack; default: where the model's parameters are.
         log_path: file that the report is also written to.
+
+    Gradients are taken inside [0, 1] where the model's vanish at its ends (:mod:`purify.attacks.kinks`). On models of
+    few classes, attacks that need more are left out with a warning, and targeted ones aim at the classes that there
+    are.
 
     The parts ``apgd``, ``apgd_targeted``, ``fab``, ``square`` and everything else are those of the backend.
 
@@ -81,19 +95,27 @@ class AutoAttack:
         if is_tf_model:
             raise ValueError("Only PyTorch models are supported; pass is_tf_model=False.")
         choose(norm, dict.fromkeys(NORMS), "norm of AutoAttack")
+        check_model(model)
+        if not (is_number(eps) and eps >= 0 and (norm != "Linf" or eps <= 1)):
+            raise ValueError(f"eps must be a number of at least 0, in Linf at most 1, got {short(eps)}.")
         choose(version, dict.fromkeys(VERSIONS), "version of AutoAttack")
         if device is None:
             parameter = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
             device = "cpu" if parameter is None else parameter.device
+        for part in attacks_to_run or []:
+            choose(part, dict.fromkeys(PARTS), "attack of AutoAttack")
+        if log_path is not None:
+            check_writable(Path(log_path), "log_path")
         package = backend()
         self._original = package.__name__ == "autoattack"
         self.verbose, self.log_path = verbose, log_path
+        self._watched, self._device = Watched(model), device
         common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "version": version, "device": device}
         if self._original:
             extra = {"verbose": verbose, "attacks_to_run": attacks_to_run or [], "log_path": log_path}
-            self._backend = package.AutoAttack(model, **common, **extra)
+            self._backend = package.AutoAttack(self._watched, **common, **extra)
         else:
-            self._backend = package.AutoAttack(model, attacks=attacks_to_run or None, **common)
+            self._backend = package.AutoAttack(self._watched, attacks=attacks_to_run or None, **common)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_backend":
@@ -123,6 +145,8 @@ class AutoAttack:
         state_path: Path | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Adversarial images (those that no attack broke are returned as they came), and labels if asked for."""
+        _check_batch(x_orig, y_orig)
+        self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         state = {} if state_path is None else {"state_path": Path(state_path)}
         with self._logging():
@@ -133,10 +157,39 @@ class AutoAttack:
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
         """What each attack finds by itself: name -> images, or (images, labels) if asked for."""
+        _check_batch(x_orig, y_orig)
+        self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         with self._logging():
             found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
         return found if return_labels else {name: images for name, (images, _) in found.items()}
+
+    def _prepare(self, x: Tensor) -> None:
+        """Look at the model on a few images."""
+        few = x[:LOOK].to(self._device)
+        if len(few) and set(self.attacks_to_run) != {"square"}:
+            self._watched.look(few)
+            self._fit_classes(few[:1])
+
+    def _fit_classes(self, x: Tensor) -> None:
+        """Leave out attacks that need more classes than the model has, and aim at no more targets than there are.
+
+        Raises:
+            ValueError: no attack is left.
+        """
+        names = self.attacks_to_run
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            k = self._watched(x).shape[-1]
+        for part in (self._backend.apgd_targeted, self._backend.fab):
+            part.n_target_classes = min(part.n_target_classes, k - 1)
+        kept = [name for name in names if CLASSES.get(name, 0) <= k]
+        if kept == names:
+            return
+        lost = ", ".join(name for name in names if name not in kept)
+        if not kept:
+            raise ValueError(f"{lost} needs more classes than the {k} of this model; use apgd-ce, fab or square.")
+        warnings.warn(f"{lost} needs more classes than the {k} of this model and is left out.", stacklevel=3)
+        self.attacks_to_run = kept
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
@@ -160,6 +213,12 @@ class AutoAttack:
                 handler.close()
             logger.setLevel(level)
             logger.propagate = propagate
+
+
+def _check_batch(images: Tensor, labels: Tensor) -> None:
+    check_images(images)
+    check_labels(labels, len(images))
+    check_count(len(images), "images to attack")
 
 
 def set_apgd_steps(apgd: Any, steps: int) -> None:
@@ -193,11 +252,28 @@ class _Library(Attack):
         assert self.group_size is not None
         images = x.clone()
         groups = ids // self.group_size
-        for group in groups.unique().tolist():
-            rows = (groups == group).nonzero()[:, 0]
-            rows = rows[ids[rows].argsort()]
-            images[rows] = self._run_group(self.attacked(model), x[rows], y[rows], derive_seed(seed, group))
+        attacked = self.attacked(model)
+        with self._counting(attacked):
+            for group in groups.unique().tolist():
+                rows = (groups == group).nonzero()[:, 0]
+                rows = rows[ids[rows].argsort()]
+                images[rows] = self._run_group(attacked, x[rows], y[rows], derive_seed(seed, group))
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
+
+    @contextmanager
+    def _counting(self, model: Any) -> Iterator[None]:
+        """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted."""
+
+        def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if self.black_box or output.requires_grad:
+                count(len(output))
+
+        hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
 
     def _run_group(self, model: nn.Module, x: Tensor, y: Tensor, seed: int) -> Tensor:
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):

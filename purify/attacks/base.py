@@ -10,10 +10,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, check_eval, check_images, check_labels, is_number
+from purify.attacks.counting import bar
+from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature
+from purify.checks import (
+    check_count,
+    check_eval,
+    check_images,
+    check_labels,
+    check_logits,
+    choose,
+    fitting,
+    has,
+    is_number,
+    nearest,
+    sample_keys,
+    short,
+)
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.score import ScoreModel
+from purify.purification.purifier import Purifier
 
-Keyed = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
+KeyedCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
 
 
 @dataclass(frozen=True)
@@ -42,8 +59,8 @@ class Attack(ABC):
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
-    # What the attack is about, and says nothing without; see FEATURES.
-    needs: ClassVar[str | None] = None
+    # What the attack is about, and says nothing without: a Feature, or its name in FEATURES.
+    needs: ClassVar[Feature[Any] | str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
     # Whether the loss is differentiated through the judged model itself; False for a stand-in or with parts of it held
     # constant. What an attack mixes into that gradient does not count.
@@ -51,9 +68,12 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"Unknown threat model {self.norm!r}; known: {', '.join(NORMS)}.")
+            meant = nearest(self.norm, NORMS)
+            raise ValueError(f"Unknown threat model {short(self.norm)}{meant}; known: {', '.join(NORMS)}.")
         if not (is_number(self.eps) and self.eps >= 0):
-            raise ValueError(f"eps must be a number of at least 0, got {self.eps}.")
+            raise ValueError(f"eps must be a number of at least 0, got {short(self.eps)}.")
+        if not isinstance(self.eps, (int, float)):
+            object.__setattr__(self, "eps", float(self.eps))  # a number of numpy's; records are JSON
         if self.norm == "Linf" and self.eps > 1:
             raise ValueError(f"An L_inf eps is for images in [0, 1] and at most 1, got {self.eps}; divide it by 255.")
 
@@ -65,27 +85,30 @@ class Attack(ABC):
         *,
         sample_ids: Tensor | None = None,
         seed: int = 0,
+        progress: bool = False,
     ) -> AttackResult:
         """Attack ``model`` at ``images`` (N, C, H, W) in [0, 1] with ``labels`` (N,).
 
         ``sample_ids`` (N,) key all randomness together with ``seed`` (default: 0..N-1). Weights should not require
         gradients (a :class:`~purify.DefendedClassifier` freezes its own); the attack then costs a third less.
+        ``progress`` shows a bar that counts the network's gradients.
 
         Raises:
-            ValueError: images or labels out of range, a model in train mode, or a loss or gradient that is not finite.
+            ValueError: images or labels out of range or on another device; a model in train mode, or that is none, or
+                that cannot take the images; no gradient, or a loss or gradient that is not finite.
         """
         check_images(images)
-        if isinstance(model, nn.Module):
-            check_eval(model, "attacking it")
-        ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
-        if ids.shape != (len(images),):
-            raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
-        ids, seed = ids.to(images.device), derive_seed(seed, self.name)
+        check_model(model)
+        ids, seed = sample_keys(sample_ids, images), derive_seed(seed, self.name)
+        if isinstance(labels, Tensor) and labels.device != images.device:
+            raise ValueError(f"Labels are on {labels.device} but images on {images.device}; move one of them.")
         check_labels(labels, len(images), num_classes(model, images, ids, seed))
-        if not self.applies_to(model):
-            assert self.needs is not None
-            raise ValueError(f"{self.name} is for a model that {FEATURES[self.needs]}; this one does not, use pgd-eot.")
-        return self.run(model, images.detach(), labels.long(), ids, seed)
+        if self.feature is not None and not self.applies_to(model):
+            raise ValueError(self.feature.refusal(self.name, model))
+        if len(images) == 0:
+            return AttackResult(images.detach(), images.new_zeros(0))
+        with torch.enable_grad(), bar(self.label, self.counts(model) * len(images), progress):
+            return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
@@ -96,9 +119,14 @@ class Attack(ABC):
         """How records and tables call the attack: its name, with what tells it from its siblings in one run."""
         return self.name
 
+    @property
+    def feature(self) -> Feature[Any] | None:
+        """What ``needs`` stands for."""
+        return choose(self.needs, FEATURES, "feature of models") if isinstance(self.needs, str) else self.needs
+
     def applies_to(self, model: nn.Module) -> bool:
         """Whether the attack says something about ``model`` that others do not."""
-        return self.needs is None or getattr(model, self.needs, None) not in (None, False)
+        return self.feature is None or self.feature.is_of(model)
 
     def attacked(self, model: nn.Module) -> nn.Module:
         """The model that is differentiated; its forward values are those of ``model``."""
@@ -118,6 +146,15 @@ class Attack(ABC):
         """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
         return self.gradients, self.forwards
 
+    @property
+    def counted(self) -> int:
+        """What a bar counts per image: gradients, or queries of an attack that takes none."""
+        return self.gradients or self.forwards
+
+    def counts(self, model: nn.Module) -> int:
+        """``counted`` on ``model``."""
+        return self.counted
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self
@@ -131,25 +168,23 @@ class Attack(ABC):
         return {"attack": self.label, **asdict(self)}
 
 
-# Attributes of models that attacks may need, and what to call them.
-FEATURES = {
-    "purifier": "has a purifier",
-    "level_varies": "chooses a noise level for each image",
-    "guided": "guides its reverse steps",
-    "auxiliary": "is guided by an auxiliary network",
-    "in_step": "steps all samples together (a number of steps, not --dt), with the gradient full or checkpoint",
-}
 NORMS = ("Linf", "L2", "L1")
 
 
-def with_gradient(model: Any, **changes: Any) -> nn.Module:
-    """``model`` under another gradient of its purifier; ``Attack.applies_to`` has made sure that there is one."""
-    return model.with_gradient(**changes)
+def check_model(model: Any) -> None:
+    """Raise ValueError unless ``model`` can be attacked here: a function, or a module in eval mode."""
+    if not callable(model) or isinstance(model, (type, ScoreModel, Purifier)):
+        advice = "attack a torch.nn.Module from images to logits, as purify.DefendedClassifier(classifier, purifier)"
+        raise ValueError(f"{short(model)} is no classifier; {advice}.")
+    if isinstance(model, nn.Module):
+        check_eval(model, "attacking it")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Attacks take gradients, which torch.inference_mode() forbids; call them outside of it.")
 
 
-def keyed(model: nn.Module, seed: int) -> Keyed:
+def keyed(model: nn.Module, seed: int) -> KeyedCall:
     """``model`` as a function of images, sample ids and draws; models without keys ignore these."""
-    if getattr(model, "accepts_keys", False):
+    if has(model, AcceptsKeys) and model.accepts_keys:
         return lambda x, ids, draws: model(x, sample_ids=ids, draw=draws, seed=seed)
     return lambda x, ids, draws: model(x)
 
@@ -159,12 +194,9 @@ def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int) -> int
     """Classes that the model tells apart, asked on one image; None without images."""
     if len(images) == 0:
         return None
-    try:
+    with fitting(images, "The model"):
         logits = keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1]))
-    except RuntimeError as error:  # torch's word for shapes that do not fit
-        raise ValueError(f"The model cannot take images of shape {tuple(images.shape[1:])}: {error}") from error
-    if logits.ndim != 2:
-        raise ValueError(f"The model must return logits (N, K), it returned shape {tuple(logits.shape)} for one image.")
+    check_logits(logits, 1, "The model")
     return logits.shape[1]
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.autoattack import AutoAttackRand
-from purify.attacks.base import Attack, with_gradient
+from purify.attacks.base import Attack
 from purify.attacks.norms import unit
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.protocols import VARYING_LEVEL, Feature
 from purify.checks import is_number
 
 
@@ -41,11 +42,11 @@ class ConstantLevelPGD(PGD):
     """
 
     name: ClassVar[str] = "pgd-eot-constant-t"
-    needs: ClassVar[str | None] = "level_varies"
+    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, through_level=False)
+        return VARYING_LEVEL.of(model).with_gradient(through_level=False)
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class ConstantLevelAutoAttackRand(AutoAttackRand):
     """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
 
     name: ClassVar[str] = "autoattack-rand-constant-t"
-    needs: ClassVar[str | None] = "level_varies"
+    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, through_level=False)
+        return VARYING_LEVEL.of(model).with_gradient(through_level=False)
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class NormPGD(Weighted, PGD):
     norm_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-norm"
-    needs: ClassVar[str | None] = "level_varies"
+    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
 
-    def evaluator(self, model: Any, seed: int) -> Evaluator:
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        varying = VARYING_LEVEL.of(model)
+
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
+            details = varying.details(images, sample_ids=ids, draw=draws, seed=seed)
             return LOSSES[self.loss](details.logits, y), details.statistic.mean(1)
 
         return evaluate
@@ -103,16 +106,17 @@ class Lowering(nn.Module):
     The mixture has the length of the loss gradient, so that draws weigh in EOT as they do without it.
     """
 
-    def __init__(self, model: Any, norm_weight: float) -> None:
+    def __init__(self, model: nn.Module, norm_weight: float) -> None:
         super().__init__()
         self.model, self.norm_weight = model, norm_weight
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to logits."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.model(x)
         z = x.clone()
-        details = self.model.details(z)
+        details = VARYING_LEVEL.of(self.model).details(z)
         (statistic,) = torch.autograd.grad(details.statistic.sum(), z, retain_graph=True)
 
         def mix(gradient: Tensor) -> Tensor:
@@ -137,7 +141,7 @@ class NormAutoAttackRand(Weighted, AutoAttackRand):
     norm_weight: float = 0.3
 
     name: ClassVar[str] = "autoattack-rand-norm"
-    needs: ClassVar[str | None] = "level_varies"
+    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return Lowering(model, self.norm_weight)
@@ -166,9 +170,9 @@ class LowLevelPGD(NormPGD):
         if not (is_number(self.share) and 0 < self.share <= 1):
             raise ValueError(f"share must lie in (0, 1], got {self.share}.")
 
-    def evaluator(self, model: Any, seed: int) -> Evaluator:
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
         true = super().evaluator(model, seed)
-        low = super().evaluator(model.at_share(self.share), seed)
+        low = super().evaluator(VARYING_LEVEL.of(model).at_share(self.share), seed)
 
         def evaluate(*arguments: Tensor) -> tuple[Tensor, ...]:
             if not torch.is_grad_enabled():

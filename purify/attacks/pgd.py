@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from purify.attacks.base import Attack, AttackResult, check_budget, keyed, with_gradient
+from purify.attacks.base import Attack, AttackResult, check_budget, keyed
+from purify.attacks.counting import count
+from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
+from purify.attacks.protocols import GUIDED, PURIFIER, Feature
 from purify.checks import check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
@@ -105,10 +108,11 @@ class PGD(Attack):
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         evaluate = self.evaluator(self.attacked(model), seed)
         first = self.first(model, x, y, ids, seed)
+        inside = Inside(len(x), x.device)
         best = x.clone()
         best_loss = torch.full((len(x),), -math.inf, device=x.device)
         for restart in range(self.restarts):
-            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first):
+            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first, inside):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
@@ -166,14 +170,22 @@ class PGD(Attack):
         return parts
 
     def _iterates(
-        self, evaluate: Evaluator, x: Tensor, y: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None
+        self,
+        evaluate: Evaluator,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        seed: int,
+        restart: int,
+        first: Tensor | None,
+        inside: Inside | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
         z = self._start(x, ids, seed, restart, first)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, with_gradient=not last)
+            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, not last, inside)
             yield z, loss
             if not last:
                 size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
@@ -186,6 +198,28 @@ class PGD(Attack):
         return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _eot(
+        self,
+        evaluate: Evaluator,
+        z: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        first_draw: int,
+        with_gradient: bool,
+        inside: Inside | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
+        if inside is None or not with_gradient:
+            return self._mean(evaluate, z, y, ids, first_draw, with_gradient)
+        loss, gradients = self._mean(evaluate, inside.place(z), y, ids, first_draw, True)
+        asked = inside.ask(z, gradients[0])
+        if len(asked):
+            _, inner = self._mean(evaluate, moved(z[asked]), y[asked], ids[asked], first_draw, True)
+            better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
+            for gradient, other in zip(gradients, inner, strict=True):
+                gradient[asked[better]] = other[better]
+        return loss, gradients
+
+    def _mean(
         self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, ``max_rows`` rows at a time."""
@@ -201,6 +235,7 @@ class PGD(Attack):
             losses.append(terms[0].detach())
             if with_gradient:
                 gradients.append(torch.stack(_gradients(terms, images)))
+                count(len(part))
         loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
         if not with_gradient:
             return loss, []
@@ -210,8 +245,15 @@ class PGD(Attack):
 
 def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     """Gradient of each term's sum; the graph goes with the last."""
-    last = len(terms) - 1
-    return [torch.autograd.grad(t.sum(), images, retain_graph=i < last)[0] for i, t in enumerate(terms)]
+    found: list[Tensor] = []
+    for i, term in enumerate(terms):
+        more = i < len(terms) - 1
+        own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
+        if not isinstance(own, Tensor):
+            advice = "do not detach them in it, or use square"
+            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+        found.append(own)
+    return found
 
 
 def mixed(gradients: Sequence[Tensor], weight: float) -> Tensor:
@@ -225,11 +267,11 @@ class BPDA(PGD):
     """PGD+EOT on the identity gradient of the purifier (BPDA, Athalye et al. 2018)."""
 
     name: ClassVar[str] = "bpda-eot"
-    needs: ClassVar[str | None] = "purifier"
+    needs: ClassVar[Feature[Any] | str | None] = PURIFIER
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, gradient="bpda")
+        return PURIFIER.of(model).with_gradient("bpda")
 
 
 @dataclass(frozen=True)
@@ -242,16 +284,17 @@ class SurrogatePGD(PGD):
     surrogate_steps: int = 5
 
     name: ClassVar[str] = "surrogate-eot"
-    needs: ClassVar[str | None] = "purifier"
+    needs: ClassVar[Feature[Any] | str | None] = PURIFIER
     exact_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.surrogate_steps, "surrogate steps")
 
-    def attacked(self, model: Any) -> nn.Module:
-        budget = getattr(model.purifier.engine, "memory_budget", DEFAULT_BUDGET)
-        return with_gradient(model, gradient=Surrogate(self.surrogate_steps, memory_budget=budget))
+    def attacked(self, model: nn.Module) -> nn.Module:
+        purified = PURIFIER.of(model)
+        budget = getattr(purified.purifier.engine, "memory_budget", DEFAULT_BUDGET)
+        return purified.with_gradient(Surrogate(self.surrogate_steps, memory_budget=budget))
 
 
 @dataclass(frozen=True)
@@ -259,11 +302,11 @@ class FirstOrderPGD(PGD):
     """PGD+EOT that takes what guides the reverse steps for constant in its gradient, as published attacks did."""
 
     name: ClassVar[str] = "pgd-eot-first-order"
-    needs: ClassVar[str | None] = "guided"
+    needs: ClassVar[Feature[Any] | str | None] = GUIDED
     exact_gradient: ClassVar[bool] = False
 
     def attacked(self, model: nn.Module) -> nn.Module:
-        return with_gradient(model, second_order=False)
+        return GUIDED.of(model).with_gradient(second_order=False)
 
 
 def _finite(values: Tensor, ids: Tensor) -> Tensor:

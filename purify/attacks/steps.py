@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.protocols import IN_STEP, Feature
 from purify.checks import is_number
 
 
@@ -24,16 +25,19 @@ class StepsPGD(PGD):
     step_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-steps"
-    needs: ClassVar[str | None] = "in_step"
+    needs: ClassVar[Feature[Any] | str | None] = IN_STEP
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.step_weight):
             raise ValueError(f"step_weight must be a finite number, got {self.step_weight}.")
 
-    def evaluator(self, model: Any, seed: int) -> Evaluator:
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        in_step = IN_STEP.of(model)
+
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            details = model.details(images, sample_ids=ids, draw=draws, seed=seed, deviation=True)
+            details = in_step.details(images, sample_ids=ids, draw=draws, seed=seed, deviation=True)
+            assert details.deviation is not None
             return LOSSES[self.loss](details.logits, y), details.deviation.mean(1)
 
         return evaluate

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import AttackResult, keyed
 from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.protocols import AUXILIARY, BARE_CLASSIFIER, Feature
 from purify.checks import is_number
 
 
@@ -21,11 +22,11 @@ class Transfer(PGD):
     """
 
     name: ClassVar[str] = "transfer"
-    needs: ClassVar[str | None] = "purifier"
+    needs: ClassVar[Feature[Any] | str | None] = BARE_CLASSIFIER
     black_box: ClassVar[bool] = True
     exact_gradient: ClassVar[bool] = False
 
-    def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+    def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         alone = replace(self, eot=1, sparsity=None)  # the bare classifier has no randomness
         return PGD.run(alone, model, x, y, ids, seed)
 
@@ -37,11 +38,22 @@ class Transfer(PGD):
     def forwards(self) -> int:
         return 0
 
-    def attacked(self, model: Any) -> nn.Module:
-        return model.classifier
+    @property
+    def counted(self) -> int:
+        return self.restarts * self.steps  # of the other network
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return BARE_CLASSIFIER.of(model).classifier
 
     def budget(self) -> dict[str, Any]:
         return {**super().budget(), "eot": 1}
+
+
+def guide_of(model: nn.Module) -> nn.Module:
+    """The network that guides the model's purifier, as a classifier of images."""
+    auxiliary = AUXILIARY.of(model).auxiliary
+    assert auxiliary is not None
+    return auxiliary
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,10 @@ class GuideTransfer(Transfer):
     """
 
     name: ClassVar[str] = "guide-transfer"
-    needs: ClassVar[str | None] = "auxiliary"
+    needs: ClassVar[Feature[Any] | str | None] = AUXILIARY
 
-    def attacked(self, model: Any) -> nn.Module:
-        return model.auxiliary
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return guide_of(model)
 
 
 @dataclass(frozen=True)
@@ -73,18 +85,22 @@ class GuidePGD(PGD):
     guide_weight: float = 1.0
 
     name: ClassVar[str] = "pgd-eot-guide"
-    needs: ClassVar[str | None] = "auxiliary"
+    needs: ClassVar[Feature[Any] | str | None] = AUXILIARY
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_number(self.guide_weight):
             raise ValueError(f"guide_weight must be a finite number, got {self.guide_weight}.")
 
+    @property
+    def counted(self) -> int:
+        return self.gradients + self.steps  # those of its start
+
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images
 
-    def evaluator(self, model: Any, seed: int) -> Evaluator:
-        whole, auxiliary, loss = keyed(model, seed), model.auxiliary, LOSSES[self.loss]
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        whole, auxiliary, loss = keyed(model, seed), guide_of(model), LOSSES[self.loss]
 
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return loss(whole(images, ids, draws), y), loss(auxiliary(images), y)

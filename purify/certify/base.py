@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purify.certify.bounds import lower_bound
 from purify.certify.counts import NoisyCounts, NoisyModel, Perturbation, check_classifier, keys
-from purify.checks import check_count, is_number
+from purify.checks import check_count, is_number, short
 from purify.diffusion.noise import derive_seed
 
 ABSTAIN = -1
@@ -46,7 +46,7 @@ class EarlyStop:
 def check_alpha(alpha: float) -> None:
     """Raise ValueError unless ``alpha`` is a probability of failure below 1/2."""
     if not (is_number(alpha) and 0 < alpha < 0.5):
-        raise ValueError(f"alpha must lie in (0, 0.5), got {alpha}.")
+        raise ValueError(f"alpha must lie in (0, 0.5), got {short(alpha)}.")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Draws:
         check_count(self.n0, "n0")
         check_count(self.n, "n")
         check_alpha(self.alpha)
+        if not isinstance(self.stop, EarlyStop | None):
+            raise ValueError(f"stop must be a purify.certify.EarlyStop(radius) or None, got {short(self.stop)}.")
         if self.stop is not None and self.n < 2 ** (self.stop.looks - 1):
             raise ValueError(f"{self.stop.looks} looks need at least {2 ** (self.stop.looks - 1)} draws, got {self.n}.")
 
@@ -76,6 +78,17 @@ class Draws:
     def looks(self) -> list[int]:
         """Draws after which the bound is looked at, ascending."""
         return [self.n] if self.stop is None else [self.n >> k for k in reversed(range(self.stop.looks))]
+
+
+def as_draws(draws: Draws | None) -> Draws:
+    """The draws asked for, or the default ones.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(draws, Draws | None):
+        raise ValueError(f"draws must be a purify.certify.Draws, as Draws(n0=100, n=10_000), got {short(draws)}.")
+    return draws or Draws()
 
 
 @dataclass(frozen=True)
@@ -187,7 +200,7 @@ class RandomizedSmoothing(Certifier):
             ValueError: images or ids out of range, NaN from the classifier, a radius to stop at that no number of
                 draws can certify.
         """
-        draws = draws or Draws()
+        draws = as_draws(draws)
         noise = keys(images, sample_ids, derive_seed(seed, "certify", self.stream))
         level = draws.alpha / len(draws.looks)
         target = self._target(draws, level)

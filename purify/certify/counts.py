@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, check_eval, check_images
+from purify.certify.protocols import Classifier
+from purify.checks import (
+    check_count,
+    check_eval,
+    check_images,
+    check_logits,
+    check_weights,
+    fitting,
+    sample_keys,
+    short,
+)
 from purify.diffusion.noise import Noise
 from purify.diffusion.precision import float32_proper
 
@@ -39,10 +49,13 @@ class NoisyCounts:
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """
 
-    classifier: nn.Module
+    classifier: Classifier
     perturb: Perturbation
     max_rows: int | None = None
-    referee: nn.Module | None = None
+    referee: Classifier | None = None
+
+    def __post_init__(self) -> None:
+        check_rows(self.max_rows)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, noise: Noise, draws: range) -> Tensor:
@@ -70,13 +83,10 @@ class NoisyCounts:
         return counts
 
     def _logits(self, noisy: Tensor) -> Tensor:
-        with nullcontext() if self.referee is None else float32_proper():  # TF32 errs by more than a near tie
+        proper = nullcontext() if self.referee is None else float32_proper()  # TF32 errs by more than a near tie
+        with proper, fitting(noisy, "The classifier"):
             logits = self.classifier(noisy)
-        if logits.ndim != 2 or len(logits) != len(noisy) or logits.shape[1] < 2:
-            raise ValueError(
-                f"The classifier must return logits (N, K) of at least two classes, it returned shape "
-                f"{tuple(logits.shape)} for {len(noisy)} images."
-            )
+        check_logits(logits, len(noisy))
         if self.referee is None:
             return logits
         best, second = logits.topk(2, dim=1).values.unbind(1)
@@ -127,14 +137,19 @@ def keys(images: Tensor, sample_ids: Tensor | Sequence[int] | None, seed: int) -
     check_images(images)
     if len(images) == 0:
         raise ValueError("There are no images to certify.")
-    ids = torch.arange(len(images)) if sample_ids is None else torch.as_tensor(sample_ids)
-    if ids.shape != (len(images),):
-        raise ValueError(f"There are {len(images)} images but {ids.numel()} sample_ids; give one per image.")
-    return Noise.keyed(seed, ids.to(images.device))
+    return Noise.keyed(seed, sample_keys(sample_ids, images))
 
 
 def check_classifier(classifier: nn.Module, max_rows: int | None) -> None:
-    """Raise ValueError unless the classifier is in eval mode and ``max_rows`` a count."""
+    """Raise ValueError unless the classifier is a module in eval mode, without NaN, and ``max_rows`` a count."""
+    if not isinstance(classifier, nn.Module):
+        raise ValueError(f"The classifier must be a torch.nn.Module, got {short(classifier)}.")
     check_eval(classifier, "certifying it")
+    check_weights(classifier, "The classifier")
+    check_rows(max_rows)
+
+
+def check_rows(max_rows: int | None) -> None:
+    """Raise ValueError unless ``max_rows`` is a count or None."""
     if max_rows is not None:
         check_count(max_rows, "max_rows")

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from purify.certify.base import RandomizedSmoothing
 from purify.certify.counts import check_classifier
+from purify.certify.protocols import Denoiser
+from purify.checks import check_weights, has, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.schedule import check_sigma
-from purify.diffusion.score import ScoreModel, per_sample
+from purify.diffusion.score import per_sample
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,18 @@ class OneShotDenoised(nn.Module):
         ValueError: sigma is not positive, or beyond the schedule's end; the classifier is in train mode.
     """
 
-    def __init__(self, classifier: nn.Module, score_model: ScoreModel, sigma: float) -> None:
+    def __init__(self, classifier: nn.Module, score_model: Denoiser, sigma: float) -> None:
         super().__init__()
         check_classifier(classifier, None)
+        if not has(score_model, Denoiser):
+            advice = "pass (classifier, score_model, sigma)"
+            raise ValueError(f"The denoiser must be a purify.ScoreModel, got {short(score_model)}; {advice}.")
+        check_weights(score_model.network, "The score network")
+        check_sigma(sigma)
         self.time = score_model.schedule.time_of_sigma(2 * sigma)
         self.classifier = classifier.requires_grad_(False)
-        self.score_model = score_model.requires_grad_(False)
+        self.score_model: Denoiser = score_model
+        score_model.requires_grad_(False)
         self.eval()
 
     def forward(self, noisy: Tensor) -> Tensor:
@@ -90,14 +98,14 @@ class OneShotDenoised(nn.Module):
         return self.classifier(denoise(self.score_model, noisy, t))
 
 
-def denoise(score_model: ScoreModel, noisy: Tensor, t: Tensor) -> Tensor:
+def denoise(score_model: Denoiser, noisy: Tensor, t: Tensor) -> Tensor:
     """Images in [0, 1] from x + sigma z, (N, C, H, W); ``t`` float64 (N,): the times of 2 sigma."""
     u_t = per_sample(score_model.schedule.alpha(t), noisy) * (2 * noisy - 1)
     return (score_model.denoise(u_t, t).clamp(-1, 1) + 1) / 2
 
 
 def denoised_smoothing(
-    classifier: nn.Module, score_model: ScoreModel, sigma: float, max_rows: int | None = None
+    classifier: nn.Module, score_model: Denoiser, sigma: float, max_rows: int | None = None
 ) -> Smooth:
     """Diffusion denoised smoothing (Carlini et al. 2022): :class:`Smooth` over :class:`OneShotDenoised`."""
     return Smooth(OneShotDenoised(classifier, score_model, sigma), sigma, max_rows=max_rows)

@@ -11,16 +11,23 @@ from purify.certify.base import ABSTAIN
 
 def correct_radii(classes: np.ndarray, radii: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Radius of each image that is answered right, and -1 of others, float64 (N,)."""
+    shapes = [np.shape(v) for v in (classes, radii, labels)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        raise ValueError(f"Classes, radii and labels must be (N,), one per image, got {shapes}.")
     return np.where(np.asarray(classes) == np.asarray(labels), radii, -1.0)
 
 
 def certified_accuracy(correct: np.ndarray, radii: Sequence[float] | np.ndarray) -> np.ndarray:
     """Share of images right and certified at least to each of ``radii``; ``correct`` from :func:`correct_radii`."""
+    if np.ndim(radii) != 1:
+        raise ValueError(f"radii must be a sequence of radii, as [{radii}], got shape {np.shape(radii)}.")
     return (np.asarray(correct)[None] >= np.asarray(radii)[:, None]).mean(1)
 
 
 def average_certified_radius(correct: np.ndarray) -> float:
     """Mean radius over all images, 0 where wrong or abstained (ACR; Zhai et al. 2020)."""
+    if np.size(correct) == 0:
+        raise ValueError("There are no certificates to take the mean of.")
     return float(np.maximum(correct, 0).mean())
 
 

@@ -18,11 +18,11 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import multinomial_proportions_confint
 from torch import Tensor
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws
+from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
-from purify.checks import check_count, choose, is_number
+from purify.checks import check_count, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
 
@@ -176,6 +176,9 @@ class Cascade(Certifier):
         choose(self.mode, MODES, "cascade mode")
         if not (is_number(self.p0) and 0.5 <= self.p0 < 1):
             raise ValueError(f"p0 must lie in [1/2, 1), got {self.p0}: below 1/2 the cascade's certificate is false.")
+        if not (isinstance(self.scales, Sequence) and all(isinstance(s, Smooth) for s in self.scales)):
+            advice = "purify.certify.Smooth(classifier, sigma), as (Smooth(c, 0.5), Smooth(c, 1.0))"
+            raise ValueError(f"scales must be a tuple of {advice}, got {short(self.scales)}.")
         ordered = tuple(sorted(self.scales, key=lambda s: -s.sigma))
         if len({s.sigma for s in ordered}) < max(len(ordered), 1):
             raise ValueError("A cascade needs at least one scale, and different sigmas.")
@@ -198,7 +201,7 @@ class Cascade(Certifier):
 
         ``counts`` are those of the stage that decided. Arguments and errors as in :meth:`Smooth.certify`.
         """
-        draws = draws or Draws()
+        draws = as_draws(draws)
         if draws.stop is not None:
             raise ValueError("A cascade makes all its draws; leave early stopping out.")
         ids = keys(images, sample_ids, seed).sample_ids
@@ -242,6 +245,10 @@ class Cascade(Certifier):
         class shares (:func:`mixed_logits`); of the clean logits alone where none is. Never abstains.
         """
         check_count(n, "n")
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            raise ValueError(f"logits must be the classifier's of the images, a tensor (N, C), got {short(logits)}.")
+        if not (is_number(uniform) and 0 < uniform < 1):
+            raise ValueError(f"uniform must lie in (0, 1), got {short(uniform)}.")
         ids = keys(images, sample_ids, seed).sample_ids
         outputs, waiting = logits.detach().double().cpu().numpy().copy(), list(range(len(images)))
         for scale in self.scales:
@@ -249,6 +256,9 @@ class Cascade(Certifier):
                 break
             noise = keys(images[waiting], ids[waiting], derive_seed(seed, "predict", scale.stream))
             found = scale.counts(images[waiting], noise, range(n)).cpu().numpy()
+            if found.shape[1] != logits.shape[1]:
+                classes = f"{logits.shape[1]} classes, the scales {found.shape[1]}"
+                raise ValueError(f"The clean logits have {classes}; give those of the same classifier.")
             halts = [reached([own], self.p0)[1] != ABSTAIN for own in found]
             for i, own, halt in zip(waiting, found, halts, strict=True):
                 outputs[i] = mixed_logits(own, outputs[i], uniform) if halt else outputs[i]

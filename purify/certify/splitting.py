@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from purify.certify.base import Certificate, Certifier, Draws, RandomizedSmoothing
 from purify.certify.counts import NoisyCounts, NoisyModel, check_classifier, float64_twin, keys
-from purify.checks import is_number
+from purify.checks import check_count, is_number, short
 from purify.diffusion.noise import Noise
 
 GRID = 255  # levels of an 8-bit image
@@ -23,7 +23,7 @@ MOST_LEVELS = 100_000  # of DSSN, passes per image; lambda is then 196, and hard
 def check_lam(lam: float) -> None:
     """Raise ValueError unless ``lam`` is a positive number."""
     if not (is_number(lam) and lam > 0):
-        raise ValueError(f"lambda must be a positive number, got {lam}.")
+        raise ValueError(f"lambda must be a positive number, got {short(lam)}.")
 
 
 def check_levels(lam: float) -> None:
@@ -161,6 +161,9 @@ class DSSN(Certifier):
 
     def __post_init__(self) -> None:
         check_levels(self.lam)
+        check_count(self.offset_seed, "offset_seed", 0)
+        if self.offset_seed >= 2**32:
+            raise ValueError(f"offset_seed must lie in [0, 2^32), got {self.offset_seed}.")
         check_classifier(self.classifier, self.max_rows)
         object.__setattr__(self, "referee", float64_twin(self.classifier))
 
@@ -230,5 +233,8 @@ def check_grid(images: Tensor) -> None:
 
 
 def to_grid(images: Tensor) -> Tensor:
-    """The nearest images on the grid k/255: 8-bit images, as floats."""
+    """The nearest images on the grid k/255: 8-bit images, as floats. Raises ValueError for what are no floats."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"Images must be a floating point tensor in [0, 1], got {kind}; divide 8-bit images by 255.")
     return (images.clamp(0, 1) * GRID).round() / GRID

@@ -91,7 +91,7 @@ FORMAT = Format(recognises, read)
 def _shape(weights: Mapping[str, Tensor], source: Path) -> Shape:
     """Every level but the last ends, on the way up, in one module that only resamples."""
     try:
-        return _told(weights)
+        return _shape_of_weights(weights)
     except (LookupError, ArithmeticError) as error:
         raise ValueError(
             f"{source} looks like a U-Net of guided-diffusion or improved-diffusion, but its weights describe none "
@@ -99,7 +99,7 @@ def _shape(weights: Mapping[str, Tensor], source: Path) -> Shape:
         ) from error
 
 
-def _told(weights: Mapping[str, Tensor]) -> Shape:
+def _shape_of_weights(weights: Mapping[str, Tensor]) -> Shape:
     ups = [f"output_blocks.{i}" for i in range(_count(weights, "output_blocks"))]
     convolutions = sum(any(f"{up}.{j}.conv.weight" in weights for j in (1, 2)) for up in ups)
     residuals = sum(any(f"{up}.{j}.in_layers.0.weight" in weights for j in (1, 2)) for up in ups)

@@ -75,11 +75,13 @@ def show_dry_run(prepared: Prepared) -> int:
     asked = prepared.plan.asked
     print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
     for d in prepared.defences:
-        purifier = getattr(d.model, "purifier", None)
-        if purifier is not None and purifier.resize:
+        if isinstance(d.model, DefendedClassifier) and d.model.purifier.resize:
             height, width = prepared.samples.images.shape[2:]
-            shape = purifier.score_model.image_shape
+            shape = d.model.purifier.score_model.image_shape
+            assert shape is not None
             print(f"{d.name}: images of {height}x{width} are resized to the score model's {shape[1]}x{shape[2]}.")
+    for name, found in prepared.health().items():
+        print(f"{name}: {found.sentence}" if found.passed else f"WARNING: {name}: {found.sentence}")
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
@@ -138,7 +140,7 @@ def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
     """What the attacks were allowed, and whether that is enough to be quoted."""
     asked = prepared.plan.asked
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
-    exact = all(getattr(d.model.purifier, "exact", False) for d in purified)
+    exact = all(d.model.purifier.exact for d in purified if isinstance(d.model, DefendedClassifier))
     gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}.")
     if reduced(prepared.stated, prepared.plan.known):

@@ -21,7 +21,8 @@ from purify.evaluate.records import writing
 from purify.named import check_device
 from purify.options import NUMBER, PATH, WHOLE
 from purify.presets import find_preset
-from purify.purification.purifier import Purified, Purifier
+from purify.purification.outcomes import Purified
+from purify.purification.purifier import Purifier
 from purify.sources import read_arrays, read_picture, to_images
 from purify.wrap import build_purifier
 
@@ -85,12 +86,12 @@ def run(args: argparse.Namespace, command: str) -> int:
     first = 0  # the sample id of a file's first image
     with tqdm(total=sum(len(one.images) for one in inputs) * args.purifications, unit="image") as bar:
         for one in inputs:
-            found = [purified(purifier, one.images, first, r, args, bar) for r in range(args.purifications)]
-            for r, result in enumerate(found):
+            results = [purified(purifier, one.images, first, r, args, bar) for r in range(args.purifications)]
+            for r, result in enumerate(results):
                 write(target(args.out, one.path, r, args.purifications), one, result.images)
-                bar.write(told(one, r, result))
+                bar.write(summary(one, r, result))
             if args.picture:
-                draw(args.out / f"{one.path.stem}-before-after.png", purifier, one, found[0], first, args.seed)
+                draw(args.out / f"{one.path.stem}-before-after.png", purifier, one, results[0], first, args.seed)
             first += len(one.images)
     print(f"Wrote {len(targets)} file{'s' if len(targets) > 1 else ''} to {args.out}.")
     return 0
@@ -184,13 +185,7 @@ def purified(
         with torch.no_grad():
             parts.append(purifier.purify(batch, sample_ids=ids, draw=draw, seed=args.seed))
         bar.update(len(batch))
-    calls = [part.network_calls for part in parts if part.network_calls is not None]
-    return Purified(
-        torch.cat([part.images for part in parts]).cpu(),
-        torch.cat([part.t_star for part in parts]).cpu(),
-        torch.cat([part.statistic for part in parts]).cpu(),
-        torch.cat(calls).cpu() if calls else None,
-    )
+    return Purified.joined(parts)
 
 
 def write(path: Path, one: Input, images: Tensor) -> None:
@@ -214,7 +209,7 @@ def write(path: Path, one: Input, images: Tensor) -> None:
         raise ValueError(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
-def told(one: Input, purification: int, result: Purified) -> str:
+def summary(one: Input, purification: int, result: Purified) -> str:
     """A line on a purification: t* and network calls."""
     t, calls = result.t_star, result.network_calls
     levels = f"{float(t.min()):.3f}" if bool(t.min() == t.max()) else f"{float(t.min()):.3f} to {float(t.max()):.3f}"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from purify.checks import check_seed, choose, whole_numbers
+
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -24,7 +26,7 @@ STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4, 
 
 def derive_seed(seed: int, *names: object) -> int:
     """A 63-bit seed for a purpose: a hash of ``seed`` and the names, stable across machines and versions."""
-    text = "/".join([str(int(seed)), *map(str, names)])
+    text = "/".join([str(check_seed(seed)), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -64,9 +66,9 @@ class Noise:
     @classmethod
     def keyed(cls, seed: int, sample_ids: Tensor | Sequence[int], draw: int | Tensor = 0) -> Noise:
         """Noise for ``sample_ids`` (N,), with one ``draw`` for all rows or one per row."""
-        ids = torch.as_tensor(sample_ids)
+        ids = whole_numbers(sample_ids, "sample_ids")
         ids = ids.long() if ids.numel() == 0 else ids
-        draws = torch.as_tensor(draw, device=ids.device)
+        draws = whole_numbers(draw, "draw", ids.device)
         if ids.ndim != 1 or draws.shape not in (torch.Size(), ids.shape):
             raise ValueError(
                 f"sample_ids must have shape (N,) and draw () or (N,), got {tuple(ids.shape)} and {tuple(draws.shape)}."
@@ -96,7 +98,7 @@ class Noise:
 
     def stream(self, name: str) -> Noise:
         """An independent family of numbers under the same keys: one of ``STREAMS``."""
-        return replace(self, stream_id=STREAMS[name])
+        return replace(self, stream_id=choose(name, STREAMS, "stream of noise"))
 
     def _words(self, step: int | Tensor, count: int) -> Tensor:
         """Words (N, 4, count) for ``step`` (one for all rows, or (N,))."""

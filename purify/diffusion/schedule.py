@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from purify.checks import choose, is_number
+from purify.checks import check_count, choose, is_number, short
 
 
 class Schedule(ABC):
@@ -62,7 +62,8 @@ class ContinuousVP(Schedule):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         if not (is_number(beta_min) and is_number(beta_max) and 0 < beta_min <= beta_max):
-            raise ValueError(f"A VP schedule needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}.")
+            given = f"{short(beta_min)} and {short(beta_max)}"
+            raise ValueError(f"A VP schedule needs 0 < beta_min <= beta_max, got {given}.")
         self.beta_min, self.beta_max = float(beta_min), float(beta_max)
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
@@ -81,25 +82,33 @@ class ContinuousVP(Schedule):
             if slope == 0
             else (2 * target / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * target)))
         )
-        if t > 1:
+        if t > 1 + 1e-9:  # up to rounding
             raise ValueError(f"sigma = {sigma} is beyond the end of the schedule; use a smaller sigma.")
-        return t
+        return min(t, 1.0)
 
     def config(self) -> dict[str, Any]:
         return {"kind": "continuous", "beta_min": self.beta_min, "beta_max": self.beta_max}
 
 
 class DiscreteVP(Schedule):
-    """A DDPM table of N betas (Ho et al. 2020). Time k/N stands for the state after k noise steps.
+    """A table of N betas: the schedule of every network that was trained as a DDPM (Ho et al. 2020).
 
-    abar(k/N) = prod_{i<=k} (1 - beta_i) holds exactly at the steps; between them log abar is linear, so a
-    discrete model can be driven at any time. The network's 0-based label for time k/N is k - 1.
+    Time k/N stands for the state after k noise steps. abar(k/N) = prod_{i<=k} (1 - beta_i) holds exactly at the steps;
+    between them log abar is linear, so a discrete model can be driven at any time. The network's 0-based label for time
+    k/N is k - 1.
+
+    - ``DiscreteVP.linear()``: 1000 betas from 1e-4 to 0.02, those of DDPM, guided-diffusion (``linear``) and diffusers
+      (``DDPMScheduler()``, ``beta_schedule="linear"``).
+    - ``DiscreteVP.cosine()``: improved-diffusion's ``cosine`` and diffusers' ``squaredcos_cap_v2``.
+    - ``DiscreteVP(betas)``: any table; of a scheduler of diffusers ``DiscreteVP(scheduler.betas)``.
+
+    Args:
+        betas: the N betas in (0, 1), a list, array or tensor; not ``alphas`` or ``alphas_cumprod``.
+        config: plain data that describes the schedule; default: the table.
     """
 
-    def __init__(self, betas: np.ndarray | list[float], config: dict[str, Any] | None = None) -> None:
-        betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("A discrete schedule needs a one-dimensional table of betas in (0, 1).")
+    def __init__(self, betas: np.ndarray | Tensor | Sequence[float], config: dict[str, Any] | None = None) -> None:
+        betas = _table(betas)
         self.betas = betas
         log_step = np.log1p(-betas)
         self._slope = torch.from_numpy(-log_step * len(betas))
@@ -109,12 +118,19 @@ class DiscreteVP(Schedule):
     @classmethod
     def linear(cls, steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> DiscreteVP:
         """Linear betas of Ho et al. 2020 (``steps`` = 1000: guided-diffusion's ``linear``)."""
+        check_count(steps, "steps of a schedule")
+        if not (is_number(beta_start) and is_number(beta_end) and 0 < beta_start <= beta_end < 1):
+            given = f"{short(beta_start)} and {short(beta_end)}"
+            raise ValueError(f"Linear betas need 0 < beta_start <= beta_end < 1, got {given}.")
         config = {"kind": "linear", "steps": steps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(np.linspace(beta_start, beta_end, steps, dtype=np.float64), config)
 
     @classmethod
     def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> DiscreteVP:
         """Squared-cosine abar of Nichol & Dhariwal 2021, betas capped at ``max_beta``."""
+        check_count(steps, "steps of a schedule")
+        if not (is_number(max_beta) and 0 < max_beta < 1):
+            raise ValueError(f"max_beta must lie in (0, 1), got {short(max_beta)}.")
         edges = np.arange(steps + 1, dtype=np.float64) / steps
         abar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - abar[1:] / abar[:-1], max_beta)
@@ -151,6 +167,25 @@ class DiscreteVP(Schedule):
         return dict(self._config)
 
 
+def _table(betas: Any) -> np.ndarray:
+    """Checked betas (N,) in float64."""
+    try:
+        found = np.asarray(betas.detach().cpu() if isinstance(betas, Tensor) else betas, dtype=np.float64)
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.ndim != 1 or len(found) == 0 or not ((found > 0) & (found < 1)).all():
+        raise ValueError(
+            f"A discrete schedule needs a one-dimensional table of betas in (0, 1), got {short(betas)}; use "
+            "purify.DiscreteVP.linear(steps) or .cosine(steps), or of diffusers' scheduler DiscreteVP(scheduler.betas)."
+        )
+    if len(found) > 1 and found[0] > 0.5 and (np.diff(found) < 0).all():
+        raise ValueError(
+            f"These betas fall from {found[0]:.4g} to {found[-1]:.4g}, as alphas do; DiscreteVP takes betas: "
+            "1 - alphas (not alphas_cumprod), or of diffusers' scheduler scheduler.betas."
+        )
+    return found
+
+
 def _there(table: Tensor, t: Tensor) -> Tensor:
     """A constant table where ``t`` lives; the host, which never changes it, need not wait for the copy."""
     return table.to(t.device, non_blocking=True)
@@ -159,7 +194,7 @@ def _there(table: Tensor, t: Tensor) -> Tensor:
 def check_sigma(sigma: float) -> None:
     """Raise unless ``sigma`` is a positive finite number."""
     if not (is_number(sigma) and sigma > 0):
-        raise ValueError(f"sigma must be a positive number, got {sigma}.")
+        raise ValueError(f"sigma must be a positive number, got {short(sigma)}.")
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
@@ -173,4 +208,28 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 def schedule_from_config(config: dict[str, Any]) -> Schedule:
     """Build the schedule that ``Schedule.config()`` described."""
     arguments = dict(config)
-    return choose(arguments.pop("kind", ""), SCHEDULES, "schedule")(**arguments)
+    build = choose(arguments.pop("kind", ""), SCHEDULES, "schedule")
+    try:
+        return build(**arguments)
+    except TypeError as error:
+        raise ValueError(f"This is not a schedule's config ({error}).") from error
+
+
+def as_schedule(value: Any, what: str = "schedule") -> Schedule:
+    """A schedule given as itself, or one with its defaults by name: ``continuous``, ``linear`` or ``cosine``.
+
+    Raises:
+        ValueError: it is something else; says what to pass instead.
+    """
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, str):
+        return choose(value, {name: build for name, build in SCHEDULES.items() if name != "table"}, what)()
+    advice = "pass purify.DiscreteVP.linear() for a network trained as DDPM, or purify.ContinuousVP()"
+    if isinstance(value, (np.ndarray, Tensor, list, tuple)):
+        advice = "of a table of betas make one by purify.DiscreteVP(betas)"
+    elif hasattr(value, "betas"):
+        advice = "of diffusers' scheduler make one by purify.DiscreteVP(scheduler.betas)"
+    elif isinstance(value, type) and issubclass(value, Schedule):
+        advice = f"call it: purify.{value.__name__}" + (".linear()" if value is DiscreteVP else "()")
+    raise ValueError(f"{what} must be a purify.ContinuousVP or DiscreteVP, got {short(value)}; {advice}.")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from purify.checks import check_count, choose, is_number
+from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
-from purify.diffusion.schedule import DiscreteVP, Schedule
+from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import weights_digest
+
+if TYPE_CHECKING:
+    from purify.diffusion.health import Health
 
 
 def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
@@ -76,21 +79,9 @@ def check_settings(settings: Iterable[str]) -> None:
         choose(name, dict.fromkeys(SETTINGS), "setting of a score model")
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    try:
-        shape = tuple(value)
-    except TypeError:
-        shape = ()
-    if len(shape) != 3:
-        raise ValueError(f"image_shape must be (C, H, W), got {value!r}.")
-    for n in shape:
-        check_count(n, "each of image_shape (C, H, W)")
-    return shape
-
-
 def _number(value: Any, what: str) -> float:
     if not is_number(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+        raise ValueError(f"{what} must be a finite number, got {short(value)}.")
     return float(value)
 
 
@@ -100,7 +91,9 @@ class ScoreModel(nn.Module):
     Args:
         network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels
             (N,); returns a tensor or an object with ``.sample`` (diffusers).
-        schedule: the VP schedule that the network was trained on.
+        schedule: the VP schedule that the network was trained on: a :class:`~purify.ContinuousVP`, for networks trained
+            as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
+            ``cosine``.
         prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
         image_shape: (C, H, W) of the images; checked by the purifier when given.
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
@@ -117,7 +110,7 @@ class ScoreModel(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        schedule: Schedule,
+        schedule: Schedule | str,
         prediction: str = "eps",
         image_shape: tuple[int, int, int] | None = None,
         time_scale: float | None = None,
@@ -127,15 +120,16 @@ class ScoreModel(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise ValueError(f"network must be a torch.nn.Module, got {type(network).__name__}.")
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"schedule must be a purify.ContinuousVP or DiscreteVP, got {schedule!r}.")
+        schedule = as_schedule(schedule)
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
-        self.image_shape = None if image_shape is None else _shape(image_shape)
+        self.image_shape = None if image_shape is None else check_shape(image_shape)
         scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
         self.time_scale = scale if time_scale is None else _number(time_scale, "time_scale")
+        if self.time_scale <= 0:
+            raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
         self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
         self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
         if self.autocast is not None:
@@ -158,14 +152,18 @@ class ScoreModel(nn.Module):
         """One network call at u_t = ``u`` (N, C, H, W) and times ``t`` (N,).
 
         Raises:
-            ValueError: the network returns another shape than its prediction has.
+            ValueError: the network cannot take these images, or returns another shape than its prediction has.
         """
-        output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
-        self._check_output(output, u)
+        if not (isinstance(u, Tensor) and isinstance(t, Tensor)) or t.shape != u.shape[:1]:
+            given = f"{short(u)} and {short(t)}"
+            raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
+        with fitting(u, "The score network"):
+            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
+        self.check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
 
-    def _check_output(self, output: Tensor, u: Tensor) -> None:
+    def check_output(self, output: Tensor, u: Tensor) -> None:
         """Raise ValueError for what would be broadcast, or fail somewhere else."""
         learned = self.prediction == "learned_variance"
         expected = (len(u), (2 if learned else 1) * u.shape[1], *u.shape[2:])
@@ -196,6 +194,24 @@ class ScoreModel(nn.Module):
         """u0_hat from a prediction already made."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def check(
+        self, images: Tensor, n: int = 32, levels: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), seed: int = 0
+    ) -> Health:
+        """Whether the network denoises as it is declared, or would do better read otherwise.
+
+        Args:
+            images: clean images (N, C, H, W) in [0, 1], like those that it was trained on.
+            n: of which so many are used, fewer of large ones.
+            levels: noise levels sigma / alpha.
+            seed: keys the noise.
+
+        Raises:
+            ValueError: bad images, or an output of another shape than declared.
+        """
+        from purify.diffusion import health  # which needs this class
+
+        return health.check(self, images, n, levels, seed)
 
     def with_settings(self, **settings: Any) -> ScoreModel:
         """A model over the same network, with other arguments than this one's."""

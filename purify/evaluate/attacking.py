@@ -12,6 +12,7 @@ import torch
 from purify.attacks import Attack
 from purify.checks import check_unique
 from purify.data import DATASETS, Dataset
+from purify.diffusion.health import Health
 from purify.evaluate.build import Plan, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
 from purify.evaluate.dryrun import Cost, dry_run
@@ -20,8 +21,10 @@ from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, writing
 from purify.evaluate.runner import Defence, Samples, check_together, evaluate
+from purify.evaluate.selfchecks import health
 from purify.machine import set_threads
 from purify.named import check_device
+from purify.purification.defended import DefendedClassifier
 from purify.sources import resolve_data
 
 RECORD = 512  # bytes of a record without its predictions
@@ -124,6 +127,14 @@ class Prepared:
         if e.out is not None:
             check_folder(e.out, self.config)
         return dry_run(self.defences, self.samples, e.batch_size, self.plan.max_rows)
+
+    def health(self) -> dict[str, Health]:
+        """What a quick check of each score model finds, by the first defence that has it."""
+        found: dict[int, tuple[str, DefendedClassifier]] = {}
+        for d in self.defences:
+            if isinstance(d.model, DefendedClassifier):
+                found.setdefault(id(d.model.purifier.score_model), (d.name, d.model))
+        return {name: health(model, self.samples.images) for name, model in found.values()}
 
 
 def prepare(asked: Evaluation) -> Prepared:

@@ -78,6 +78,16 @@ class Description:
     threads: int | None = option(None, WHOLE, RUN, "CPU threads for torch")
     out: Path | None = option(None, PATH, RUN, "folder of the run; the same command resumes (default: below runs/)")
 
+    def __new__(cls, *args: Any, **given: Any) -> Any:
+        """Names the option that was meant by a name that is none."""
+        if args:
+            raise ValueError(f"The options of {cls.__name__} have names, as {cls.__name__}(dataset='digits').")
+        known = {f.name for f in options(cls)}
+        for name in given:
+            if name not in known:
+                raise ValueError(f"Unknown option {name!r} of {cls.__name__}{nearest(name, known)}; see its help().")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         convert(self)
         for name in ("n_examples", "batch_size", "max_rows", "threads"):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from purify.attacks.base import keyed
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import seconds
+from purify.purification import cost
 from purify.purification.defended import DefendedClassifier
 
 PATIENCE = 2.0  # seconds that a measurement may take before batches stop growing
@@ -43,10 +43,12 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     Raises:
         ValueError: the model cannot take the images, or a batch of ``rows`` rows does not fit into memory.
     """
-    model: Any = defence.model
+    model = defence.model
     try:
-        purified = isinstance(model, DefendedClassifier)
-        forward, gradient = purified_times(model, samples, rows) if purified else times(model, samples, rows)
+        if isinstance(model, DefendedClassifier):
+            forward, gradient = purified_times(model, samples, rows)
+        else:
+            forward, gradient = times(model, samples, rows)
         memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
@@ -72,14 +74,14 @@ def most_held(defence: Defence, x: Tensor, rows: int) -> int:
     attacked = [attack.attacked(defence.model) for attack in defence.attacks if attack.applies_to(defence.model)]
     parts = [part for model in (defence.model, *attacked) for part in model.modules()]
     purified = [part for part in parts if isinstance(part, DefendedClassifier)]
-    return max((part.purifier.held_bytes(x, rows * part.purifications) for part in purified), default=0)
+    return max((cost.held_bytes(part.purifier, x, rows * part.purifications) for part in purified), default=0)
 
 
 def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
     purifier = model.purifier
-    steps, rounds = purifier.most_steps, len(purifier.rounds)
-    one, three = (model.with_purifier(purifier.at_most(k)) for k in (1, 3))
+    steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
+    one, three = (model.with_purifier(cost.shortened(purifier, k)) for k in (1, 3))
     short = times(one, samples, rows)
     if steps <= rounds:
         return short
@@ -89,7 +91,7 @@ def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tu
     return forward, gradient
 
 
-def times(model: Any, samples: Samples, rows: int) -> tuple[float, float]:
+def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient, in batches that grow until they fill or take too long."""
     call, size = keyed(model, 0), 1
     while True:
@@ -105,9 +107,9 @@ def times(model: Any, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        found = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
-        if size >= rows or sum(found) > PATIENCE:
-            return found[0] / size, found[1] / size
+        spent = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
+        if size >= rows or sum(spent) > PATIENCE:
+            return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)
 
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from purify.attacks import PGD
 from purify.evaluate import report
+from purify.evaluate.progress import Progress
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, results, worst_only_results
-from purify.evaluate.selfchecks import Check, self_checks
+from purify.evaluate.selfchecks import Check, checks_work, self_checks
 from purify.purification.defended import DefendedClassifier
 from purify.purification.overshoot import warn_overshoot
 
@@ -97,10 +96,13 @@ def finish(
     if not report.is_complete(file):  # the checks may take long, or fail
         report.write_result(file, found, defences, context)
     checks: list[Check] = []
-    for d in tqdm(defences, desc="self-checks", unit="defence", disable=not progress):
-        if isinstance(d.model, DefendedClassifier):
-            warn_overshoot(d.model.purifier, samples.images[:OVERSHOT], seed)
-        checks += self_checks(folder, d, samples, seed, criterion is None, max_rows)
+    total = sum(checks_work(folder, d, samples, criterion is None) for d in defences)
+    with Progress(total, progress) as bar:
+        for d in defences:
+            bar.stage(f"self-checks, {d.name}")
+            if isinstance(d.model, DefendedClassifier):
+                warn_overshoot(d.model.purifier, samples.images[:OVERSHOT], seed)
+            checks += self_checks(folder, d, samples, seed, criterion is None, max_rows, bar)
     report.write_result(file, found, defences, {**context, "self_checks": [plain(check) for check in checks]})
     return Finished(found, checks, verdict, file)
 

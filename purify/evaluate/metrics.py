@@ -100,6 +100,12 @@ CRITERIA: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 def summarize(predictions: np.ndarray, labels: np.ndarray) -> dict[str, Estimate]:
     """The three accuracies of ``predictions`` (N, R)."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.ndim != 2 or predictions.size == 0 or labels.shape != predictions.shape[:1]:
+        given = f"{predictions.shape} and {labels.shape}"
+        raise ValueError(f"Accuracies need predictions (N, R) of at least one sample, and labels (N,), got {given}.")
+    if not all(np.issubdtype(v.dtype, np.integer) for v in (predictions, labels)):
+        raise ValueError(f"Predictions and labels must be whole numbers, got {predictions.dtype} and {labels.dtype}.")
     return worst_case([predictions], labels)
 
 

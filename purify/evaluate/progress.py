@@ -10,7 +10,9 @@ import torch
 from tqdm import tqdm
 
 from purify.attacks.base import Attack
+from purify.attacks.counting import heard
 from purify.purification.calls import GRADIENT
+from purify.purification.cost import most_steps
 from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ def cost(defence: Defence) -> float:
     model = defence.model
     if not isinstance(model, DefendedClassifier):
         return 1.0
-    return model.purifications * (model.purifier.most_steps + 1.0)
+    return model.purifications * (most_steps(model.purifier) + 1.0)
 
 
 def weight(defence: Defence, attack: Attack | None) -> float:
@@ -68,16 +70,28 @@ class Progress:
     @contextmanager
     def work(self, defence: Defence, amount: float) -> Iterator[None]:
         """Count ``amount``; while it lasts, as the model is called, never more than that."""
-        each, start = cost(defence), self.bar.n
+        each, start, hooked = cost(defence), self.bar.n, 0
+
+        def done(passes: float) -> None:
+            self.bar.update(min(passes * each, start + amount - self.bar.n))
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal hooked
             rows = len(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else 1
-            passes = GRADIENT if torch.is_grad_enabled() and output.requires_grad else 1
-            self.bar.update(min(rows * passes * each, start + amount - self.bar.n))
+            gradient = torch.is_grad_enabled() and output.requires_grad
+            hooked += rows if gradient else 0
+            done(rows * (GRADIENT if gradient else 1))
+
+        def on_count(rows: int) -> None:
+            """Of gradients through ``model.details``, which has no hooks, only the attack tells."""
+            nonlocal hooked
+            done(GRADIENT * max(rows - hooked, 0))
+            hooked = 0
 
         hook = defence.model.register_forward_hook(called)
         try:
-            yield
+            with heard(on_count):
+                yield
         finally:
             hook.remove()
             self.bar.update(start + amount - self.bar.n)

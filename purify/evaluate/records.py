@@ -22,6 +22,7 @@ from purify.evaluate.ranks import Ranks
 
 LOCK = ".lock"
 MERGED = "records.jsonl"
+SCHEMA = 2  # of manifest.json and result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RESTART_SECONDS = 20  # how long a process that torchrun restarted waits for its predecessor to be gone
 FULL = "The records cannot be written ({}); make room and run the same command."
 
@@ -60,7 +61,7 @@ class RunFolder:
         else:
             _check_empty(self.path)
         if environment not in sessions:
-            write_json(manifest, {"config": config, "sessions": [*sessions, environment]})
+            write_json(manifest, {"schema": SCHEMA, "config": config, "sessions": [*sessions, environment]})
         for file in self._files():
             content = file.read_bytes()
             end = content.rfind(b"\n") + 1

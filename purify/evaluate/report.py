@@ -13,11 +13,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from purify.evaluate.records import RunFolder, samples_picture, write_json, writing
+from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
-SCHEMA = 2  # of result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
@@ -50,13 +49,18 @@ def write_result(
 def verdict(
     results: dict[str, dict[str, Any]], defences: Sequence[Defence], threat: str, data: str, criterion: str = "mean"
 ) -> str:
-    """What a run found, in a line for each defence: the worst case with its interval, and the clean accuracy."""
+    """What a run found, in a line for each defence: the worst case with its interval, and the clean accuracy.
+
+    Of a purified defence it also says if no attack had its gradient: the classifier beside it always meets PGD.
+    """
     lines = []
     for d in defences:
         worst, clean = results[d.name]["worst case"][criterion], results[d.name][CLEAN][criterion]
         interval = f"[{100 * worst.low:.1f}, {100 * worst.high:.1f}]"
         share, clean = f"{100 * worst.value:.1f} %", f"{100 * clean.value:.1f} % clean"
-        lines.append(f"  {d.name}: {share} {interval} in the worst case, {clean}")
+        blind = isinstance(d.model, DefendedClassifier) and all(a.black_box for a in d.attacks)
+        warning = "; no gradient attack was run on it" if blind else ""
+        lines.append(f"  {d.name}: {share} {interval} in the worst case, {clean}{warning}")
     return "\n".join([f"{threat}, {data}:", *lines])
 
 

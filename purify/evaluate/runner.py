@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 
 from purify.attacks.base import Attack, keyed, num_classes
 from purify.attacks.norms import BALLS
-from purify.checks import check_count, check_images, check_labels, check_unique, choose
+from purify.attacks.protocols import HasDetails
+from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
+from purify.purification.outcomes import Trace
 
 CLEAN = "clean"
 UNDEFENDED = "undefended"  # what a run calls the classifier in its defences by itself
@@ -48,6 +49,11 @@ class Defence:
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(f"The model of {self.name} must be a torch.nn.Module, got {short(self.model)}.")
+        if not isinstance(self.attacks, Sequence) or not all(isinstance(a, Attack) for a in self.attacks):
+            given = short(self.attacks)
+            raise ValueError(f"attacks on {self.name} must be a list, as [PGD('Linf', 8 / 255)], got {given}.")
         check_count(self.draws, "judge draws")
         check_unique(map(stage_name, self.stages()), f"attacks on {self.name}", "name each once")
 
@@ -63,6 +69,12 @@ class Samples:
     images: Tensor
     labels: Tensor
     ids: Tensor
+
+    def __post_init__(self) -> None:
+        parts = (self.images, self.labels, self.ids)
+        if not all(isinstance(p, Tensor) for p in parts) or len({len(p) for p in parts}) > 1:
+            given = ", ".join(map(short, parts))
+            raise ValueError(f"Samples are tensors of images (N, C, H, W), labels (N,) and ids (N,), got {given}.")
 
     def __getitem__(self, rows: Tensor) -> Samples:
         return Samples(self.images[rows], self.labels[rows], self.ids[rows])
@@ -203,16 +215,14 @@ class _Stage:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Predictions (N, R); of purifiers also the mean noise level and network calls per answer, (N,)."""
+    """Predictions (N, R), and means (N,) over them of what purifications were like, by their names in records."""
 
     predictions: Tensor
-    t_star: Tensor | None
-    network_calls: Tensor | None
+    means: dict[str, Tensor]
 
     def extras(self, i: int) -> dict[str, float]:
         """What a record says about sample i beyond its predictions."""
-        values = {"t_star": self.t_star, "network_calls": self.network_calls}
-        return {name: round(float(v[i]), 6) for name, v in values.items() if v is not None}
+        return {name: round(float(v[i]), 6) for name, v in self.means.items()}
 
 
 @torch.no_grad()
@@ -227,27 +237,33 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     rows = torch.arange(n, device=images.device).repeat_interleave(draws)
     draw = torch.arange(draws, device=images.device).repeat(n)
     parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    found = [details(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
-    lost = torch.cat([f.logits.isnan().any(1) | ~f.logits.amax(1).isfinite() for f in found])
+    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
+    lost = torch.cat([logits.isnan().any(1) | ~logits.amax(1).isfinite() for logits, _ in answers])
     if bool(lost.any()):
         raise ValueError(
             f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "
             "precision and the guidance's scale."
         )
-    predictions = torch.cat([f.logits.argmax(1) for f in found]).reshape(n, draws)
-    if found[0].t_star is None:
-        return Judgement(predictions, None, None)
-    t_star = torch.cat([f.t_star.mean(1) for f in found]).reshape(n, draws).mean(1)
-    adaptive = found[0].network_calls is None
-    calls = None if adaptive else torch.cat([f.network_calls for f in found]).reshape(n, draws).double().mean(1)
-    return Judgement(predictions, t_star, calls)
+    predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
+    values = means([trace for _, trace in answers if trace is not None])
+    return Judgement(predictions, {name: v.reshape(n, draws).mean(1) for name, v in values.items()})
 
 
-def details(model: Any, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> Any:
-    """Logits of any model, with noise levels and network calls of those that have them."""
-    if hasattr(model, "details"):
-        return model.details(images, sample_ids=ids, draw=draws, seed=seed)
-    return SimpleNamespace(logits=keyed(model, seed)(images, ids, draws), t_star=None)
+def answer(model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> tuple[Tensor, Trace | None]:
+    """Logits of any model, with the trace of the purifications behind them if it has any."""
+    if has(model, HasDetails):
+        details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
+        return details.logits, details
+    return keyed(model, seed)(images, ids, draws), None
+
+
+def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
+    """Noise levels and network calls of each answer; an adaptive solver does not announce the latter."""
+    if not traces:
+        return {}
+    calls = [trace.network_calls.double() for trace in traces if trace.network_calls is not None]
+    levels = {"t_star": torch.cat([trace.t_star.mean(1) for trace in traces])}
+    return {**levels, "network_calls": torch.cat(calls)} if calls else levels
 
 
 def share_out(samples: Samples, unit: int, ranks: Ranks) -> Samples:
@@ -328,9 +344,9 @@ def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) ->
     labels = samples.labels.cpu().numpy()
     table: dict[str, dict[str, Any]] = {}
     for defence in defences:
-        found = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
-        table[defence.name] = {stage: summarize(p, labels) for stage, p in found.items()}
-        table[defence.name]["worst case"] = worst_case(list(found.values()), labels)
+        answers = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
+        table[defence.name] = {stage: summarize(p, labels) for stage, p in answers.items()}
+        table[defence.name]["worst case"] = worst_case(list(answers.values()), labels)
     return table
 
 
@@ -341,7 +357,7 @@ def worst_only_results(
     labels = samples.labels.cpu().numpy()
     table = {}
     for d in defences:
-        found = [worst_only_predictions(folder, d, stage_name(a), samples, criterion) for a in d.stages()]
-        rows = {CLEAN: summarize(found[0], labels), "worst case": worst_case(found, labels)}
+        answers = [worst_only_predictions(folder, d, stage_name(a), samples, criterion) for a in d.stages()]
+        rows = {CLEAN: summarize(answers[0], labels), "worst case": worst_case(answers, labels)}
         table[d.name] = {stage: {criterion: row[criterion]} for stage, row in rows.items()}
     return table

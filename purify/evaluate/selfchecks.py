@@ -5,23 +5,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.autoattack import Square
 from purify.attacks.base import Attack, keyed
+from purify.attacks.kinks import blind, moved
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import DRAWS, margin_loss
+from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
+from purify.evaluate.progress import GRADIENT, Progress, cost, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.purification.defended import DefendedClassifier
 
 GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
 LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget
+HEALTH_LEVELS = (0.1, 0.3, 1.0, 3.0)  # noise levels, and images, at which a run asks its score network
+HEALTH_IMAGES = 8
+QUERIES = 200  # of Square on a model without randomness
 INEXACT = "accuracy that attacks with an inexact gradient take beyond exact white-box ones"
 
 
@@ -57,23 +64,55 @@ class Check:
 
 
 def self_checks(
-    folder: RunFolder, defence: Defence, samples: Samples, seed: int, complete: bool = True, max_rows: int = 2048
+    folder: RunFolder,
+    defence: Defence,
+    samples: Samples,
+    seed: int,
+    complete: bool = True,
+    max_rows: int = 2048,
+    bar: Progress | None = None,
 ) -> list[Check]:
-    """All checks of a defence whose records are in ``folder``; those of gradients if it has a purifier.
+    """All checks of a defence whose records are in ``folder``.
 
     ``complete``: whether every sample met every attack, without which attacks cannot be compared; ``max_rows``: as in
-    :func:`purify.evaluate.runner.evaluate`.
+    :func:`purify.evaluate.runner.evaluate`; ``bar``: counts :func:`checks_work`.
     """
-    # Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
-    few = samples[torch.arange(min(16, -(-len(samples) // 4)))]
+    bar = bar or Progress(0, shown=False)
+    few, fewer = _few(samples)
     recorded = Recorded(folder, defence, samples)
     purified = isinstance(defence.model, DefendedClassifier)
+    asked = [health(defence.model, samples.images)] if isinstance(defence.model, DefendedClassifier) else []
     return [
-        *(gradient_checks(defence, samples[torch.arange(min(4, len(samples)))], seed) if purified else []),
-        *(black_box_check(recorded, required=purified) if complete else []),
+        *(gradient_checks(defence, fewer, seed, bar) if purified else zero_checks(defence, fewer, seed)),
+        *(check for found in asked for check in health_checks(defence.name, found)),
+        *(black_box_check(recorded, few, seed) if complete else []),
         *(inexact_check(defence.name, recorded.found(), defence.config.get("exact", True)) if complete else []),
-        *convergence_checks(defence, few, seed, recorded if complete else None, max_rows),
+        *convergence_checks(defence, few, seed, recorded if complete else None, max_rows, bar),
     ]
+
+
+def _few(samples: Samples) -> tuple[Samples, Samples]:
+    """Those that convergence is checked on, and gradients.
+
+    Twice the steps and twice the draws on a quarter of the samples cost as much as the attack itself.
+    """
+    quarter = min(16, -(-len(samples) // 4))
+    return samples[torch.arange(quarter)], samples[torch.arange(min(4, len(samples)))]
+
+
+def checks_work(folder: RunFolder, defence: Defence, samples: Samples, complete: bool = True) -> float:
+    """Network calls of :func:`self_checks`, in the units of :func:`purify.evaluate.progress.weight`."""
+    few, fewer = _few(samples)
+    gradients = _gradients_work(defence, fewer) if isinstance(defence.model, DefendedClassifier) else 0.0
+    attack = _to_converge(defence, Recorded(folder, defence, samples) if complete else None)
+    if attack is None:
+        return gradients
+    attacks = [*_stronger(attack, defence).values(), *([] if complete else [attack])]
+    return gradients + sum(weight(defence, a) for a in attacks) * len(few)
+
+
+def _gradients_work(defence: Defence, samples: Samples) -> float:
+    return 2 * GRADIENT * cost(defence) * len(samples)  # the one in use, and the reference
 
 
 @dataclass(frozen=True)
@@ -113,15 +152,16 @@ def reference(model: nn.Module) -> nn.Module:
     return double.double().with_gradient(engine, through_level=True, second_order=True)
 
 
-def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
+def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress | None = None) -> list[Check]:
     """The gradient in use against full backpropagation in float64, at its worst sample, and its share of zeros."""
-    used = input_gradient(defence.model, samples, samples.images.dtype, seed)
-    whole = reference(defence.model)
-    # One by one: the graphs of a network of ImageNet's size fill a GPU.
-    each = torch.arange(len(samples)).split(1)
-    exact = torch.cat([input_gradient(whole, samples[i], torch.float64, seed) for i in each])
+    bar = bar or Progress(0, shown=False)
+    with bar.work(defence, _gradients_work(defence, samples)):
+        used = input_gradient(defence.model, samples, samples.images.dtype, seed)
+        whole = reference(defence.model)  # with the hooks of its original
+        # One by one: the graphs of a network of ImageNet's size fill a GPU.
+        each = torch.arange(len(samples)).split(1)
+        exact = torch.cat([input_gradient(whole, samples[i], torch.float64, seed) for i in each])
     cosine = torch.cosine_similarity(used, exact, dim=1, eps=0.0).nan_to_num(0.0).min().item()
-    zeros = (used == 0).double().mean().item()
     return [
         Check(
             defence.name,
@@ -131,32 +171,62 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int) -> list[Check
             at_most(0.99, cosine),
             "The attacks follow a gradient that is not the defence's; use the gradient checkpoint or full.",
         ),
-        Check(
-            defence.name,
-            "share of zero entries in the gradient",
-            zeros,
-            0.1,
-            at_most(zeros, 0.1),
-            "The gradient vanishes in places; an attack on logits or margins may do better.",
-        ),
+        zero_check(defence.name, used),
     ]
 
 
-def black_box_check(recorded: Recorded, required: bool = True) -> list[Check]:
+def zero_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:
+    """The share of zeros in the gradient of a model without a purifier, as attacks take it: see ``attacks.kinks``."""
+    used = input_gradient(defence.model, samples, samples.images.dtype, seed)
+    if bool(blind(samples.images, used).any()):
+        inner = replace(samples, images=moved(samples.images))
+        used = input_gradient(defence.model, inner, samples.images.dtype, seed)
+    return [zero_check(defence.name, used)]
+
+
+def zero_check(defence: str, gradient: Tensor) -> Check:
+    """The share of zeros in a gradient."""
+    zeros = (gradient == 0).double().mean().item()
+    meaning = "The gradient vanishes in places; an attack on logits or margins may do better."
+    return Check(defence, "share of zero entries in the gradient", zeros, 0.1, at_most(zeros, 0.1), meaning)
+
+
+def health(model: DefendedClassifier, images: Tensor) -> Health:
+    """A quick check of the defence's score model on clean images."""
+    purifier = model.purifier
+    return purifier.score_model.check(purifier.resized(images[:HEALTH_IMAGES]), HEALTH_IMAGES, HEALTH_LEVELS)
+
+
+def health_checks(defence: str, found: Health) -> list[Check]:
+    """Whether the score network denoises, and whether it should be read otherwise than it is declared."""
+    error = "denoising error of the score network, in units of trivial denoisers'"
+    gain = "share of the denoising error that another reading of the score network takes off"
+    return [
+        Check(defence, error, found.error, LIMIT, found.error <= LIMIT, found.sentence),
+        Check(defence, gain, found.gain, MARGIN, found.gain <= MARGIN, found.sentence),
+    ]
+
+
+def black_box_check(recorded: Recorded, few: Samples, seed: int) -> list[Check]:
     """How much lower the best black-box attack brings the accuracy than the best white-box attack.
 
-    Random noise is no attack. ``required``: whether a run without a black-box attack fails.
+    Random noise is no attack. A purifier without a black-box attack fails; a model without randomness, for which it
+    costs little, meets Square on ``few`` samples.
     """
     defence = recorded.defence.name
     attacks = [a for a in recorded.defence.attacks if not isinstance(a, RandomNoise)]
     black, white = [a for a in attacks if a.black_box], [a for a in attacks if not a.black_box]
     name = "accuracy that black-box attacks take beyond white-box ones"
+    meaning = "A black-box attack beats all white-box ones: their gradient is masked."
+    if white and not black and not isinstance(recorded.defence.model, DefendedClassifier):
+        best, square = recorded.strongest(white), Square(white[0].norm, white[0].eps, queries=QUERIES)
+        gain = recorded.accuracy(best, few) - accuracy(recorded.defence, square, few, seed)
+        return [Check(defence, f"{name} ({len(few)} samples)", gain, 0.0, at_most(gain, 0.0), meaning)]
     if not black or not white:
         missing = "black-box" if white else "white-box"
         meaning = f"No {missing} attack was run; add {'transfer or square' if white else 'pgd-eot'}."
-        return [Check(defence, name, None, 0.0, False, meaning)] if required else []
+        return [Check(defence, name, None, 0.0, False, meaning)]
     gain = recorded.accuracy(recorded.strongest(white)) - recorded.accuracy(recorded.strongest(black))
-    meaning = "A black-box attack beats all white-box ones: their gradient is masked."
     return [Check(defence, name, gain, 0.0, at_most(gain, 0.0), meaning)]
 
 
@@ -180,24 +250,43 @@ def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]], eng
     return [Check(defence, INEXACT, gain, LOST, at_most(gain, LOST), meaning)]
 
 
+def _to_converge(defence: Defence, recorded: Recorded | None) -> Attack | None:
+    """The strongest attack whose effort can be doubled; without records the first one. None: there is none."""
+    attacks = [a for a in defence.attacks if a.doubled() and not a.black_box]
+    return recorded.strongest(attacks) if recorded and attacks else next(iter(attacks), None)
+
+
+def _stronger(attack: Attack, defence: Defence) -> dict[str, Attack]:
+    """The attack with twice the effort, by what is doubled; twice the draws only where they differ."""
+    return {what: better for what, better in attack.doubled().items() if what != DRAWS or defence.draws > 1}
+
+
 def convergence_checks(
-    defence: Defence, samples: Samples, seed: int, recorded: Recorded | None = None, max_rows: int = 2048
+    defence: Defence,
+    samples: Samples,
+    seed: int,
+    recorded: Recorded | None = None,
+    max_rows: int = 2048,
+    bar: Progress | None = None,
 ) -> list[Check]:
     """How much lower the strongest attack brings a few samples with twice the steps, draws or calls.
 
     Without records the first one counts as the strongest.
     """
     name = "accuracy lost with twice the {} ({} samples)"
-    attacks = [a for a in defence.attacks if a.doubled() and not a.black_box]
-    if not attacks:
+    attack, bar = _to_converge(defence, recorded), bar or Progress(0, shown=False)
+    if attack is None:
         meaning = "No attack was run whose steps can be doubled; add pgd-eot."
         return [Check(defence.name, name.format("steps", len(samples)), None, LOST, False, meaning)]
-    attack = recorded.strongest(attacks) if recorded else attacks[0]
-    stronger = {what: better for what, better in attack.doubled().items() if what != DRAWS or defence.draws > 1}
-    before = recorded.accuracy(attack, samples) if recorded else accuracy(defence, attack, samples, seed, max_rows)
+
+    def found(attack: Attack) -> float:
+        with bar.work(defence, weight(defence, attack) * len(samples)):
+            return accuracy(defence, attack, samples, seed, max_rows)
+
+    before = recorded.accuracy(attack, samples) if recorded else found(attack)
     checks = []
-    for what, better in stronger.items():
-        lost = before - accuracy(defence, better, samples, seed, max_rows)
+    for what, better in _stronger(attack, defence).items():
+        lost = before - found(better)
         meaning = f"{attack.label} has not converged: twice the {what} lower the accuracy further."
         checks.append(Check(defence.name, name.format(what, len(samples)), lost, LOST, at_most(lost, LOST), meaning))
     return checks

@@ -22,8 +22,7 @@ from purify.evaluate.certification import Inside, Summary, System, certify_all, 
 from purify.evaluate.description import Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
-from purify.evaluate.records import RunFolder, write_json
-from purify.evaluate.report import SCHEMA
+from purify.evaluate.records import SCHEMA, RunFolder, write_json
 from purify.evaluate.runner import Samples
 from purify.named import fingerprint, load_classifier, load_score
 from purify.options import flags, options

@@ -13,8 +13,7 @@ import numpy as np
 from purify.attacks import AutoAttackRand, kind_of
 from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, summarize, worst_case
-from purify.evaluate.records import parse
-from purify.evaluate.report import SCHEMA
+from purify.evaluate.records import SCHEMA, parse
 from purify.evaluate.runner import CLEAN
 from purify.evaluate.selfchecks import INEXACT, at_limit, inexact_check
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from purify.checks import short
 from purify.diffusion.schedule import ContinuousVP
 
 
@@ -21,6 +22,10 @@ class EDMDenoiser(nn.Module):
 
     def __init__(self, denoiser: nn.Module, schedule: ContinuousVP | None = None) -> None:
         super().__init__()
+        if not isinstance(denoiser, nn.Module):
+            raise ValueError(f"denoiser must be a torch.nn.Module, got {short(denoiser)}.")
+        if not isinstance(schedule, ContinuousVP | None):
+            raise ValueError(f"schedule of an EDMDenoiser must be a purify.ContinuousVP, got {short(schedule)}.")
         self.denoiser = denoiser
         self.schedule = schedule or ContinuousVP()
 

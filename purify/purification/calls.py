@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from purify.purification.cost import most_steps
 from purify.purification.guidance import Guidance
 
 GRADIENT = 3  # calls that a gradient takes for each call forward: itself, backward, and what is recomputed
@@ -28,9 +29,10 @@ def calls(model: Any) -> Calls:
     purifier = getattr(model, "purifier", None)
     if purifier is None:
         return Calls(1, GRADIENT)
-    score = purifier.level.calls + purifier.most_steps * (purifier.rule.calls or ADAPTIVE)
+    steps = most_steps(purifier)
+    score = purifier.level.calls + steps * (purifier.rule.calls or ADAPTIVE)
     guide, once = _guidance(purifier.guidance)
-    guides = purifier.most_steps * guide + once
+    guides = steps * guide + once
     # Held constant, what guides is asked in the pass and in its recomputation, and has no backward pass.
     times = GRADIENT if purifier.guidance is None or purifier.guidance.second_order else GRADIENT - 1
     m = model.purifications

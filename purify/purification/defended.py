@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from purify.checks import check_count, check_eval, check_images, choose
+from purify.checks import (
+    check_count,
+    check_eval,
+    check_images,
+    check_logits,
+    check_shape,
+    check_weights,
+    choose,
+    fitting,
+    sample_keys,
+    whole_numbers,
+)
 from purify.diffusion.score import ScoreModel
 from purify.purification.gradients import GradientEngine
+from purify.purification.outcomes import Details
 from purify.purification.plans import FixedSteps
-from purify.purification.purifier import Purifier
+from purify.purification.purifier import Purifier, twin
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -34,25 +44,6 @@ def vote_shares(logits: Tensor) -> Tensor:
 
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
-
-
-@dataclass(frozen=True)
-class Details:
-    """An answer and how it came about, over M purifications.
-
-    Attributes:
-        logits: (N, K), or vote shares.
-        t_star: noise levels, float64 (N, M).
-        statistic: what the noise-level rule saw, float64 (N, M); see :class:`~purify.purification.purifier.Purified`.
-        network_calls: score-network calls (NFE) of all purifications together, int64 (N,), or None.
-        deviation: of the reverse processes, (N, M), if asked for; see :class:`~purify.purification.purifier.Purified`.
-    """
-
-    logits: Tensor
-    t_star: Tensor
-    statistic: Tensor
-    network_calls: Tensor | None
-    deviation: Tensor | None = None
 
 
 class Auxiliary(nn.Module):
@@ -83,8 +74,8 @@ class DefendedClassifier(nn.Module):
         image_shape: (C, H, W) of the images, checked when given; None: what the purifier takes.
 
     Raises:
-        ValueError: classifier or purifier of another type, classifier in train mode, unknown aggregate,
-            purifications < 1, bad images.
+        ValueError: classifier or purifier of another type, classifier in train mode or with NaN in its weights, unknown
+            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take.
     """
 
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
@@ -107,9 +98,11 @@ class DefendedClassifier(nn.Module):
         check_count(purifications, "purifications")
         self._aggregate = choose(aggregate, AGGREGATES, "aggregate")
         check_eval(classifier, "defending it")
+        check_weights(classifier, "The classifier")
         self.classifier = classifier.requires_grad_(False)
         self.purifier = purifier
-        self.purifications, self.aggregate, self.image_shape = purifications, aggregate, image_shape
+        self.purifications, self.aggregate = purifications, aggregate
+        self.image_shape = None if image_shape is None else check_shape(image_shape)
         self.eval()
 
     def forward(
@@ -145,21 +138,18 @@ class DefendedClassifier(nn.Module):
             )
         m = self.purifications
         if sample_ids is not None and m > 1:
-            sample_ids = torch.as_tensor(sample_ids, device=x.device).repeat_interleave(m)
-            draws = torch.as_tensor(draw, device=x.device).expand(len(x))
+            sample_ids = sample_keys(sample_ids, x).repeat_interleave(m)
+            draws = whole_numbers(draw, "draw", x.device)
+            if draws.ndim and len(draws) != len(x):
+                raise ValueError(f"There are {len(x)} images but {len(draws)} draws; give one, or one per image.")
+            draws = draws.expand(len(x))
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
         purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
-        shape = (len(x), m)
-        logits = self._aggregate(self.classifier(purified.images).unflatten(0, shape))
-        calls = purified.network_calls
-        return Details(
-            logits,
-            purified.t_star.unflatten(0, shape),
-            purified.statistic.unflatten(0, shape),
-            None if calls is None else calls.unflatten(0, shape).sum(1),
-            None if purified.deviation is None else purified.deviation.unflatten(0, shape),
-        )
+        with fitting(purified.images, "The classifier"):
+            logits = self.classifier(purified.images)
+        check_logits(logits, len(rows))
+        return Details.of(self._aggregate(logits.unflatten(0, (len(x), m))), purified, m)
 
     @property
     def level_varies(self) -> bool:
@@ -196,9 +186,7 @@ class DefendedClassifier(nn.Module):
 
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""
-        twin = copy.copy(self)
-        twin._modules = {**self._modules, "purifier": purifier}
-        return twin
+        return twin(self, purifier=purifier)
 
     def config(self) -> dict[str, Any]:
         """Plain data: the purifier's config and how its purifications are combined."""

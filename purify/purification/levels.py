@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from purify import registry
-from purify.checks import choose, is_number
+from purify.checks import choose, is_number, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import ScoreModel
 from purify.plugin import is_in_file, load_class
@@ -245,6 +245,10 @@ class Share(NoiseLevel):
     rule: NoiseLevel
     share: float
 
+    def __post_init__(self) -> None:
+        if not (is_number(self.share) and 0 < self.share <= 1):
+            raise ValueError(f"A share of the noise level must lie in (0, 1], got {short(self.share)}.")
+
     @property
     def calls(self) -> int:
         return self.rule.calls
@@ -273,7 +277,7 @@ class Share(NoiseLevel):
 
 def _check_level(value: Any, what: str) -> None:
     if not (is_number(value) and 0 < value <= 1):
-        raise ValueError(f"{what} must lie in (0, 1], got {value!r}.")
+        raise ValueError(f"{what} must lie in (0, 1], got {short(value)}.")
 
 
 LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}
@@ -286,7 +290,7 @@ def find_level(name: str) -> type[NoiseLevel]:
         ValueError: unknown name, or a class that is no rule.
     """
     if is_in_file(name):
-        return load_class(name, NoiseLevel, "noise level")  # type: ignore[type-abstract]
+        return load_class(name, NoiseLevel, "noise level")
     return choose(name, LEVELS, "noise level")
 
 

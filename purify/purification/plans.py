@@ -20,8 +20,8 @@ from purify.purification.process import DiffuseStep, PackedRound, ReverseStep, R
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a round is made of, apart from its times.
+class StepFactory:
+    """Makes the steps of a round, which differ in their times.
 
     Attributes:
         forward_schedule: schedule that diffuses.
@@ -61,7 +61,7 @@ class Plan(ABC):
         """Reverse steps of each sample, int64 (N,)."""
 
     @abstractmethod
-    def round(self, parts: Parts, t_star: Tensor) -> Round | PackedRound:
+    def round(self, factory: StepFactory, t_star: Tensor) -> Round | PackedRound:
         """The round for levels ``t_star``, float64 (N,)."""
 
     @abstractmethod
@@ -85,10 +85,10 @@ class FixedSteps(Plan):
     def counts(self, t_star: Tensor) -> Tensor:
         return torch.full_like(t_star, self.steps, dtype=torch.int64)
 
-    def round(self, parts: Parts, t_star: Tensor) -> Round:
-        times = reverse_times(t_star, self.steps, parts.t_end)
-        steps = tuple(parts.step(t, s, j) for j, (t, s) in enumerate(pairwise(times)))
-        return Round(parts.diffuse(t_star), steps)
+    def round(self, factory: StepFactory, t_star: Tensor) -> Round:
+        times = reverse_times(t_star, self.steps, factory.t_end)
+        steps = tuple(factory.step(t, s, j) for j, (t, s) in enumerate(pairwise(times)))
+        return Round(factory.diffuse(t_star), steps)
 
     def at_most(self, steps: int) -> FixedSteps:
         return FixedSteps(min(self.steps, steps))
@@ -133,20 +133,22 @@ class FixedDt(Plan):
     def counts(self, t_star: Tensor) -> Tensor:
         return (t_star.detach() / self.dt).round().long().clamp_min(1)
 
-    def round(self, parts: Parts, t_star: Tensor) -> PackedRound:
+    def round(self, factory: StepFactory, t_star: Tensor) -> PackedRound:
         counts = self.counts(t_star)
         batches = list(packing(counts.cpu(), self.batch or max(len(counts), 1)))
-        ticks = [self._tick(parts, t_star, counts, *(b.to(t_star.device) for b in batch)) for batch in batches]
+        ticks = [self._tick(factory, t_star, counts, *(b.to(t_star.device) for b in batch)) for batch in batches]
         leaving = [batch[0].to(t_star.device)[tick.finished] for batch, tick in zip(batches, ticks, strict=True)]
         order = torch.cat(leaving).argsort() if leaving else counts
         first = batches[0][0].to(t_star.device) if batches else counts
-        return PackedRound(parts.diffuse(t_star), first, tuple(ticks), order)
+        return PackedRound(factory.diffuse(t_star), first, tuple(ticks), order)
 
-    def _tick(self, parts: Parts, t_star: Tensor, counts: Tensor, rows: Tensor, done: Tensor, admitted: Tensor) -> Tick:
+    def _tick(
+        self, factory: StepFactory, t_star: Tensor, counts: Tensor, rows: Tensor, done: Tensor, admitted: Tensor
+    ) -> Tick:
         left = counts[rows] - done  # steps to go, this one included
         t = torch.where(done == 0, t_star[rows], left * self.dt)
-        s = torch.where(left == 1, t.clamp_max(parts.t_end), (left - 1) * self.dt)
-        return Tick(parts.step(t, s, done, rows), (left == 1).nonzero()[:, 0], (left > 1).nonzero()[:, 0], admitted)
+        s = torch.where(left == 1, t.clamp_max(factory.t_end), (left - 1) * self.dt)
+        return Tick(factory.step(t, s, done, rows), (left == 1).nonzero()[:, 0], (left > 1).nonzero()[:, 0], admitted)
 
     def at_most(self, steps: int) -> FixedSteps:
         return FixedSteps(steps)

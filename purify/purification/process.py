@@ -22,7 +22,7 @@ ROUND_INDICES = 2**16  # noise indices of a round: its diffusion has the first, 
 MOST_ROUNDS = 2**24 // ROUND_INDICES  # noise has so many steps
 
 
-def look_away(step: ReverseStep, u: Tensor) -> None:
+def unwatched(step: ReverseStep, u: Tensor) -> None:
     """Watch nothing."""
 
 
@@ -70,7 +70,7 @@ class Round:
     diffuse: DiffuseStep
     reverse: tuple[ReverseStep, ...]
 
-    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = look_away) -> Tensor:
+    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = unwatched) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``."""
         u = self.diffuse(u)
         for step in self.reverse:
@@ -107,7 +107,7 @@ class PackedRound:
     def reverse(self) -> tuple[ReverseStep, ...]:
         return tuple(tick.step for tick in self.ticks)
 
-    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = look_away) -> Tensor:
+    def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = unwatched) -> Tensor:
         """Purified u; every network batch goes through ``evaluate``."""
         u = self.diffuse(u)
         active, done = u[self.first], []
@@ -129,7 +129,7 @@ class Process:
 
     rounds: tuple[Round | PackedRound, ...]
     clip: bool = False
-    watch: Watch = look_away
+    watch: Watch = unwatched
 
     def run(self, u: Tensor, evaluate: Evaluate) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``, in the order of :meth:`batch_sizes`."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_images, is_number
+from purify.checks import check_count, check_flag, check_images, check_weights, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
-from purify.diffusion.schedule import Schedule, schedule_from_config
+from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
 from purify.purification.gradients import (
@@ -26,36 +27,18 @@ from purify.purification.gradients import (
     GradientEngine,
     Shorter,
     Task,
-    saved_bytes,
 )
-from purify.purification.guidance import GUIDANCES, Guidance, Guide
+from purify.purification.guidance import GUIDANCES, Guidance
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
-from purify.purification.plans import PLANS, FixedSteps, Parts, Plan
-from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, ReverseStep, Watch, look_away
+from purify.purification.outcomes import Purified
+from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
+from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
 
-
-@dataclass(frozen=True)
-class Purified:
-    """What a purification was.
-
-    Attributes:
-        images: purified images (N, C, H, W) in [0, 1].
-        t_star: noise levels, float64 (N,).
-        statistic: what the noise-level rule saw, float64 (N,), in standard deviations from its mean on clean images
-            (0 where the level is constant); differentiable.
-        network_calls: score-network calls of each image (NFE), int64 (N,); None where an adaptive solver decides.
-        deviation: how far the reverse process departed from the forward one, (N,), if asked for; differentiable. See
-            :class:`~purify.purification.process.Deviation`.
-    """
-
-    images: Tensor
-    t_star: Tensor
-    statistic: Tensor
-    network_calls: Tensor | None
-    deviation: Tensor | None = None
+T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Purifier(nn.Module):
@@ -70,7 +53,7 @@ class Purifier(nn.Module):
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
-        forward_schedule: schedule that diffuses the image, where it differs from the score model's.
+        forward_schedule: schedule that diffuses the image, where it differs from the score model's; as there.
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
@@ -83,8 +66,8 @@ class Purifier(nn.Module):
 
     Raises:
         ValueError: t* outside (0, 1], steps < 1, unknown names, a noise level calibrated with another score model, a
-            gradient engine that cannot differentiate this; and at the call: images that are not float in [0, 1],
-            contain NaN, or do not have the score model's shape.
+            gradient engine that cannot differentiate this, NaN in the weights; and at the call: images that are not
+            float in [0, 1], contain NaN, do not have the score model's shape, or that the network cannot take.
     """
 
     def __init__(
@@ -95,7 +78,7 @@ class Purifier(nn.Module):
         steps: int | Plan | Mapping[str, Any] = 100,
         t_end: float = 0.0,
         gradient: str | GradientEngine | Mapping[str, Any] = DEFAULT_ENGINE,
-        forward_schedule: Schedule | None = None,
+        forward_schedule: Schedule | str | None = None,
         clip: bool = True,
         through_level: bool = True,
         guidance: Guidance | Mapping[str, Any] | None = None,
@@ -107,13 +90,16 @@ class Purifier(nn.Module):
             kind = type(score_model).__name__
             raise ValueError(f"A purifier wraps a purify.ScoreModel; wrap this {kind} in one first.")
         if not (is_number(t_end) and 0 <= t_end < 1):
-            raise ValueError(f"t_end must lie in [0, 1), got {t_end}.")
+            raise ValueError(f"t_end must lie in [0, 1), got {short(t_end)}.")
+        for name, flag in (("clip", clip), ("through_level", through_level), ("resize", resize)):
+            check_flag(flag, name)
+        check_weights(score_model.network, "The score network")
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)
         self.level.check(score_model)
         self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
-        self.rule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
         self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
@@ -123,7 +109,7 @@ class Purifier(nn.Module):
             self.guidance.check(score_model)
         self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
-        self.forward_schedule = forward_schedule
+        self.forward_schedule = None if forward_schedule is None else as_schedule(forward_schedule, "forward_schedule")
         self.resize = resize
         self._check()
 
@@ -132,7 +118,7 @@ class Purifier(nn.Module):
         lowest = self.plan.step_length(self.level.highest * min(self.rounds))
         if lowest <= self.t_end:
             raise ValueError(f"t_end = {self.t_end} must be smaller than a step, {lowest:.3g}.")
-        if len(self.rounds) > MOST_ROUNDS or max(self._most_steps()) >= ROUND_INDICES:
+        if len(self.rounds) > MOST_ROUNDS or max(self.most_steps_by_round()) >= ROUND_INDICES:
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
@@ -141,12 +127,10 @@ class Purifier(nn.Module):
         self.engine.check(self.task)
 
     def _with(self, **changed: Any) -> Purifier:
-        """A twin that shares the weights, with other parts, checked."""
-        twin = copy.copy(self)
-        for name, part in changed.items():
-            setattr(twin, name, part)
-        twin._check()
-        return twin
+        """A twin with other parts, checked."""
+        other = twin(self, **changed)
+        other._check()
+        return other
 
     def forward(
         self,
@@ -191,16 +175,25 @@ class Purifier(nn.Module):
         shape = self.score_model.image_shape
         check_images(x, (shape[0], *x.shape[2:]) if self.resize and shape else shape, self.score_model.dtype)
         noise = self.noise(len(x), x.device, sample_ids, draw, seed)
+        if len(x) == 0:
+            return self._nothing(x)
         u = 2 * self.resized(x) - 1
         statistic = self.statistic(u, noise)
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
-        watch = Deviation(u) if deviation else look_away
+        watch = Deviation(u) if deviation else unwatched
         purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
-        return Purified(images, t_star, standard, calls, watch.mean() if isinstance(watch, Deviation) else None)
+        deviated = watch.mean() if isinstance(watch, Deviation) else None
+        return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
+
+    def _nothing(self, x: Tensor) -> Purified:
+        """The purification of an empty batch, which not every network could take."""
+        none = torch.zeros(0, dtype=torch.float64, device=x.device)
+        calls = None if self.rule.calls is None else none.long()
+        return Purified(x, t_star=none, statistic=none, network_calls=calls, deviation=none.to(x.dtype))
 
     def steps(self, t_star: Tensor) -> Tensor:
         """Reverse steps of each sample in all rounds, int64 (N,), for levels ``t_star`` (N,)."""
@@ -236,7 +229,8 @@ class Purifier(nn.Module):
         """The noise that ``forward`` uses for these keys."""
         if sample_ids is None:
             return Noise.fresh(n, device)
-        noise = Noise.keyed(seed, torch.as_tensor(sample_ids, device=device), torch.as_tensor(draw, device=device))
+        ids = whole_numbers(sample_ids, "sample_ids", device)
+        noise = Noise.keyed(seed, ids, whole_numbers(draw, "draw", device))
         if len(noise) != n:
             raise ValueError(f"There are {n} images but {len(noise)} sample_ids; give one per image.")
         return noise
@@ -246,7 +240,7 @@ class Purifier(nn.Module):
         t_star: Tensor,
         noise: Noise,
         shorter: Shorter | None = None,
-        watch: Watch = look_away,
+        watch: Watch = unwatched,
         images: Tensor | None = None,
     ) -> Process:
         """The rounds that purify from levels ``t_star`` (N,), or a shorter process.
@@ -258,8 +252,8 @@ class Purifier(nn.Module):
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            parts = Parts(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
-            rounds.append(plan.round(parts, self.rounds[j] * t_star))
+            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 
     def _plans(self, shorter: Shorter | None = None) -> list[tuple[int, Plan]]:
@@ -299,50 +293,10 @@ class Purifier(nn.Module):
         """The same purifier (sharing its weights) at this share, in (0, 1], of its noise level."""
         return self._with(level=Share(self.level, share))
 
-    def at_most(self, steps: int) -> Purifier:
-        """The same purifier with at most so many reverse steps per round, for estimates of cost."""
-        twin = copy.copy(self)
-        twin.plan = self.plan.at_most(steps)  # unchecked: fewer steps may end before t_end, and cost the same
-        return twin
-
-    def _most_steps(self, shorter: Shorter | None = None) -> list[int]:
-        """Reverse steps of each round, at the greatest noise level."""
+    def most_steps_by_round(self, shorter: Shorter | None = None) -> list[int]:
+        """Reverse steps of each round, or of each that is kept, at the greatest noise level."""
         highest = torch.tensor([self.level.highest], dtype=torch.float64)
         return [int(plan.counts(self.rounds[j] * highest)) for j, plan in self._plans(shorter)]
-
-    @property
-    def most_steps(self) -> int:
-        """Reverse steps, in all rounds, of a sample at the greatest noise level."""
-        return sum(self._most_steps())
-
-    def held_bytes(self, x: Tensor, rows: int) -> int:
-        """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
-        steps = sum(self._most_steps(self.engine.shorter(len(self.rounds))))
-        if steps == 0:
-            return 0
-        held = self.engine.held(rows * self.graph_bytes(x), steps)
-        return held + (rows * self.rebuilt_bytes(x) if self.guidance is not None else 0)
-
-    def graph_bytes(self, x: Tensor) -> int:
-        """Bytes that the graph of one reverse step of the images x (N, C, H, W) in [0, 1] keeps for a gradient."""
-        return saved_bytes(*self._first_step(x))[1]
-
-    def rebuilt_bytes(self, x: Tensor) -> int:
-        """Bytes of graph that guidance holds on top: of what came in, and of one grad D in the backward pass."""
-        step, u = self._first_step(x)
-        assert self.guidance is not None
-        assert isinstance(step.look, Guide)
-        of_input = saved_bytes(self.guidance.bind, u)[1]
-        second_order = self.guidance.exact and self.guidance.scale != 0
-        return of_input + (saved_bytes(step.look.rebuilt(self.score_model, step.t), u)[1] if second_order else 0)
-
-    def _first_step(self, x: Tensor) -> tuple[ReverseStep, Tensor]:
-        """The first reverse step and the state that it starts from, at the greatest noise level."""
-        u = (2 * self.resized(x) - 1).requires_grad_()
-        t_star = torch.full((len(x),), self.level.highest, dtype=torch.float64, device=x.device)
-        noise = self.noise(len(x), x.device, range(len(x)), 0, 0)
-        one_round = self.process(t_star, noise, images=u).rounds[0]
-        return one_round.reverse[0], one_round.diffuse(u)
 
     @property
     def exact(self) -> bool:
@@ -380,6 +334,8 @@ class Purifier(nn.Module):
         Raises:
             ValueError: unknown settings, or the auxiliary network is missing or another one.
         """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"A purifier's config is a dict, got {short(config)}; Purifier.config() makes one.")
         arguments = dict(config)
         forward = arguments.pop("forward_schedule", None)
         known = set(inspect.signature(cls).parameters) - {"score_model"}
@@ -393,6 +349,19 @@ class Purifier(nn.Module):
         return cls(score_model, forward_schedule=schedule, **arguments)
 
 
+def twin(module: Module, **changed: Any) -> Module:
+    """A shallow copy that shares weights and hooks, with other attributes or submodules.
+
+    Not made by the constructor: that would take the weights' fingerprint again, and a run's progress bar would lose
+    its hook, which counts the calls of twins, too.
+    """
+    other = copy.copy(module)
+    other._modules = dict(module._modules)  # of its own, so that the original keeps its submodules
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return other
+
+
 def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
     if network is None or weights_digest(network) != wanted:
         what = "no" if network is None else "another"
@@ -403,17 +372,18 @@ def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
     return network
 
 
-def _part(value: Any, known: Mapping[str, type], base: type, what: str) -> Any:
+def _part(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> T:
     """A part given as itself, by name, or as its config."""
     if isinstance(value, base):
         return value
     if isinstance(value, (str, Mapping)):
         return registry.build(value, known, what)
-    raise ValueError(f"{value!r} is not a {what}; give one of {', '.join(sorted(known))}.")
+    raise ValueError(f"{short(value)} is not a {what}; give one of {', '.join(sorted(known))}.")
 
 
 def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
-    level = Constant(float(level)) if isinstance(level, (int, float)) else level
+    if isinstance(level, Real):
+        return Constant(float(level) if is_number(level) else level)  # type: ignore[arg-type]
     return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
@@ -432,8 +402,8 @@ def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:
         return (1.0,) * rounds
     try:
         shares = tuple(float(share) for share in rounds)
-    except TypeError:
+    except (TypeError, ValueError):
         shares = ()
     if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {rounds}.")
+        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {short(rounds)}.")
     return shares

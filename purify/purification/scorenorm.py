@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from purify.checks import check_count, check_images, choose, is_number
+from purify.checks import check_count, check_images, choose, is_number, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.resize import resized
 from purify.diffusion.score import ScoreModel, per_sample
@@ -117,8 +117,11 @@ class Calibration:
             raise ValueError(f"This is not a score-norm calibration ({error}); run `purify calibrate`.") from error
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write JSON. Raises ValueError if the file cannot be written."""
+        try:
+            Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}); choose another file.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -162,6 +165,10 @@ def calibrate(
         ValueError: bad images, or all with the same norm; resize without a known size.
     """
     norm = norm or ScoreNorm()
+    if not isinstance(model, ScoreModel):
+        raise ValueError(f"Calibration is of a purify.ScoreModel, got {short(model)}; wrap the network in one first.")
+    if not isinstance(norm, ScoreNorm):
+        raise ValueError(f"norm must be a purify.ScoreNorm, got {short(norm)}.")
     check_count(batch_size, "batch size")
     model.eval()
     shape = model.image_shape

@@ -26,6 +26,8 @@ CALIBRATIONS = Path(__file__).parent / "calibrations"
 
 def names(kind: str | None = None) -> list[str]:
     """Names of the embedded entries, all or those of a ``kind`` (``score``, ``classifier``)."""
+    if kind is not None:
+        choose(kind, dict.fromkeys(("score", "classifier")), "kind of zoo model")
     entries = sorted(WEIGHTS.glob("*.json"))
     return [e.stem for e in entries if kind is None or json.loads(e.read_text())["kind"] == kind]
 
@@ -74,14 +76,16 @@ def describe(name: str | Path) -> dict[str, Any]:
         wanted = {"kind", "architecture"} | ({"score_model"} if entry["kind"] == "score" else set())
         missing = wanted - set(entry)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a purify model description ({error}).") from error
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read as a purify model description ({why}).") from error
     if missing:
         raise ValueError(f"{path} is not a purify model description: it lacks {', '.join(sorted(missing))}.")
     return entry
 
 
-def save(path: Path, network: nn.Module, entry: dict[str, Any]) -> None:
+def save(path: str | Path, network: nn.Module, entry: dict[str, Any]) -> None:
     """Write ``path``.safetensors and ``path``.json; ``entry`` needs ``kind`` and ``architecture``."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path.with_suffix(".safetensors"))
     path.with_suffix(".json").write_text(json.dumps(entry, indent=2) + "\n")

@@ -286,7 +286,8 @@ def test_a_race_finds_the_best_and_counts_its_draws():
 
 
 def test_what_wins_is_the_share_of_wrong_answers():
-    margins = torch.tensor([[5.0, -1.0, -1.0], [0.1, 0.1, -9.0], [0.1, 0.2, -9.0]])
+    """One answer that is very wrong counts less than two that are wrong; among equals the more wrong wins."""
+    margins = torch.tensor([[90.0, -9.0, -9.0], [9.0, 9.0, -90.0], [9.0, 10.0, -90.0]])
     assert score(margins).argsort(descending=True).tolist() == [2, 1, 0]
 
 

@@ -10,7 +10,20 @@ from scipy.optimize import minimize
 from torch import nn
 
 from purify import DefendedClassifier, diffpure
-from purify.attacks import ATTACKS, BPDA, PGD, SurrogatePGD
+from purify.attacks import (
+    APGD,
+    ATTACKS,
+    BPDA,
+    PGD,
+    AutoAttackRand,
+    LowFrequencyPGD,
+    RandomNoise,
+    Square,
+    StepsPGD,
+    SurrogatePGD,
+    Transfer,
+)
+from purify.attacks.counting import heard
 from purify.attacks.norms import BALLS, L1Ball
 from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 
@@ -298,3 +311,42 @@ def test_a_model_that_gives_nan_is_named(images, labels):
 
     with pytest.raises(ValueError, match="not finite for sample 12"):
         PGD("Linf", 0.1, steps=1, eot=1)(Broken(), images, labels, sample_ids=torch.arange(10, 17))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PGD("Linf", 0.1, steps=3, eot=2, restarts=2, max_rows=3),
+        APGD("Linf", 0.1, steps=3, eot=2),
+        LowFrequencyPGD("Linf", 0.1, steps=3, eot=2),
+        Transfer("Linf", 0.1, steps=3),
+        StepsPGD("Linf", 0.1, steps=3, eot=2),
+        AutoAttackRand("Linf", 0.1, steps=2, eot=2),
+        Square("Linf", 0.1, queries=5),
+    ],
+    ids=lambda a: a.name,
+)
+def test_the_bar_of_an_attack_counts_its_gradients(attack, capsys):
+    """Libraries skip images that are broken; all others are counted to the last."""
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.1, 2, "ddpm"))
+    x = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = TinyClassifier()(x).argmax(1)
+    counts = []
+    with heard(counts.append):
+        quiet = attack(model, x, y)
+    assert capsys.readouterr().err == ""
+    assert sum(counts) > 0
+    if attack.group_size is None:
+        assert sum(counts) == 4 * attack.counted
+    shown = attack(model, x, y, progress=True)
+    bar = capsys.readouterr().err
+    assert attack.label in bar
+    assert "100%" in bar
+    assert torch.equal(quiet.images, shown.images)
+
+
+def test_there_is_no_bar_where_nothing_is_counted(capsys):
+    x = torch.rand(2, 1, 4, 4)
+    RandomNoise("Linf", 0.1)(TinyClassifier(), x, torch.zeros(2).long(), progress=True)
+    PGD("Linf", 0.1)(TinyClassifier(), x[:0], torch.zeros(0).long(), progress=True)
+    assert capsys.readouterr().err == ""

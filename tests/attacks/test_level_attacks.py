@@ -18,6 +18,7 @@ from purify.attacks import (
     NormAutoAttackRand,
     NormPGD,
 )
+from purify.attacks.protocols import VARYING_LEVEL
 from purify.cli.attack import main
 from purify.diffusion.noise import derive_seed
 
@@ -191,7 +192,7 @@ def test_results_do_not_depend_on_batch_or_chunks(kind, images, labels):
 
 def test_level_attacks_apply_to_varying_levels_only(images, labels):
     constant = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
-    names = [name for name, attack in ATTACKS.items() if attack.needs == "level_varies"]
+    names = [name for name, attack in ATTACKS.items() if attack.needs is VARYING_LEVEL]
     assert len(names) == 5
     for name in names:
         attack = ATTACKS[name]("Linf", 0.1)

@@ -247,6 +247,22 @@ def test_denoised_smoothing_is_smoothing_of_the_denoised_classifier(images):
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
+def test_whatever_denoises_will_do(images):
+    """A denoiser of one's own, here of a score model's parts, gives that model's logits."""
+
+    class Own(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.network, self.schedule = model.network, model.schedule
+            self.denoise = model.denoise
+
+    model = smooth_model()
+    expected = OneShotDenoised(TinyClassifier(), model, 0.5)(images)
+    assert torch.equal(OneShotDenoised(TinyClassifier(), Own(model), 0.5)(images), expected)
+    with pytest.raises(ValueError, match=r"denoiser must be a purify\.ScoreModel, got a TinyClassifier"):
+        OneShotDenoised(TinyClassifier(), TinyClassifier(), 0.5)
+
+
 def test_metrics_by_hand():
     correct = correct_radii(np.array([1, 2, ABSTAIN, 0]), np.array([0.5, 0.8, 0.0, 0.25]), np.array([1, 1, 1, 0]))
     assert correct.tolist() == [0.5, -1, -1, 0.25]

@@ -59,6 +59,8 @@ CASES = {
     "list purifers": "(did you mean 'purifiers'?)",
     "train digits-gide": "(did you mean 'digits-guide'?)",
     "calibrate --dataset digit --out c.json": "(did you mean 'digits'?)",
+    "check --data digit": "(did you mean 'digits'?)",
+    "check --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist",
     "image odd.png --purifier gms --out out": "(did you mean 'gns'?)",
     "download score-sde-cifar": "score-sde-cifar10",
     # numbers
@@ -74,6 +76,7 @@ CASES = {
     "image odd.png --t-star two --out out": "takes a number",
     "image odd.png --purifications 0 --out out": "purifications must be a whole number of at least 1",
     "calibrate --images few --out c.json": "takes a whole number, got 'few'",
+    "check --images 0": "images must be a whole number of at least 1",
     "train digits-guide --steps many": "takes a whole number, got 'many'",
     # options that contradict each other, or lack something
     "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
@@ -123,6 +126,7 @@ CASES = {
     "attack --n-examples 2 --attacks random-noise --noise-level constant --out text.txt": "text.txt",
     "image flat/a.png --out text.txt": "text.txt",
     "calibrate --out text.txt/c.json": "text.txt",
+    "check --out text.txt/c.png": "text.txt",
     "leaderboard flat --out text.txt": "flat",
 }
 

@@ -12,7 +12,7 @@ from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
 from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
 from purify.presets import diffpure
-from purify.purification.plans import FixedSteps, Parts
+from purify.purification.plans import FixedSteps, StepFactory
 
 
 class Constant(nn.Module):
@@ -139,9 +139,9 @@ def purified(network, u, t_star, rule, steps):
     model = ScoreModel(network, ContinuousVP())
     t = torch.full((SAMPLES,), t_star, dtype=torch.float64)
     v = u.reshape(1, 1, 2, 2).expand(SAMPLES, -1, -1, -1)
-    parts = Parts(model, rule, Noise.keyed(0, torch.arange(SAMPLES)), model.schedule)
+    factory = StepFactory(model, rule, Noise.keyed(0, torch.arange(SAMPLES)), model.schedule)
     with torch.no_grad():
-        return FixedSteps(steps).round(parts, t).run(v, lambda step, u: step(u)).flatten(1)
+        return FixedSteps(steps).round(factory, t).run(v, lambda step, u: step(u)).flatten(1)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def chain_moments(rule, steps, t_star):
     t = torch.full((1,), t_star, dtype=torch.float64)
     mean, variance = torch.ones(1, 1, 1, 1, dtype=torch.float64), 0.0
     zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-    parts = Parts(model, rule, Noise.keyed(0, [0]), model.schedule)
-    for step in FixedSteps(steps).round(parts, t).reverse:
+    factory = StepFactory(model, rule, Noise.keyed(0, [0]), model.schedule)
+    for step in FixedSteps(steps).round(factory, t).reverse:
         offset, noise = rule.moments(model, model.predict(zero, step.t), zero, step.t, step.s)
         slope = rule.moments(model, model.predict(one, step.t), one, step.t, step.s)[0] - offset
         mean, variance = slope * mean + offset, slope.item() ** 2 * variance + noise.item() ** 2

@@ -118,7 +118,8 @@ def test_fingerprint_sees_weights_and_config():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "linear"}, "schedule must be a purify.ContinuousVP or DiscreteVP, got 'linear'"),
+        ({"schedule": "liner"}, r"Unknown schedule 'liner' \(did you mean 'linear'\?\)"),
+        ({"schedule": [0.1] * 1000}, r"or DiscreteVP, got \[0.1.*by purify.DiscreteVP\(betas\)"),
         ({"prediction": 3}, "Unknown prediction 3; known"),
         ({"image_shape": 32}, r"image_shape must be \(C, H, W\), got 32"),
         ({"image_shape": (3, 32)}, r"image_shape must be \(C, H, W\)"),

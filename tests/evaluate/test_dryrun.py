@@ -8,6 +8,7 @@ from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.cli.attack import main
 from purify.evaluate import Defence, Samples, dryrun
+from purify.purification.cost import graph_bytes, held_bytes
 from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 PLAIN = {
@@ -109,7 +110,7 @@ def test_memory_is_that_of_the_graphs_held(engine, rows, images):
     noise = purifier.noise(7, t.device, range(7), 0, 0)
     u = (2 * images - 1).requires_grad_()
     whole = saved_bytes(lambda v: purifier.engine(lambda n: purifier.process(t, noise, n), v), u)[1]
-    one = purifier.graph_bytes(images)
+    one = graph_bytes(purifier, images)
     assert engine.held(one, 6) == pytest.approx(rows * one, abs=1)
     assert whole == pytest.approx(6 * one, rel=0.1)
 
@@ -124,13 +125,13 @@ def test_memory_of_a_surrogate_is_that_of_its_rounds_and_steps(budget, steps, im
     short = purifier.process(t, noise, engine.shorter(3))
     u = (2 * images - 1).requires_grad_()
     whole = saved_bytes(lambda v: Full()(lambda _: short, v), u)[1]
-    assert purifier.held_bytes(images[:1], 7) == pytest.approx(steps / 6 * whole, rel=0.1)
+    assert held_bytes(purifier, images[:1], 7) == pytest.approx(steps / 6 * whole, rel=0.1)
 
 
 def test_memory_is_that_of_the_attack_that_takes_most(images):
     samples, score = Samples(images, torch.zeros(7).long(), torch.arange(7)), smooth_model()
     model = DefendedClassifier(TinyClassifier(), diffpure(score, 0.2, 9, "ddpm", Adjoint()), purifications=3)
-    step = model.purifier.graph_bytes(images[:1])
+    step = graph_bytes(model.purifier, images[:1])
 
     def memory(*attacks):
         return dryrun.estimate(Defence("d", model, attacks, 1, {}), samples, 4).memory
@@ -138,9 +139,7 @@ def test_memory_is_that_of_the_attack_that_takes_most(images):
     own, surrogate = PGD("Linf", 0.1), ATTACKS["surrogate-eot"]("Linf", 0.1, surrogate_steps=5)
     assert memory() == memory(own, Transfer("Linf", 0.1)) == 4 * 3 * step
     assert memory(own, surrogate) == 5 * 4 * 3 * step
-    assert DefendedClassifier(TinyClassifier(), diffpure(score, 0.2, 9, gradient="bpda")).purifier.held_bytes(
-        images[:1], 4
-    ) == 0
+    assert held_bytes(diffpure(score, 0.2, 9, gradient="bpda"), images[:1], 4) == 0
 
 
 def test_a_surrogate_attack_keeps_to_the_memory_budget_of_the_run():

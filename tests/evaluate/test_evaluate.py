@@ -12,10 +12,10 @@ from kills import lines
 from test_resume import TINY
 
 from purify import PURIFIERS, DefendedClassifier, diffpure, zoo
-from purify.attacks import ATTACKS, PGD, Attack, AttackResult, AutoAttackRand
+from purify.attacks import ATTACKS, BPDA, PGD, Attack, AttackResult, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.cli.attack import main
 from purify.data import DATASETS
-from purify.evaluate import Defence, RunFolder, Samples, evaluate, results
+from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate, report, results
 from purify.evaluate.build import Plan, build_attacks, build_pairs, build_settings, level_options
 from purify.evaluate.certification import certify_all
 from purify.evaluate.description import Evaluation
@@ -427,3 +427,27 @@ def test_unknown_robustbench_models_are_listed():
     ):
         with pytest.raises(ValueError, match=message):
             load_classifier(name, "cifar10", threat_model)
+
+
+def test_the_verdict_says_where_no_gradient_attack_was_run():
+    half = {"mean": Estimate(0.5, 0.4, 0.6)}
+    classifier = TinyClassifier()
+    model = DefendedClassifier(classifier, diffpure(smooth_model(), 0.1, 3, "ddpm"))
+    noise, transfer, pgd = RandomNoise("Linf", 0.1), Transfer("Linf", 0.1), PGD("Linf", 0.1)
+    defences = [
+        Defence("undefended", classifier, [noise], 1, {}),
+        Defence("blind", model, [noise, transfer, Square("Linf", 0.1)], 4, {}),
+        Defence("inexact", model, [noise, BPDA("Linf", 0.1)], 4, {}),
+        Defence("attacked", model, [noise, transfer, pgd], 4, {}),
+    ]
+    found = {d.name: {"clean": half, "worst case": half} for d in defences}
+    lines = report.verdict(found, defences, "Linf eps 0.1", "4 images").splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines if "no gradient attack was run on it" in line] == ["blind"]
+
+
+def test_an_evaluation_has_one_bar(tmp_path, capsys):
+    defences, samples = setup_run()
+    evaluate(RunFolder(tmp_path, {}, {}), defences, samples, batch_size=16)
+    shown = capsys.readouterr().err
+    assert "diffpure, pgd-eot" in shown
+    assert "gradient" not in shown

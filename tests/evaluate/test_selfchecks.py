@@ -6,18 +6,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
+from torch import nn
 
-from purify import DefendedClassifier, diffpure
-from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, Transfer
+from purify import DefendedClassifier, diffpure, zoo
+from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, StepsPGD, Transfer
 from purify.attacks.norms import BALLS
+from purify.data import load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
+from purify.evaluate.progress import Progress
 from purify.evaluate.selfchecks import (
     Recorded,
     accuracy,
     black_box_check,
+    checks_work,
     convergence_checks,
     gradient_checks,
+    health_checks,
     inexact_check,
     input_gradient,
     self_checks,
@@ -66,6 +71,18 @@ def test_a_purifier_under_autocast_is_checked_against_one_without(samples):
     cosine, _ = gradient_checks(Defence("d", defended, [], 4, {}), samples, seed=0)
     assert 0.99 < cosine.value < 1 - 1e-9  # near the float64 gradient, and not it
     assert model.autocast == "bfloat16"
+
+
+def test_a_score_network_read_wrongly_fails():
+    images = load_dataset("digits", "test")[0][:16]
+    cases = ({}, [True, True]), ({"prediction": "v"}, [False, False]), ({"time_scale": 1}, [False, False])
+    for settings, passed in cases:
+        score_model = zoo.score_model("digits").with_settings(**settings)
+        found = selfchecks.health(DefendedClassifier(zoo.classifier("digits-standard"), diffpure(score_model)), images)
+        checks = health_checks("d", found)
+        assert [check.passed for check in checks] == passed
+        assert found.images == 8
+    assert "fits eps, continuous schedule, labels 1000 t, with" in checks[1].meaning
 
 
 def test_vanishing_gradients_fail(samples):
@@ -119,13 +136,46 @@ def test_a_black_box_attack_must_not_win(white, black, passes, samples, tmp_path
     write(folder, "random-noise", [[False] * 4] * 2)  # no attack, whatever it breaks
     noise, white_box = RandomNoise("Linf", 0.1), PGD("Linf", 0.1, steps=1, eot=1)
     attacks = [white_box, Transfer("Linf", 0.1, steps=1), noise]
-    (check,) = black_box_check(Recorded(folder, defence(attacks=attacks), few))
+    (check,) = black_box_check(Recorded(folder, defence(attacks=attacks), few), few, 0)
     assert check.passed is passes
     assert check.value == pytest.approx(white - black)
-    (missing,) = black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few))
+    (missing,) = black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), few, 0)
     assert (missing.passed, missing.value) == (False, None)
     assert missing.meaning == "No black-box attack was run; add transfer or square."
-    assert black_box_check(Recorded(folder, defence(attacks=[white_box, noise]), few), required=False) == []
+
+
+class Masked(nn.Module):
+    """A classifier whose gradient says nothing: it sees 8-bit images, with a slope of its own making."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.inner, self.slope = zoo.classifier("digits-standard"), slope
+        self.eval()
+
+    def forward(self, x):
+        rounded = (255 * x).round() / 255
+        return self.inner(rounded.detach() + self.slope * (x - x.detach()).flip(2))
+
+
+@pytest.mark.parametrize(
+    ("model", "zeros", "black"),
+    [
+        (zoo.classifier("digits-standard"), True, True),
+        (zoo.classifier("digits-at"), True, True),
+        (Masked(0.0), False, False),
+        (Masked(-1.0), True, False),
+    ],
+)
+def test_models_without_a_purifier_are_asked_for_masked_gradients(model, zeros, black, tmp_path):
+    images, labels = (t[:32] for t in load_dataset("digits", "test"))
+    samples = Samples(images, labels, torch.arange(32))
+    attack = PGD("Linf", 0.15, steps=10, eot=1, random_start=False)
+    one = Defence("d", model, [RandomNoise("Linf", 0.15), attack], 1, {})
+    folder = RunFolder(tmp_path, {}, {})
+    evaluate(folder, [one], samples, progress=False)
+    found = self_checks(folder, one, samples, seed=0)
+    assert [check.passed for check in found if "zero entries" in check.name] == [zeros]
+    assert [check.passed for check in found if "black-box" in check.name] == [black]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +239,11 @@ def test_all_checks_of_a_run(samples, tmp_path):
     folder = RunFolder(tmp_path, {}, {})
     evaluate(folder, [one], samples, progress=False)
     checks = self_checks(folder, one, samples, seed=0)
-    assert len(checks) == 5
+    assert len(checks) == 7
     assert [check.passed for check in checks if "black-box" in check.name] == [False]  # none was run
-    assert len({check.name for check in checks}) == 5
+    assert len({check.name for check in checks}) == 7
     few = samples[torch.arange(4)]
-    assert convergence_checks(one, few, seed=0) == checks[3:]  # found again without the records
+    assert convergence_checks(one, few, seed=0) == checks[5:]  # found again without the records
     two = replace(one, attacks=[*attacks, BPDA("Linf", 0.2, steps=1, eot=1)])
     evaluate(folder, [two], samples, progress=False)
     (check,) = [c for c in self_checks(folder, two, samples, seed=0) if c.name == selfchecks.INEXACT]
@@ -217,3 +267,22 @@ def test_random_noise_is_keyed_and_fills_the_ball(samples):
 def test_one_attack_is_its_own_worst_case_whatever_the_number_of_draws():
     right = np.random.default_rng(0).random((50, 5)) < 0.5
     np.testing.assert_allclose(worst_mean([right]), right.mean(1))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("strongest", [PGD, StepsPGD])  # the latter calls model.details, which has no hooks
+def test_the_bar_of_the_checks_counts_their_work(samples, tmp_path, monkeypatch, strongest, complete):
+    one = defence(attacks=[RandomNoise("Linf", 0.01), strongest("Linf", 0.3, steps=3, eot=2)])
+    folder = RunFolder(tmp_path, {}, {})
+    evaluate(folder, [one], samples, progress=False)
+    total = checks_work(folder, one, samples, complete)
+    seen = []
+    monkeypatch.setattr(
+        "purify.evaluate.progress.tqdm.update", lambda bar, n: setattr(bar, "n", seen.append(n) or bar.n + n)
+    )
+    bar = Progress(total, shown=True)
+    checks = self_checks(folder, one, samples, 0, complete, bar=bar)
+    assert bar.bar.n == pytest.approx(total)
+    assert max(seen) < total / 5, (seen, total)
+    assert sum(n > 0 for n in seen) > 15
+    assert checks == self_checks(folder, one, samples, 0, complete)

@@ -14,6 +14,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
 from purify.diffusion.score import Prediction, ScoreModel
 from purify.fingerprint import weights_digest
+from purify.purification import cost
 from purify.purification.gradients import Surrogate
 from purify.purification.guidance import AdversarialGuidance, Guide, MSEGuidance, SSIMGuidance
 
@@ -338,10 +339,10 @@ def test_weights_that_want_gradients_are_refused(images):
 def test_memory_that_guidance_adds_is_counted(images):
     """The graph of grad D holds that of the network it goes through."""
     x, plain = images.double(), make(None)
-    of_step = plain.graph_bytes(x)
-    assert make("agdm-through").rebuilt_bytes(x) > of_step
-    assert 0 < make("mse").rebuilt_bytes(x) < make("agdm").rebuilt_bytes(x)
-    held = {kind: make(kind, gradient="checkpoint").held_bytes(x, 7) for kind in (None, "mse", "agdm-through")}
+    of_step = cost.graph_bytes(plain, x)
+    assert cost.rebuilt_bytes(make("agdm-through"), x) > of_step
+    assert 0 < cost.rebuilt_bytes(make("mse"), x) < cost.rebuilt_bytes(make("agdm"), x)
+    held = {kind: cost.held_bytes(make(kind, gradient="checkpoint"), x, 7) for kind in (None, "mse", "agdm-through")}
     assert held[None] < held["mse"] < held["agdm-through"]
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import one_hot
 
 from purify import ContinuousVP, DefendedClassifier, FixedDt, Purifier, ScoreModel, diffpure
 from purify.diffusion.reverse import DDIM
+from purify.purification.cost import most_steps
 from purify.purification.gradients import BPDA
 from purify.purification.levels import Constant
 
@@ -214,7 +215,7 @@ def test_twins_are_held_to_what_the_constructor_is(twin, changed, message):
 def test_rounds_with_the_most_steps_share_no_noise_and_longer_ones_are_refused():
     """Noise indices of all steps are distinct up to the bound."""
     purifier = Purifier(smooth_model(), 0.65535, "ddpm", FixedDt(1e-5), rounds=(1.0, 0.01))
-    assert purifier.most_steps == 65535 + 655
+    assert most_steps(purifier) == 65535 + 655
     found = purifier.process(torch.tensor([0.65535], dtype=torch.float64), purifier.noise(1, None, [0], 0, 0)).rounds
     first, second = (one.reverse[-1].index for one in found)
     assert int(first) < found[1].diffuse.index < int(second)

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb
 from purify.attacks.adaptive.phases import GUIDE_STEPS, Stage, stages
-from purify.attacks.adaptive.select import Winner
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
+from purify.attacks.kinks import Inside
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import PGD
 from purify.attacks.transfer import GuideTransfer
 from purify.checks import check_count
 from purify.diffusion.noise import Noise, derive_seed
 from purify.purification.calls import GRADIENT, calls
+from purify.purification.defended import DefendedClassifier
 
-ALONE = 602  # calls on a model without randomness: 100 steps of PGD and of APGD are enough there
+ASKED = 2  # answers that tell whether a model has randomness
+DRAWS = 5  # per gradient on one that has, of which nothing else is known
+ALONE = 604  # calls on a model without randomness: 100 steps of PGD and of APGD are enough there
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Adaptive(Attack):
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Guided purifiers
     are also climbed with the guidance held constant, from where their guide is deceived. On a model without randomness:
-    the better of PGD and APGD on the margin. See docs/adaptive.md.
+    the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`.
@@ -49,21 +52,21 @@ class Adaptive(Attack):
         check_count(self.max_rows, "max_rows")
 
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        if getattr(model, "purifier", None) is None:
+        if not isinstance(model, DefendedClassifier):
             return self._plain(model, x, y, ids, seed)
-        plan = self.stages(model)
-        start, extra = self._start(model, x, y, ids, seed)
-        best = torch.empty_like(x)
-        loss, used = torch.empty(len(x), device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
-        used += self.warm(model)
+        start, found = self._start(model, x, y, ids, seed)
+        best, loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
+        used = torch.full_like(y, self.warm(model))
         left = torch.arange(len(x), device=x.device)
-        for stage in plan:
-            winner = self._stage(model, stage, start, extra, x[left], y[left], ids[left], seed)
+        for stage in self.stages(model):
+            rows = (x[left], y[left], ids[left])
+            climbed, extra = self._climbs(stage, start, *rows, seed)
+            call = keyed(model, derive_seed(seed, "select"))
+            winner = stage.race.run(call, torch.stack([*found, *climbed]), *rows[1:], self.max_rows)
             best[left], loss[left] = winner.images, winner.loss
-            used[left] += stage.climbs + stage.race.used * calls(model).forward
-            going = ~winner.broken
-            left, start = left[going], winner.images[going]
-            extra = [start]
+            used[left] += stage.climbs + extra + stage.race.used * calls(model).forward
+            left, start = left[~winner.broken], winner.images[~winner.broken]
+            found = [start]
             if len(left) == 0:
                 break
         return AttackResult(best, loss, used)
@@ -89,31 +92,38 @@ class Adaptive(Attack):
         uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)
         return BALLS[self.norm].start(x, self.eps, uniform), []
 
-    def _stage(
-        self, model: nn.Module, stage: Stage, start: Tensor, extra: list[Tensor], x: Tensor, y: Tensor, ids: Tensor,
-        seed: int,
-    ) -> Winner:  # fmt: skip
-        found = list(extra)
+    def _climbs(
+        self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Iterates that may be chosen, and calls beyond the plan, (N,): of gradients taken again inside [0, 1]."""
+        found, extra = [], torch.zeros_like(y)
         for phase in stage.phases:
-            path = phase.climb.path(phase.model, x, y, ids, derive_seed(seed, phase.name), start, phase.mix)
+            inside = Inside(len(x), x.device)
+            path = phase.climb.path(phase.model, x, y, ids, derive_seed(seed, phase.name), start, phase.mix, inside)
             found += [z for step, z in enumerate(path, start=1) if step in phase.marks]
-        call = keyed(model, derive_seed(seed, "select"))
-        return stage.race.run(call, torch.stack(found), y, ids, self.max_rows)
+            extra += inside.tries * phase.climb.eot * calls(phase.model).gradient
+        return found, extra
 
     @property
     def gradients(self) -> int:
-        return sum(attack.gradients for attack in self._alone())
+        return sum(attack.gradients for attack in self._alone(1))
 
     @property
     def forwards(self) -> int:
-        return sum(attack.forwards for attack in self._alone())
+        return sum(attack.forwards for attack in self._alone(1)) + ASKED
 
-    def passes(self, model: Any) -> tuple[float, float]:
-        if getattr(model, "purifier", None) is None:
+    def passes(self, model: nn.Module) -> tuple[float, float]:
+        if not isinstance(model, DefendedClassifier):
             return self.gradients, self.forwards
-        cost, plan = calls(model), self.stages(model)
+        plan = self.stages(model)
         climbs = self.warm(model) + sum(stage.climbs for stage in plan)
-        return climbs / cost.gradient, sum(stage.race.used for stage in plan)
+        return climbs / calls(model).gradient, sum(stage.race.used for stage in plan)
+
+    def counts(self, model: nn.Module) -> int:
+        if not isinstance(model, DefendedClassifier):
+            return self.counted
+        phases = [phase.climb for stage in self.stages(model) for phase in stage.phases]
+        return sum(climb.steps * climb.eot for climb in phases) + (GUIDE_STEPS if self.warm(model) else 0)
 
     def on_deterministic(self) -> Attack:
         return replace(self, calls=min(self.calls, ALONE))
@@ -127,22 +137,23 @@ class Adaptive(Attack):
         return parts
 
     def _plain(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        found = [a.run(model, x, y, ids, derive_seed(seed, a.name)) for a in self._alone()]
-        best = found[0]
-        for other in found[1:]:
-            better = other.loss > best.loss
-            images = torch.where(better.reshape(-1, 1, 1, 1), other.images, best.images)
-            best = AttackResult(images, torch.maximum(best.loss, other.loss))
-        return AttackResult(best.images, best.loss, torch.full_like(y, sum(map(_calls, self._alone()))))
+        """PGD and APGD on any other model, with draws where it answers the same question differently."""
+        call = keyed(model, derive_seed(seed, "asked"))
+        with torch.no_grad():
+            first, again = (call(x, ids, torch.full_like(ids, draw)) for draw in range(ASKED))
+        attacks = self._alone(1 if torch.equal(first, again) else DRAWS)
+        one, other = (attack.run(model, x, y, ids, derive_seed(seed, attack.name)) for attack in attacks)
+        better = (other.loss > one.loss).reshape(-1, 1, 1, 1)
+        spent = ASKED + sum(GRADIENT * attack.gradients + attack.forwards for attack in attacks)
+        images = torch.where(better, other.images, one.images)
+        return AttackResult(images, torch.maximum(one.loss, other.loss), torch.full_like(y, spent))
 
-    def _alone(self) -> list[PGD]:
-        """The attacks on a model without randomness."""
-        steps = max(1, (self.calls // 2 - 1) // GRADIENT)
-        return [kind(self.norm, self.eps, steps=steps, eot=1, sparsity=None) for kind in (PGD, APGD)]
-
-
-def _calls(attack: PGD) -> int:
-    return GRADIENT * attack.gradients + attack.forwards
+    def _alone(self, eot: int) -> list[PGD]:
+        """The attacks on a model of which nothing is known."""
+        steps = max(1, ((self.calls - ASKED) // (2 * eot) - 1) // GRADIENT)
+        sparsity = None if eot == 1 else 0.05
+        options: dict[str, Any] = {"steps": steps, "eot": eot, "sparsity": sparsity, "max_rows": self.max_rows}
+        return [kind(self.norm, self.eps, **options) for kind in (PGD, APGD)]
 
 
 __all__ = ["Adaptive"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.kinks import Inside
 from purify.attacks.norms import unit
 from purify.attacks.pgd import LOSSES, PGD, STEP_SCHEDULES
 from purify.checks import is_number
@@ -26,7 +27,7 @@ class Climb(PGD):
     """
 
     eot: int = 2
-    momentum: float = 0.75
+    momentum: float = 0.9
     scaled: bool = False
 
     name: ClassVar[str] = "climb"
@@ -40,20 +41,26 @@ class Climb(PGD):
         return super().average(unit(gradients.flatten(0, 2)).reshape(gradients.shape) if self.scaled else gradients)
 
     def path(
-        self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int, start: Tensor, mix: Mix | None = None
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        seed: int,
+        start: Tensor,
+        mix: Mix | None = None,
+        inside: Inside | None = None,
     ) -> Iterator[Tensor]:
-        """Every iterate after ``start``; ``mix``: whose gradient is added."""
+        """Every iterate after ``start``; ``mix``: whose gradient is added; ``inside``: who needs another gradient."""
         evaluate, z, past = self.evaluator(model, seed), start, torch.zeros_like(x)
+        inside = Inside(len(x), x.device) if inside is None else inside
         for step in range(self.steps):
-            _, gradients = self._eot(evaluate, z, y, ids, step * self.eot, with_gradient=True)
+            _, gradients = self._eot(evaluate, z, y, ids, step * self.eot, True, inside)
             gradient = gradients[0] if mix is None else mix(gradients[0], z, y)
             past = self.momentum * past + gradient
             size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
             z = self.project(z + size * self.direction([past], z, x), x)
             yield z
-
-    def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
-        return self.ball.direction(gradients[0], z, x)
 
 
 @dataclass(frozen=True)

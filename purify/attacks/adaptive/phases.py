@@ -12,10 +12,10 @@ from torch import nn
 
 from purify.attacks.adaptive.climb import Climb, Mix
 from purify.attacks.adaptive.select import Race
-from purify.attacks.base import with_gradient
 from purify.purification.calls import GRADIENT, calls
+from purify.purification.cost import shortened
 
-SHORT = 5  # reverse steps per round of the shorter process
+SHORT = 3  # reverse steps per round of the shorter process
 LONG = 40  # steps of a climb before each gets more draws instead
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 
@@ -66,12 +66,12 @@ class Stage:
 
 def shorter(model: Any) -> nn.Module:
     """``model`` with at most ``SHORT`` reverse steps per round."""
-    return model.with_purifier(model.purifier.at_most(SHORT))
+    return model.with_purifier(shortened(model.purifier, SHORT))
 
 
 def first_order(model: Any) -> nn.Module:
     """``model`` with what guides it held constant in the gradient; itself where nothing does."""
-    return with_gradient(model, second_order=False) if model.guided else model
+    return model.with_gradient(second_order=False) if model.guided else model
 
 
 def sized(phase: Phase, share: float) -> Phase:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from purify.attacks.base import Keyed
+from purify.attacks.base import KeyedCall
 from purify.attacks.pgd import margin_loss
 
 
@@ -46,7 +46,7 @@ class Race:
         return sum(draws for _, draws in self.rounds())
 
     @torch.no_grad()
-    def run(self, call: Keyed, candidates: Tensor, y: Tensor, ids: Tensor, max_rows: int) -> Winner:
+    def run(self, call: KeyedCall, candidates: Tensor, y: Tensor, ids: Tensor, max_rows: int) -> Winner:
         """The winner of ``candidates`` (K, N, C, H, W)."""
         n = candidates.shape[1]
         alive = torch.arange(len(candidates), device=y.device)[:, None].expand(-1, n)
@@ -81,13 +81,13 @@ class Winner:
         return self.margins.mean(1)
 
 
+SOFTNESS = 2.0  # margin that counts as clearly wrong
 ENOUGH = 16  # draws, all wrong, after which no more is spent on an image
 
 
 def score(margins: Tensor) -> Tensor:
-    """What wins, (..., R) -> (...): the share of wrong answers, among equals the mean margin."""
-    wrong = (margins > 0).to(margins.dtype).mean(-1)
-    return wrong + 1e-3 * margins.mean(-1).tanh()
+    """What wins, (..., R) -> (...): a softened share of wrong answers, ties broken by how wrong they are."""
+    return (margins / SOFTNESS).sigmoid().mean(-1)
 
 
 def _best(alive: Tensor, margins: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def _best(alive: Tensor, margins: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return alive.gather(0, order), margins.gather(0, order[..., None].expand(-1, -1, margins.shape[2]))
 
 
-def _margins(call: Keyed, images: Tensor, y: Tensor, ids: Tensor, first: int, draws: int, max_rows: int) -> Tensor:
+def _margins(call: KeyedCall, images: Tensor, y: Tensor, ids: Tensor, first: int, draws: int, max_rows: int) -> Tensor:
     """Margins (K, N, R) of images (K, N, C, H, W) on R draws."""
     k, n = images.shape[:2]
     rows = torch.arange(k * n, device=y.device).repeat_interleave(draws)
