@@ -1,5 +1,6 @@
 """Attacks on purified classifiers. Each sees a model as a function from images to logits, nothing inside."""
 
+from purify.attacks.adaptive import Adaptive
 from purify.attacks.apgd import APGD
 from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
@@ -16,6 +17,7 @@ ATTACKS: dict[str, type[Attack]] = {
     a.name: a
     for a in (
         RandomNoise,
+        Adaptive,
         PGD,
         APGD,
         StepsPGD,
@@ -56,6 +58,7 @@ __all__ = [
     "ATTACKS",
     "BPDA",
     "PGD",
+    "Adaptive",
     "Attack",
     "AttackResult",
     "AutoAttack",

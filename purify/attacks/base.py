@@ -40,10 +40,12 @@ class AttackResult:
     Attributes:
         images: adversarial images (N, C, H, W) in [0, 1], within eps of the originals.
         loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
+        calls: network calls that each image took, (N,); None where the attack does not count them.
     """
 
     images: Tensor
     loss: Tensor
+    calls: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Attack(ABC):
             raise ValueError(self.feature.refusal(self.name, model))
         if len(images) == 0:
             return AttackResult(images.detach(), images.new_zeros(0))
-        with torch.enable_grad(), bar(self.label, self.counted * len(images), progress):
+        with torch.enable_grad(), bar(self.label, self.counts(model) * len(images), progress):
             return self.run(model, images.detach(), labels.long(), ids, seed)
 
     @abstractmethod
@@ -140,14 +142,26 @@ class Attack(ABC):
         """Forward passes of the judged model, without a gradient, that the attack takes per image."""
         return 0
 
+    def passes(self, model: nn.Module) -> tuple[float, float]:
+        """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
+        return self.gradients, self.forwards
+
     @property
     def counted(self) -> int:
         """What a bar counts per image: gradients, or queries of an attack that takes none."""
         return self.gradients or self.forwards
 
+    def counts(self, model: nn.Module) -> int:
+        """``counted`` on ``model``."""
+        return self.counted
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self
+
+    def doubled(self) -> dict[str, Attack]:
+        """The same attack with twice the effort, by what is doubled; none where convergence cannot be asked for."""
+        return {}
 
     def budget(self) -> dict[str, Any]:
         """Plain data that states the attack and its budget in records and tables."""

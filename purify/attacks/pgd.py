@@ -45,6 +45,8 @@ Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
 
+DRAWS = "EOT draws"  # what only models with randomness can be asked for
+
 # Relative step size at progress p in [0, 1); each has mean 1, so that all schedules walk equally far.
 STEP_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
@@ -134,6 +136,10 @@ class PGD(Attack):
         """Where to go from z, given the gradient of each of the evaluator's terms."""
         return self.ball.direction(gradients[0], z, x)
 
+    def average(self, gradients: Tensor) -> Tensor:
+        """Gradients (terms, N, draws, C, H, W) over the draws."""
+        return gradients.mean(2)
+
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Back into the threat model's ball around x, and into [0, 1]."""
         return BALLS[self.norm].project(z, x, self.eps)
@@ -152,6 +158,9 @@ class PGD(Attack):
 
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1, sparsity=None)
+
+    def doubled(self) -> dict[str, Attack]:
+        return {"steps": replace(self, steps=2 * self.steps), DRAWS: replace(self, eot=2 * self.eot)}
 
     def budget(self) -> dict[str, Any]:
         parts = super().budget()
@@ -230,7 +239,7 @@ class PGD(Attack):
         loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
         if not with_gradient:
             return loss, []
-        means = torch.cat(gradients, 1).unflatten(1, (n, self.eot)).mean(2)
+        means = self.average(torch.cat(gradients, 1).unflatten(1, (n, self.eot)))
         return loss, [_finite(gradient, ids) for gradient in means]
 
 

@@ -12,7 +12,7 @@ from purify.checks import choose
 @dataclass(frozen=True)
 class Budget:
     """Steps and EOT draws of the gradient attacks and of AutoAttack, queries of black-box attacks, samples attacked,
-    purifications that judge each image."""
+    purifications that judge each image, network calls of the adaptive attack."""
 
     steps: int
     eot: int
@@ -21,15 +21,16 @@ class Budget:
     autoattack_steps: int
     autoattack_eot: int
     queries: int
+    calls: int
 
 
 BUDGETS: dict[str, Budget] = {
     # The demo: enough to see the picture, too little to publish.
-    "quick": Budget(20, 4, 128, 10, 10, 4, 100),
+    "quick": Budget(20, 4, 128, 10, 10, 4, 100, 3000),
     # What a 4-core CPU finishes in about 20 minutes on the embedded data.
-    "standard": Budget(40, 10, 256, 20, 20, 10, 500),
+    "standard": Budget(40, 10, 256, 20, 20, 10, 500, 10_000),
     # For a GPU: Lee & Kim 2023 and AutoAttack's rand.
-    "paper": Budget(200, 20, 512, 20, 100, 20, 5000),
+    "paper": Budget(200, 20, 512, 20, 100, 20, 5000, 100_000),
 }
 
 # Data sets whose networks are dearer on a CPU.

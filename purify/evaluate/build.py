@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Attack, NormAutoAttackRand, NormPGD, find_attack
+from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, find_attack
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
 from purify.diffusion.score import ScoreModel
@@ -60,6 +60,7 @@ class Plan:
             "autoattack_eot": e.eot,
             "n_examples": e.n_examples,
             "judge_draws": e.judge_draws,
+            "calls": e.calls,
         }
         changes = {name: value for name, value in asked.items() if value is not None}
         return dataclasses.replace(budget(e.budget, self.known), **changes)
@@ -99,6 +100,7 @@ def build_attack(kind: type[Attack], plan: Plan) -> list[Attack]:
         "restarts": e.restarts,
         "max_rows": plan.max_rows,
         "queries": allowed.queries,
+        "calls": allowed.calls,
         "surrogate_steps": e.surrogate_steps,
     }
     own = {f.name for f in dataclasses.fields(kind)}
@@ -227,7 +229,7 @@ def build_defences(plan: Plan, attacks: Sequence[Attack]) -> list[Defence]:
     score_model = load_score(e.score_model or default_score_model(known), known).to(plan.device)
     purified = [build_purified(p, n, bare, score_model, plan, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
-    if not any(isinstance(a, PGD) for a in once):
+    if not any(isinstance(a, PGD | Adaptive) for a in once):
         once.append(PGD(e.threat_model, plan.eps, steps=plan.budget.steps, eot=1))
     defences = [Defence(UNDEFENDED, bare, once, 1, described(name, bare)), *purified]
     baseline = f"{known}-at"

@@ -58,7 +58,7 @@ WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
 GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
 EVERY_ATTACK = (
-    "random-noise,transfer,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
+    "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
 
@@ -193,6 +193,7 @@ class Evaluation(Description):
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
     attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
     eot: int | None = option(None, WHOLE, BUDGET, "draws per gradient of every attack")
+    calls: int | None = option(None, WHOLE, BUDGET, "network calls of the attack adaptive, for each image")
     restarts: int = option(1, WHOLE, BUDGET, "random restarts of PGD")
     judge_draws: int | None = option(None, WHOLE, BUDGET, "fresh purifications that judge each image")
     worst_only: str | None = option(
@@ -207,7 +208,7 @@ class Evaluation(Description):
             self._choose(name, names)
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
-        for name in ("attack_steps", "eot", "restarts", "judge_draws", "purifications", "surrogate_steps"):
+        for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):
             value = getattr(self, name)
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")

@@ -63,7 +63,8 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
             "--memory-budget."
         )
     n = len(samples)
-    total = sum(a.gradients * gradient + a.forwards * forward for a in defence.attacks) * n
+    passes = [attack.passes(model) for attack in defence.attacks]
+    total = sum(gradients * gradient + forwards * forward for gradients, forwards in passes) * n
     total += len(defence.stages()) * defence.draws * forward * n
     return Cost(rows, gradient, forward, total, memory)
 

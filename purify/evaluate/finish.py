@@ -16,6 +16,10 @@ from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, results, worst_only_results
 from purify.evaluate.selfchecks import Check, checks_work, self_checks
+from purify.purification.defended import DefendedClassifier
+from purify.purification.overshoot import warn_overshoot
+
+OVERSHOT = 4  # images on which guidance is looked at
 
 
 def run_config(
@@ -96,6 +100,8 @@ def finish(
     with Progress(total, progress) as bar:
         for d in defences:
             bar.stage(f"self-checks, {d.name}")
+            if isinstance(d.model, DefendedClassifier):
+                warn_overshoot(d.model.purifier, samples.images[:OVERSHOT], seed)
             checks += self_checks(folder, d, samples, seed, criterion is None, max_rows, bar)
     report.write_result(file, found, defences, {**context, "self_checks": [plain(check) for check in checks]})
     return Finished(found, checks, verdict, file)

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
+from purify.purification.calls import GRADIENT
 from purify.purification.cost import most_steps
 from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
 
-GRADIENT = 3  # forward passes that a gradient takes: itself, backward, and what is recomputed
 FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
 
 
@@ -31,8 +31,8 @@ def cost(defence: Defence) -> float:
 
 def weight(defence: Defence, attack: Attack | None) -> float:
     """Network calls of one sample in a stage: the attack's, and its judges'."""
-    calls = 0 if attack is None else GRADIENT * attack.gradients + attack.forwards
-    return cost(defence) * (calls + defence.draws)
+    gradients, forwards = (0, 0) if attack is None else attack.passes(defence.model)
+    return cost(defence) * (GRADIENT * gradients + forwards + defence.draws)
 
 
 class Progress:

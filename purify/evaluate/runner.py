@@ -189,11 +189,11 @@ class _Stage:
 
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
-        adversarial, loss = batch.images, torch.full((len(batch),), float("nan"))
+        adversarial, loss, calls = batch.images, torch.full((len(batch),), float("nan")), None
         if self.attack is not None:
             attack_seed = derive_seed(self.seed, "attack")
             result = self.attack(self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
-            adversarial, loss = result.images, result.loss
+            adversarial, loss, calls = result.images, result.loss, result.calls
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
@@ -207,6 +207,7 @@ class _Stage:
                 **{n: values[i] for n, values in distances.items()},
                 **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
+                **({} if calls is None else {"calls": int(calls[i])}),
                 "seconds": round(seconds, 4),
             }
             image = None if self.attack is None else adversarial[i].cpu().numpy()

@@ -16,7 +16,7 @@ from purify.attacks.autoattack import Square
 from purify.attacks.base import Attack, keyed
 from purify.attacks.kinks import blind, moved
 from purify.attacks.noise import RandomNoise
-from purify.attacks.pgd import PGD, margin_loss
+from purify.attacks.pgd import DRAWS, margin_loss
 from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.progress import GRADIENT, Progress, cost, weight
@@ -250,18 +250,15 @@ def inexact_check(defence: str, found: Sequence[tuple[type[Attack], float]], eng
     return [Check(defence, INEXACT, gain, LOST, at_most(gain, LOST), meaning)]
 
 
-def _to_converge(defence: Defence, recorded: Recorded | None) -> PGD | None:
-    """The strongest PGD attack of the defence; without records the first one. None: there is none."""
-    attacks = [a for a in defence.attacks if isinstance(a, PGD) and not a.black_box]
-    found = recorded.strongest(attacks) if recorded and attacks else next(iter(attacks), None)
-    assert found is None or isinstance(found, PGD)
-    return found
+def _to_converge(defence: Defence, recorded: Recorded | None) -> Attack | None:
+    """The strongest attack whose effort can be doubled; without records the first one. None: there is none."""
+    attacks = [a for a in defence.attacks if a.doubled() and not a.black_box]
+    return recorded.strongest(attacks) if recorded and attacks else next(iter(attacks), None)
 
 
-def _stronger(attack: PGD, defence: Defence) -> dict[str, PGD]:
-    """The attack with twice the steps, and with twice the draws where they differ."""
-    steps = {"steps": replace(attack, steps=2 * attack.steps)}
-    return {**steps, "EOT draws": replace(attack, eot=2 * attack.eot)} if defence.draws > 1 else steps
+def _stronger(attack: Attack, defence: Defence) -> dict[str, Attack]:
+    """The attack with twice the effort, by what is doubled; twice the draws only where they differ."""
+    return {what: better for what, better in attack.doubled().items() if what != DRAWS or defence.draws > 1}
 
 
 def convergence_checks(
@@ -272,7 +269,7 @@ def convergence_checks(
     max_rows: int = 2048,
     bar: Progress | None = None,
 ) -> list[Check]:
-    """How much lower twice the steps, or twice the draws, of the strongest PGD attack bring a few samples.
+    """How much lower the strongest attack brings a few samples with twice the steps, draws or calls.
 
     Without records the first one counts as the strongest.
     """
@@ -282,7 +279,7 @@ def convergence_checks(
         meaning = "No attack was run whose steps can be doubled; add pgd-eot."
         return [Check(defence.name, name.format("steps", len(samples)), None, LOST, False, meaning)]
 
-    def found(attack: PGD) -> float:
+    def found(attack: Attack) -> float:
         with bar.work(defence, weight(defence, attack) * len(samples)):
             return accuracy(defence, attack, samples, seed, max_rows)
 

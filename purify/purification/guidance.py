@@ -158,6 +158,19 @@ class Guide:
             return lambda u: self._through_score(model, u, self.bound, t)[0]
         return lambda u: gradient_of(lambda w: self._distance(model, w, self.bound, t), u)
 
+    def curvature(self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, v: Tensor) -> Tensor | None:
+        """s_t times D's second derivative at u_t along v, with ``prediction`` held constant; None: not guided at t."""
+        strength = self.guidance.strength(model, t)
+        if not bool((strength != 0).any()):
+            return None
+        with torch.enable_grad():
+            w = u.detach().requires_grad_()
+            gradient = self._outside(model, prediction, w, t)
+            if not gradient.requires_grad:
+                return torch.zeros_like(u)
+            (turned,) = torch.autograd.grad(gradient, w, v)
+        return per_sample(strength, u) * turned
+
     def _check_frozen(self, model: ScoreModel, u: Tensor) -> None:
         if not (torch.is_grad_enabled() and u.requires_grad):
             return

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""Accuracy left against network calls per image: the adaptive attack, PGD+EOT, and several attacks together.
+
+All rows of a purifier meet the same images and are judged on the same draws, so differences are paired. Calls are those
+of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second.
+
+    python benchmarks/attack_budget.py --minutes 30       # resumes; rows that are done are not run again
+
+Each row is written as it ends, to OUT/rows; then OUT/attack_budget.json, .md and a plot for all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import purify
+from purify.attacks import APGD, PGD, Adaptive, Attack, ConstantLevelPGD, FirstOrderPGD, GuidePGD, SurrogatePGD
+from purify.data import DATASETS, load_dataset
+from purify.diffusion.noise import derive_seed
+from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
+from purify.evaluate.runner import Defence, judge
+from purify.purification.calls import GRADIENT, calls
+from purify.purification.cost import shortened
+
+SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
+TOGETHER = (PGD, APGD, SurrogatePGD, ConstantLevelPGD, FirstOrderPGD, GuidePGD)  # the best of `strongest`, each alone
+SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
+WORST = "together"  # each image meets the worst for it, cross-fitted
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows have in common."""
+
+    dataset: str
+    norm: str
+    eps: float
+    images: int
+    steps: int
+    eot: int
+    draws: int
+    seed: int
+    out: Path
+
+    @property
+    def key(self) -> str:
+        stated = (self.dataset, self.norm, self.eps, self.images, self.steps, self.eot, self.draws, self.seed)
+        return hashlib.sha256(repr(stated).encode()).hexdigest()[:10]
+
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first of the second half of the test images, labels and ids."""
+        images, labels = load_dataset(self.dataset, "test")
+        ids = torch.arange(len(images) // 2, min(len(images) // 2 + self.images, len(images)))
+        return images[ids], labels[ids], ids
+
+    def model(self, system: str) -> Any:
+        return purify.wrap(f"{self.dataset}-standard", dataset=self.dataset, purifier=system, threat_model=self.norm)
+
+    def attacks(self, model: Any, together: bool) -> list[tuple[str, Attack]]:
+        """Rows by name, the cheapest first."""
+        options = {"norm": self.norm, "eps": self.eps, "max_rows": 256}
+        pgd = PGD(steps=self.steps, eot=self.eot, **options)
+        whole = price(pgd, model)
+        found: list[tuple[str, Attack]] = [
+            (f"adaptive 1/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SHARES
+        ]
+        half = PGD(steps=self.steps // 2, eot=max(1, self.eot // 2), **options)
+        found += [(named(half), half), (named(pgd), pgd)]
+        if together:
+            others = [kind(steps=self.steps, eot=self.eot, **options) for kind in TOGETHER if kind is not PGD]
+            found += [(named(a), a) for a in others if a.applies_to(model)]
+        return found
+
+
+def named(attack: Any) -> str:
+    return f"{attack.label} {attack.steps} x {attack.eot}"
+
+
+def price(attack: Any, model: Any) -> int:
+    """Network calls for one image, of attacks that take gradients of the purifier."""
+    if isinstance(attack, Adaptive):
+        plan = attack.stages(model)
+        return attack.warm(model) + sum(s.climbs + s.race.used * calls(model).forward for s in plan)
+    own = calls(attack.attacked(model))
+    gradient = own.gradient
+    if isinstance(attack, SurrogatePGD):  # the whole forward, and the shorter one forward and back
+        short = calls(model.with_purifier(shortened(model.purifier, attack.surrogate_steps)))
+        gradient = own.forward + short.gradient
+    guide = 0
+    if isinstance(attack, GuidePGD):  # its warm start, and the guide's own gradient at every draw
+        guide = attack.steps * GRADIENT + 1 + attack.gradients * GRADIENT + attack.forwards
+    return attack.gradients * gradient + attack.forwards * own.forward + guide
+
+
+def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) -> dict[str, Any]:
+    """One row: the judges' answers, calls and seconds."""
+    x, y, ids = bench.samples()
+    start = time.perf_counter()
+    found = attack(model, x, y, sample_ids=ids, seed=derive_seed(bench.seed, "attack"))
+    seconds = time.perf_counter() - start
+    judged = judge(Defence(system, model, [], bench.draws, {}), found.images, ids, bench.seed, 256)
+    planned = price(attack, model)
+    used = float(planned) if found.calls is None else found.calls.double().mean().item()
+    right = (judged.predictions == y[:, None]).int().tolist()
+    return {"system": system, "attack": name, "planned": planned, "calls": used, "seconds": seconds, "right": right}
+
+
+def run(bench: Bench, systems: list[str], minutes: float, together: bool) -> None:
+    """Measure what is not there yet, as long as the time allows; a row that has begun is finished."""
+    end = time.monotonic() + 60 * minutes
+    for system in systems:
+        model = bench.model(system)
+        for name, attack in bench.attacks(model, together):
+            file = row_file(bench, system, name)
+            if file.exists():
+                continue
+            if time.monotonic() > end:
+                print(f"Time is up before {system}, {name}; the same command goes on from here.")
+                return
+            row = measure(bench, system, name, attack, model)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(row))
+            partial.replace(file)  # whole or not at all
+            left = 100 * np.mean(row["right"])
+            print(f"{system:9} {name:28} {row['calls']:8.0f} calls  {left:5.1f} %  {row['seconds']:.0f} s", flush=True)
+
+
+def row_file(bench: Bench, system: str, name: str) -> Path:
+    return bench.out / "rows" / bench.key / f"{system}-{name.replace('/', '_').replace(' ', '-')}.json"
+
+
+def load(bench: Bench, system: str, together: bool) -> dict[str, dict[str, Any]]:
+    """Rows of a system by name, with all but the adaptive ones together."""
+    rows = {}
+    for name, _ in bench.attacks(bench.model(system), together):
+        file = row_file(bench, system, name)
+        if file.exists():
+            rows[name] = json.loads(file.read_text())
+    others = [r for n, r in rows.items() if "adaptive" not in n]
+    if together and len(others) > 2:
+        right = [np.array(r["right"], dtype=float) for r in others]
+        spent = sum(r["calls"] for r in others)
+        rows[WORST] = {"system": system, "attack": WORST, "calls": spent, "planned": spent, "worst": worst_mean(right)}
+    return rows
+
+
+def values(row: dict[str, Any]) -> np.ndarray:
+    """Share right of each image."""
+    if "worst" in row:
+        return np.asarray(row["worst"])
+    right = np.array(row["right"])
+    return mean_correct(right, np.ones(len(right)))
+
+
+def report(bench: Bench, systems: list[str], together: bool) -> None:
+    """JSON, Markdown and a plot of every row that is there."""
+    summary, lines, curves = [], [], {}
+    for system in systems:
+        rows = load(bench, system, together)
+        if not rows:
+            continue
+        pgd = next((r for n, r in rows.items() if n == f"pgd-eot {bench.steps} x {bench.eot}"), None)
+        worst = rows.get(WORST)
+        lines += [
+            f"### {system}",
+            "",
+            "| attack | calls per image | accuracy left | minus pgd-eot, paired | minus together, paired |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name, row in rows.items():
+            left = estimate(values(row))
+            against = [None if o is None or o is row else difference(values(row), values(o)) for o in (pgd, worst)]
+            lines.append(f"| {name} | {row['calls']:.0f} | {left} | " + " | ".join(map(text, against)) + " |")
+            summary.append({
+                "system": system, "attack": name, "calls": row["calls"], "planned": row["planned"],
+                "seconds": row.get("seconds"), "left": plain(left), "minus pgd-eot": plain(against[0]),
+                "minus together": plain(against[1]),
+            })  # fmt: skip
+        lines.append("")
+        curves[system] = rows
+    stated = {k: str(v) for k, v in vars(bench).items() if k != "out"}
+    bench.out.mkdir(parents=True, exist_ok=True)
+    (bench.out / "attack_budget.json").write_text(json.dumps({"bench": stated, "rows": summary}, indent=1))
+    (bench.out / "attack_budget.md").write_text("\n".join(lines))
+    draw(curves, bench.out / "attack_budget.png", f"{bench.dataset}, {bench.norm} {bench.eps:g}, {bench.images} images")
+    print("\n".join(lines))
+
+
+def text(found: Estimate | None) -> str:
+    return "" if found is None else str(found)
+
+
+def plain(found: Estimate | None) -> list[float] | None:
+    return None if found is None else [found.value, found.low, found.high]
+
+
+def draw(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
+    """A panel for each purifier."""
+    if not curves:
+        return
+    fig = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained")
+    axes = fig.subplots(1, len(curves), squeeze=False)[0]
+    for ax, (system, rows) in zip(axes, curves.items(), strict=True):
+        for kind, mark in (("adaptive", "o-"), ("pgd-eot ", "s-"), ("", "x")):
+            names = [n for n in rows if (n.startswith(kind) if kind else not n.startswith(("adaptive", "pgd-eot ")))]
+            names.sort(key=lambda n: rows[n]["calls"])
+            if names:
+                found = [estimate(values(rows[n])) for n in names]
+                middle = 100 * np.array([e.value for e in found])
+                bars = np.array([(middle[i] - 100 * e.low, 100 * e.high - middle[i]) for i, e in enumerate(found)]).T
+                spent = [rows[n]["calls"] for n in names]
+                ax.errorbar(spent, middle, bars, fmt=mark, capsize=2, label=kind.strip() or "others, and together")
+        ax.set(xscale="log", xlabel="network calls per image", title=system, ylim=(0, None))
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy left, %")
+    axes[-1].legend(fontsize=7)
+    fig.suptitle(title, fontsize=9)
+    fig.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="purifiers or noise levels, separated by commas")
+    parser.add_argument("--dataset", default="digits")
+    parser.add_argument("--threat-model", default="Linf")
+    parser.add_argument("--images", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=40, help="of pgd-eot and the others")
+    parser.add_argument("--eot", type=int, default=10, help="of pgd-eot and the others")
+    parser.add_argument("--judge-draws", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=30.0, help="no row begins later")
+    parser.add_argument("--alone", action="store_true", help="without the attacks beside adaptive and pgd-eot")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    eps = DATASETS[args.dataset].eps[args.threat_model]
+    bench = Bench(
+        args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out
+    )
+    systems = args.systems.split(",")
+    run(bench, systems, args.minutes, not args.alone)
+    report(bench, systems, not args.alone)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""One attack to quote: what a purifier's own description asks for, within a budget of network calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from purify.attacks.adaptive.climb import Climb
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Stage, stages
+from purify.attacks.apgd import APGD
+from purify.attacks.base import Attack, AttackResult, keyed
+from purify.attacks.kinks import Inside
+from purify.attacks.norms import BALLS
+from purify.attacks.pgd import PGD
+from purify.attacks.transfer import GuideTransfer
+from purify.checks import check_count
+from purify.diffusion.noise import Noise, derive_seed
+from purify.purification.calls import GRADIENT, calls
+from purify.purification.defended import DefendedClassifier
+
+ASKED = 2  # answers that tell whether a model has randomness
+DRAWS = 5  # per gradient on one that has, of which nothing else is known
+ALONE = 604  # calls on a model without randomness: 100 steps of PGD and of APGD are enough there
+
+
+@dataclass(frozen=True)
+class Adaptive(Attack):
+    """The strongest white-box attack that a budget of network calls allows, put together for each model.
+
+    On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
+    iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Guided purifiers
+    are also climbed with the guidance held constant, from where their guide is deceived. On a model without randomness:
+    the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
+
+    Args:
+        calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`.
+        max_rows: images times draws that go through the model at once.
+    """
+
+    calls: int = 10_000
+    max_rows: int = 2048
+
+    name: ClassVar[str] = "adaptive"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.calls, "network calls (--calls)")
+        check_count(self.max_rows, "max_rows")
+
+    def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        if not isinstance(model, DefendedClassifier):
+            return self._plain(model, x, y, ids, seed)
+        start, found = self._start(model, x, y, ids, seed)
+        best, loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
+        used = torch.full_like(y, self.warm(model))
+        left = torch.arange(len(x), device=x.device)
+        for stage in self.stages(model):
+            rows = (x[left], y[left], ids[left])
+            climbed, extra = self._climbs(stage, start, *rows, seed)
+            call = keyed(model, derive_seed(seed, "select"))
+            winner = stage.race.run(call, torch.stack([*found, *climbed]), *rows[1:], self.max_rows)
+            best[left], loss[left] = winner.images, winner.loss
+            used[left] += stage.climbs + extra + stage.race.used * calls(model).forward
+            left, start = left[~winner.broken], winner.images[~winner.broken]
+            found = [start]
+            if len(left) == 0:
+                break
+        return AttackResult(best, loss, used)
+
+    def stages(self, model: Any) -> Sequence[Stage]:
+        """What is done to a purified model, and what each part may spend."""
+        return list(stages(model, self._climb, self.calls - self.warm(model)))
+
+    @property
+    def _climb(self) -> Climb:
+        return Climb(self.norm, self.eps, max_rows=self.max_rows)
+
+    def warm(self, model: Any) -> int:
+        """Calls of the warm start."""
+        return 0 if model.auxiliary is None else GUIDE_STEPS * GRADIENT + 1
+
+    def _start(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """Where the first climb begins, and what may be chosen besides its iterates."""
+        if model.auxiliary is not None:
+            guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
+            deceived = guide.run(model, x, y, ids, derive_seed(seed, "guide")).images
+            return deceived, [deceived]
+        uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)
+        return BALLS[self.norm].start(x, self.eps, uniform), []
+
+    def _climbs(
+        self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Iterates that may be chosen, and calls beyond the plan, (N,): of gradients taken again inside [0, 1]."""
+        found, extra = [], torch.zeros_like(y)
+        for phase in stage.phases:
+            inside = Inside(len(x), x.device)
+            path = phase.climb.path(phase.model, x, y, ids, derive_seed(seed, phase.name), start, phase.mix, inside)
+            found += [z for step, z in enumerate(path, start=1) if step in phase.marks]
+            extra += inside.tries * phase.climb.eot * calls(phase.model).gradient
+        return found, extra
+
+    @property
+    def gradients(self) -> int:
+        return sum(attack.gradients for attack in self._alone(1))
+
+    @property
+    def forwards(self) -> int:
+        return sum(attack.forwards for attack in self._alone(1)) + ASKED
+
+    def passes(self, model: nn.Module) -> tuple[float, float]:
+        if not isinstance(model, DefendedClassifier):
+            return self.gradients, self.forwards
+        plan = self.stages(model)
+        climbs = self.warm(model) + sum(stage.climbs for stage in plan)
+        return climbs / calls(model).gradient, sum(stage.race.used for stage in plan)
+
+    def counts(self, model: nn.Module) -> int:
+        if not isinstance(model, DefendedClassifier):
+            return self.counted
+        phases = [phase.climb for stage in self.stages(model) for phase in stage.phases]
+        return sum(climb.steps * climb.eot for climb in phases) + (GUIDE_STEPS if self.warm(model) else 0)
+
+    def on_deterministic(self) -> Attack:
+        return replace(self, calls=min(self.calls, ALONE))
+
+    def doubled(self) -> dict[str, Attack]:
+        return {"network calls": replace(self, calls=2 * self.calls)}
+
+    def budget(self) -> dict[str, Any]:
+        parts = super().budget()
+        del parts["max_rows"]  # does not change results
+        return parts
+
+    def _plain(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        """PGD and APGD on any other model, with draws where it answers the same question differently."""
+        call = keyed(model, derive_seed(seed, "asked"))
+        with torch.no_grad():
+            first, again = (call(x, ids, torch.full_like(ids, draw)) for draw in range(ASKED))
+        attacks = self._alone(1 if torch.equal(first, again) else DRAWS)
+        one, other = (attack.run(model, x, y, ids, derive_seed(seed, attack.name)) for attack in attacks)
+        better = (other.loss > one.loss).reshape(-1, 1, 1, 1)
+        spent = ASKED + sum(GRADIENT * attack.gradients + attack.forwards for attack in attacks)
+        images = torch.where(better, other.images, one.images)
+        return AttackResult(images, torch.maximum(one.loss, other.loss), torch.full_like(y, spent))
+
+    def _alone(self, eot: int) -> list[PGD]:
+        """The attacks on a model of which nothing is known."""
+        steps = max(1, ((self.calls - ASKED) // (2 * eot) - 1) // GRADIENT)
+        sparsity = None if eot == 1 else 0.05
+        options: dict[str, Any] = {"steps": steps, "eot": eot, "sparsity": sparsity, "max_rows": self.max_rows}
+        return [kind(self.norm, self.eps, **options) for kind in (PGD, APGD)]
+
+
+__all__ = ["Adaptive"]

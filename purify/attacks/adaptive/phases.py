@@ -1,0 +1,114 @@
+"""Which climbs a purifier asks for, from its own description, and what each may spend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from purify.attacks.adaptive.climb import Climb, Mix
+from purify.attacks.adaptive.select import Race
+from purify.purification.calls import GRADIENT, calls
+from purify.purification.cost import shortened
+
+SHORT = 3  # reverse steps per round of the shorter process
+LONG = 40  # steps of a climb before each gets more draws instead
+GUIDE_STEPS = 20  # of the warm start, at 3 calls each
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One climb.
+
+    Attributes:
+        name: keys its randomness.
+        model: what is differentiated.
+        climb: how.
+        mix: another network whose gradient is added.
+        kept: iterates of its second half, the last included, that may be chosen.
+    """
+
+    name: str
+    model: nn.Module
+    climb: Climb
+    mix: Mix | None = None
+    kept: int = 4
+
+    @cached_property
+    def calls(self) -> int:
+        """Network calls for one image."""
+        each = self.climb.eot * calls(self.model).gradient + (0 if self.mix is None else GRADIENT)
+        return self.climb.steps * each
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Steps, from 1, whose iterates may be chosen."""
+        steps = self.climb.steps
+        return frozenset(steps - round(i * steps / 2 / self.kept) for i in range(self.kept)) - {0}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Climbs from one start, and the race among what they found."""
+
+    phases: tuple[Phase, ...]
+    race: Race
+
+    @property
+    def climbs(self) -> int:
+        """Network calls of the climbs, for one image."""
+        return sum(phase.calls for phase in self.phases)
+
+
+def shorter(model: Any) -> nn.Module:
+    """``model`` with at most ``SHORT`` reverse steps per round."""
+    return model.with_purifier(shortened(model.purifier, SHORT))
+
+
+def first_order(model: Any) -> nn.Module:
+    """``model`` with what guides it held constant in the gradient; itself where nothing does."""
+    return model.with_gradient(second_order=False) if model.guided else model
+
+
+def sized(phase: Phase, share: float) -> Phase:
+    """The phase with the steps and draws that ``share`` calls allow: more steps first, then more draws."""
+    gradients = max(1, int(share / calls(phase.model).gradient))
+    eot = max(1, min(phase.climb.eot, gradients // 2), round(math.sqrt(gradients * phase.climb.eot / LONG)))
+    each = eot * calls(phase.model).gradient + (0 if phase.mix is None else GRADIENT)
+    return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / each))))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each part may spend, as shares of the calls."""
+
+    short: float = 0.55
+    choose: float = 0.1
+    full: float = 0.2
+    last: float = 0.15
+
+
+def stages(model: Any, climb: Climb, budget: int, shares: Shares = Shares()) -> Iterator[Stage]:
+    """The stages of an attack on a purified classifier, at ``budget`` calls for one image."""
+    mix = None if model.auxiliary is None else Mix(model.auxiliary)
+    heavy = replace(climb, scaled=model.guided)
+    full = replace(heavy, step_size=climb.eps / 2)
+    forward = calls(model).forward
+    phases = [Phase("short", first_order(shorter(model)), heavy, mix)]
+    given, spent = int(mix is not None), 0  # the start where it is more than random
+    stage = _stage(phases, shares.short * budget, int(shares.choose * budget / forward), given, spent)
+    yield stage
+    phases = [Phase("exact", model, full)]
+    if model.guided:
+        phases.append(Phase("first-order", first_order(model), full, mix))
+    yield _stage(phases, shares.full * budget, int(shares.last * budget / forward), 1, stage.race.draws)
+
+
+def _stage(phases: list[Phase], climbs: float, forwards: int, given: int, first: int) -> Stage:
+    """A stage whose phases share ``climbs`` calls; ``given``: candidates besides their iterates."""
+    found = tuple(sized(phase, climbs / len(phases)) for phase in phases)
+    return Stage(found, Race(given + sum(len(phase.marks) for phase in found), forwards, first))

@@ -1,0 +1,316 @@
+"""The adaptive attack: what it counts, which draws it uses, where it stays and what it reaches."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import TinyClassifier, smooth_model
+from test_attacks import Linear
+from torch import nn
+
+from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
+from purify.attacks import PGD, Adaptive
+from purify.attacks.adaptive.climb import Climb, Mix
+from purify.attacks.adaptive.select import ENOUGH, Race, score
+from purify.attacks.norms import BALLS, unit
+from purify.diffusion.noise import derive_seed
+from purify.evaluate import Defence, Samples
+from purify.evaluate.progress import cost, weight
+from purify.evaluate.runner import judge
+from purify.evaluate.selfchecks import convergence_checks
+from purify.presets import PURIFIERS
+from purify.purification.calls import GRADIENT, calls
+from purify.purification.guidance import AdversarialGuidance, MSEGuidance
+from purify.purification.levels import LEVELS
+
+IDS = torch.arange(7)
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(7) % 5
+
+
+def guided(**options):
+    guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2", **options)
+    return Purifier(smooth_model(), 0.3, "ddpm", 8, guidance=guidance)
+
+
+def varying():
+    score_model = smooth_model()
+    found = calibrate(score_model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return Purifier(score_model, SSNISigmoid(0.4, found), "ddpm", 6)
+
+
+MODELS = {
+    "plain": lambda: diffpure(smooth_model(), 0.3, 8, "ddpm"),
+    "rounds": lambda: Purifier(smooth_model(), 0.3, "ddpm", 6, rounds=(0.5, 1.0)),
+    "level": varying,
+    "mse": lambda: Purifier(smooth_model(), 0.3, "ddpm", 6, guidance=MSEGuidance(1.0)),
+    "network": guided,
+    "diffused": lambda: guided(reference="diffused"),
+    "packed": lambda: diffpure(smooth_model(), 0.3, FixedDt(0.05), "ddpm"),
+}
+
+
+class Meter:
+    """Network calls by hooks: rows of every network's forward passes, with what is differentiated at its price."""
+
+    def __init__(self, model):
+        self.total, self.passes, self.inside = 0, 0, None
+        model.register_forward_pre_hook(self.enter)
+        model.register_forward_hook(self.leave)
+        for network in (model.purifier.score_model.network, model.classifier):
+            network.register_forward_hook(self.network)
+        if model.purifier.auxiliary is not None:
+            model.purifier.auxiliary.register_forward_hook(self.auxiliary)
+
+    def enter(self, model, inputs):
+        guidance = model.purifier.guidance
+        asked = torch.is_grad_enabled() and inputs[0].requires_grad
+        held = guidance is not None and not guidance.second_order
+        self.inside = (GRADIENT, GRADIENT - held) if asked else (1, 1)
+        self.once = guidance is not None and guidance.reference == "input"
+        self.reference = True
+
+    def leave(self, model, inputs, output):
+        self.inside = None
+
+    def network(self, network, inputs, output):
+        if torch._C._current_graph_task_id() == -1:  # what is recomputed is in the price
+            self.total += len(inputs[0]) * self.inside[0]
+
+    def auxiliary(self, network, inputs, output):
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if self.inside is None:
+            self.total += len(inputs[0]) * (GRADIENT if output.requires_grad else 1)
+            return
+        # The state's way through the network is gone back at once; that of a reference, which comes first, is not.
+        self.total += len(inputs[0]) * self.inside[1] * (1 if self.reference else 2)
+        self.reference = not self.once and not self.reference
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [300, 1000])
+def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels):
+    images, labels, ids = images[:3], labels[:3], IDS[:3]
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model)
+    found = attack.run(model, images, labels, ids, 0)
+    counted = meter.total
+    assert found.calls.sum() == counted if name != "packed" else found.calls.sum() >= counted
+    plan = attack.stages(model)
+    full = sum(stage.climbs + stage.race.used * calls(model).forward for stage in plan)
+    warm = 61 if model.auxiliary is not None else 0
+    assert (found.calls <= full + warm).all()
+    gradients, forwards = attack.passes(model)
+    assert gradients * calls(model).gradient + forwards * calls(model).forward == pytest.approx(full + warm)
+    if budget == 1000:
+        assert full + warm <= budget
+
+
+def test_several_purifications_cost_as_many(images, labels):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"), purifications=3)
+    meter = Meter(model)
+    found = Adaptive("Linf", 0.1, calls=2000).run(model, images, labels, IDS, 0)
+    assert found.calls.sum() == meter.total
+    assert calls(model).forward == 3 * 5
+
+
+def test_draws_of_gradients_selection_and_judges_are_apart(images, labels):
+    """By the keys that the model sees: no (seed, draw) of one kind is one of another's, and none is chosen twice."""
+    model, seen = DefendedClassifier(TinyClassifier(), guided()), []
+
+    def spy(module, arguments, options):
+        draws = options["draw"].tolist()
+        seen.append((torch.is_grad_enabled() and arguments[0].requires_grad, options["seed"], set(draws)))
+
+    model.register_forward_pre_hook(spy, with_kwargs=True)
+    seed = derive_seed(derive_seed(0, "attack"), "adaptive")
+    Adaptive("Linf", 0.1, calls=3000).run(model, images, labels, IDS, seed)
+    gradients = {(s, d) for g, s, draws in seen if g for d in draws}
+    chosen = {(s, d) for g, s, draws in seen if not g for d in draws}
+    seen.clear()
+    judge(Defence("d", model, [], 5, {}), images, IDS, 0)
+    assert gradients
+    assert chosen
+    assert not gradients & chosen
+    judges = derive_seed(0, "judge")
+    assert judges not in {s for s, _ in gradients | chosen}
+    first, last = Adaptive("Linf", 0.1, calls=3000).stages(model)
+    assert last.race.first == first.race.draws  # the second race's draws begin after the first's
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "eps"),
+    [("plain", "L2", 0.5), ("level", "Linf", 0.1), ("mse", "L1", 1.5), ("network", "Linf", 0.1), ("packed", "L2", 0.5)],
+)
+def test_images_stay_in_the_ball(name, norm, eps, images, labels):
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    found = Adaptive(norm, eps, calls=400)(model, images, labels).images
+    assert (BALLS[norm].distance(found - images) <= eps + 1e-5).all()
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert (found != images).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "network", "level"])
+def test_an_image_does_not_depend_on_its_batch(name, images, labels):
+    model, attack = DefendedClassifier(TinyClassifier(), MODELS[name]()), Adaptive("Linf", 0.2, calls=500)
+    whole = attack(model, images, labels, sample_ids=IDS)
+    again = attack(model, images, labels, sample_ids=IDS)
+    assert torch.equal(whole.images, again.images)
+    rows = torch.tensor([4, 1])
+    part = attack(model, images[rows], labels[rows], sample_ids=rows)
+    torch.testing.assert_close(part.images, whole.images[rows], rtol=0, atol=1e-4)
+    small = Adaptive("Linf", 0.2, calls=500, max_rows=3)(model, images, labels, sample_ids=IDS)
+    torch.testing.assert_close(small.images, whole.images, rtol=0, atol=1e-4)
+
+
+def test_at_equal_calls_it_leaves_no_more_than_pgd(images):
+    """On a purifier with much noise and few calls; labels are what the purified images mostly are."""
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.6, 10, "ddpm"))
+    images = torch.rand(24, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(24)
+    labels = judge(Defence("d", model, [], 20, {}), images, ids, 3).predictions.mode(1).values
+    pgd = PGD("Linf", 0.1, steps=12, eot=4)
+    budget = pgd.gradients * calls(model).gradient + pgd.forwards * calls(model).forward
+    left = {}
+    for attack in (pgd, Adaptive("Linf", 0.1, calls=budget)):
+        found = attack(model, images, labels, sample_ids=ids).images
+        judged = judge(Defence("d", model, [], 60, {}), found, ids, 0).predictions
+        left[attack.name] = (judged == labels[:, None]).double().mean().item()
+    assert left["adaptive"] <= left["pgd-eot"] + 0.01
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_it_reaches_the_optimum_of_a_linear_model(norm, images):
+    model, eps, target = Linear(), {"Linf": 0.1, "L2": 0.2}[norm], torch.ones(7, dtype=torch.long)
+    attack = Adaptive(norm, eps, calls=400)
+    found = attack(model, images, target)
+    w = model.w.reshape(1, 4, 4)
+    delta = -eps * (w.sign() if norm == "Linf" else w / w.norm())
+    torch.testing.assert_close(found.loss, -2 * ((images + delta).flatten(1) @ model.w), atol=1e-3, rtol=1e-3)
+    assert (found.calls <= 400).all()
+    asked = []
+    model.register_forward_hook(lambda m, i, o: asked.append(len(i[0]) * (3 if o.requires_grad else 1)))
+    attack.run(model, images, target, IDS, 0)
+    assert sum(asked) == found.calls.sum()
+
+
+def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
+    score_model = smooth_model()
+    found = calibrate(score_model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    for name, preset in PURIFIERS.items():
+        for level in ("constant", "ssni-l") if name in ("diffpure", "agdm") else ("constant",):
+            rule = 0.3 if level == "constant" else LEVELS[level](0.3, found)
+            options = {"auxiliary": TinyClassifier(size=4)} if name == "agdm" else {}
+            options |= {"scale": 1.0} if name == "gdmp" else {}
+            model = DefendedClassifier(TinyClassifier(), preset(score_model, rule, 3, "ddpm", **options))
+            result = Adaptive("Linf", 0.1, calls=200)(model, images[:2], labels[:2])
+            assert result.images.shape == images[:2].shape
+            assert (result.calls > 0).all()
+
+
+def test_the_gradient_goes_through_the_level(images, labels):
+    """The whole process is climbed with t*(x) as it is, not held constant."""
+    model = DefendedClassifier(TinyClassifier(), varying())
+    for stage in Adaptive("Linf", 0.1, calls=2000).stages(model):
+        for phase in stage.phases:
+            assert phase.model.purifier.through_level
+            assert phase.model.purifier.exact
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_survives_a_zero_gradient(images):
+    class Flat(nn.Module):
+        """No gradient at all where the mean is above a half."""
+
+        def forward(self, x):
+            value = x.flatten(1).mean(1).clamp_max(0.5)
+            return torch.stack([torch.zeros_like(value), value], 1)
+
+    x, y = torch.full((1, 1, 4, 4), 0.45), torch.zeros(1, dtype=torch.long)
+    means = {}
+    for momentum in (0.0, 0.75):
+        climb = Climb("Linf", 0.3, steps=6, eot=1, momentum=momentum, schedule="constant", step_size=0.06)
+        means[momentum] = list(climb.path(Flat(), x, y, IDS[:1], 0, x))[-1].mean().item()
+    assert means[0.0] == pytest.approx(0.51, abs=1e-6)
+    assert means[0.75] == pytest.approx(0.75, abs=1e-6)
+
+
+def test_scaled_draws_weigh_the_same():
+    g = torch.randn(1, 2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    g[0, 0, 0] *= 1e6
+    found = Climb("Linf", 0.1, scaled=True).average(g)
+    expected = torch.stack([torch.stack([unit(d[None])[0] for d in image]).mean(0) for image in g[0]])[None]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(Climb("Linf", 0.1).average(g), g.mean(2))
+
+
+def test_the_mixture_by_hand(images, labels):
+    network, g = TinyClassifier(), torch.randn(7, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    v = images.clone().requires_grad_()
+    logits = network(v)
+    own = nn.functional.one_hot(labels, logits.shape[1]).bool()
+    margin = logits.masked_fill(own, -math.inf).amax(1) - logits[own]
+    (a,) = torch.autograd.grad(margin.sum(), v)
+    torch.testing.assert_close(Mix(network, 0.3)(g, images, labels), unit(g) + 0.3 * unit(a))
+
+
+def test_a_race_finds_the_best_and_counts_its_draws():
+    """Candidates whose pixel is the chance of a wrong answer; every draw is counted."""
+    chances = torch.tensor([0.1, 0.9, 0.3, 0.5, 0.2])
+    candidates = chances[:, None, None, None, None].expand(5, 6, 1, 1, 1)
+    asked = Counter()
+
+    def call(images, ids, draws):
+        generator = [torch.Generator().manual_seed(int(i) * 1000 + int(d)) for i, d in zip(ids, draws, strict=True)]
+        coin = torch.stack([torch.rand((), generator=g) for g in generator])
+        asked.update(ids.tolist())
+        wrong = (coin < images.flatten(1)[:, 0]).float()
+        return torch.stack([1 - wrong, wrong], 1)
+
+    race = Race(5, 200)
+    won = race.run(call, candidates, torch.zeros(6, dtype=torch.long), torch.arange(6), 64)
+    assert (won.images == 0.9).all()
+    assert set(asked.values()) == {race.used}
+    assert race.used <= 200
+    assert won.margins.shape == (6, race.draws)
+    assert Race(1, 50).rounds() == []
+    assert Race(4, 2).used <= 2
+
+
+def test_what_wins_is_the_share_of_wrong_answers():
+    """One answer that is very wrong counts less than two that are wrong; among equals the more wrong wins."""
+    margins = torch.tensor([[90.0, -9.0, -9.0], [9.0, 9.0, -90.0], [9.0, 10.0, -90.0]])
+    assert score(margins).argsort(descending=True).tolist() == [2, 1, 0]
+
+
+def test_broken_images_stop(images):
+    """A label that no purified image has is broken at once; nothing more is spent on it."""
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
+    images, ids = images[:3], IDS[:3]
+    answers = judge(Defence("d", model, [], 200, {}), images, ids, 1).predictions
+    never = next(k for k in range(5) if not (answers == k).any())
+    attack = Adaptive("Linf", 1e-3, calls=6000)
+    assert attack.stages(model)[0].race.draws >= ENOUGH
+    found = attack.run(model, images, torch.full((3,), never), ids, 0)
+    assert (found.calls < 0.8 * 6000).all()
+    assert (found.loss > 0).all()
+
+
+def test_progress_and_convergence_know_it(images, labels):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
+    attack = Adaptive("Linf", 0.1, calls=600)
+    defence = Defence("d", model, [attack], 4, {})
+    assert weight(defence, attack) <= 600 + 4 * cost(defence)
+    (check,) = convergence_checks(defence, Samples(images, labels, IDS), 0)
+    assert "twice the network calls" in check.name
+    assert attack.budget() == {"attack": "adaptive", "norm": "Linf", "eps": 0.1, "calls": 600}
+    with pytest.raises(ValueError, match="network calls"):
+        Adaptive("Linf", 0.1, calls=0)
