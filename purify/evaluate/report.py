@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.noise import RandomNoise
 from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
@@ -148,9 +149,13 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
 
 
 def _strongest(folder: RunFolder, defence: Defence, samples: Samples) -> str | None:
-    """The attack that left the smallest share of answers right, among the samples that met it; None: none was met."""
+    """The attack that left the smallest share of answers right, among the samples that met it; None: none was met.
+
+    Random noise counts only where there is nothing else.
+    """
     left: dict[str, float] = {}
-    for name in (stage_name(a) for a in defence.attacks):
+    attacks = [a for a in defence.attacks if not isinstance(a, RandomNoise)] or defence.attacks
+    for name in map(stage_name, attacks):
         met = [(defence.name, name, int(i)) for i in samples.ids]
         records = [folder.get(*key) for key in met if key in folder]
         if records:
