@@ -98,7 +98,7 @@ def build_works(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     smooth = denoised_smoothing(classifier, score, args.sigma, rows)
     images = load_dataset(args.dataset, "test")[0][: args.samples].to(device)
     noisy = images[:1] + args.sigma * torch.randn(rows, *images.shape[1:], device=device)
-    smooth.certify(images[:1], Draws(10, rows))  # warm up
+    smooth.certify(images[:1], Draws(10, max(rows, 10)))  # warm up
     return {
         PLAIN: lambda: plain_loop(smooth, images, draws, args.plain_batch),
         SAME_BATCH: lambda: plain_loop(smooth, images, draws, rows),

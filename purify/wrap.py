@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from purify.checkpoints import default_score_model, load_score_model
 from purify.checks import choose, short
 from purify.diffusion.resize import needs_resize
 from purify.diffusion.score import ScoreModel
+from purify.plugin import is_in_file, said, split
 from purify.presets import find_preset
 from purify.purification.defended import DefendedClassifier
 from purify.purification.levels import LEVELS, NoiseLevel, Settings, build_level
@@ -120,7 +122,9 @@ def build_purifier(
         settings["t_star"] = build_level(rule, given, level_options or {})
     elif level or named or level_options:
         raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
-    built = preset(network, **_networks(settings, dataset, threat_model))
+    arguments = _networks(settings, dataset, threat_model)
+    with said(split(purifier)[0]) if is_in_file(purifier) else nullcontext():
+        built = preset(network, **arguments)
     if not isinstance(built, Purifier):
         raise ValueError(f"{purifier} returned {type(built).__name__}; it must return a purify.Purifier.")
     return built.with_resize() if resize else built

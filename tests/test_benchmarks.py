@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,3 +327,14 @@ def test_results_that_cannot_be_written_are_noticed_before_any_work(name, capsys
 def test_benchmarks_refuse_bad_input(name, arguments, message, capsys, tmp_path):
     assert load_script(name).main([*arguments, "--out", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err == f"error: {message}.\n"
+
+
+def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
+    """All sections but the peers' run on the CPU; one that failed stands as an error in gpu.json."""
+    pytest.importorskip("torchsde")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = load_script("gpu")
+    assert script.main(["--toy", "--out", str(tmp_path), "--only", "memory per step", "waits", "certification"]) == 0
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert "error" not in json.dumps(report).lower()
+    assert "not asked" in (tmp_path / "gpu.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,16 @@ class Certifier(ABC):
     ) -> Certificate:
         """Certificates of images (N, C, H, W) in [0, 1]; ``sample_ids`` (N,) and ``seed`` key the noise."""
 
+    def reachable(self, draws: Draws) -> float:
+        """The largest radius that any image can get with these draws: that of one on which all of them agree.
+
+        Infinite where a certifier does not say.
+
+        Raises:
+            ValueError: none can get any, so that nothing need be drawn; says how many draws it takes.
+        """
+        return math.inf
+
     @abstractmethod
     def noisy_models(self) -> dict[str, NoisyModel]:
         """What an attack on the answer differentiates, by name."""
@@ -136,6 +147,22 @@ class Certifier(ABC):
     def covered(self, perturbed: Tensor, image: Tensor, radius: float) -> Tensor:
         """An image (1, C, H, W) near ``perturbed``, within ``radius`` of ``image``, of which the certificate speaks."""
         return perturbed
+
+
+def best_bound(draws: Draws, level: float, least: float) -> float:
+    """The lower bound of a probability if all draws hit.
+
+    Raises:
+        ValueError: it is below ``least``, without which there is no certificate.
+    """
+    best = float(lower_bound(draws.n, draws.n, level))
+    if best < least:
+        needed = math.ceil(math.log(level) / math.log(least))
+        raise ValueError(
+            f"{draws.n} draws at alpha {draws.alpha:g} bound a probability by at most {best:.3g}, and a certificate "
+            f"needs {least:g}: every image would abstain; make at least {needed} draws."
+        )
+    return best
 
 
 @dataclass(frozen=True)
@@ -203,6 +230,7 @@ class RandomizedSmoothing(Certifier):
         draws = as_draws(draws)
         noise = keys(images, sample_ids, derive_seed(seed, "certify", self.stream))
         level = draws.alpha / len(draws.looks)
+        self.reachable(draws)
         target = self._target(draws, level)
         selected = self.counts(images, noise, range(draws.n0)).argmax(1)
         counts, lower = torch.zeros(0, dtype=torch.int64), np.zeros(len(images))
@@ -222,6 +250,9 @@ class RandomizedSmoothing(Certifier):
         radii = np.where(answered, self.radius(lower), 0.0)
         counts = counts.cpu()
         return Certificate(classes, torch.from_numpy(radii), counts, draws.n0 + counts.sum(1))
+
+    def reachable(self, draws: Draws) -> float:
+        return float(self.radius(np.array(best_bound(draws, draws.alpha / len(draws.looks), 0.5))))
 
     def _target(self, draws: Draws, level: float) -> float:
         """The bound at which drawing may stop."""

@@ -18,7 +18,7 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import multinomial_proportions_confint
 from torch import Tensor
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws
+from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws, best_bound
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
@@ -84,11 +84,16 @@ MODES: dict[str, Mode] = {"strict": Strict(), "reference": Reference()}
 
 
 def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
-    """Counts of the answer, then of the others in falling order, the last added up until it is at least ``least``."""
-    bins = sorted(np.delete(counts, answer).tolist(), reverse=True)
-    while len(bins) > 1 and bins[-1] < least:
+    """Counts of the answer, then of the others in falling order, where the small ones are added up from the smallest on
+    until each sum is at least ``least``; what is left over joins the last sum."""
+    bins: list[int] = [0]
+    for count in sorted(np.delete(counts, answer).tolist()):
+        if bins[-1] >= least:
+            bins.append(0)
+        bins[-1] += count
+    if len(bins) > 1 and bins[-1] < least:
         bins[-2:] = [bins[-2] + bins[-1]]
-    return [int(counts[answer]), *bins]
+    return [int(counts[answer]), *reversed(bins)]
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,7 @@ class Cascade(Certifier):
         ``counts`` are those of the stage that decided. Arguments and errors as in :meth:`Smooth.certify`.
         """
         draws = as_draws(draws)
-        if draws.stop is not None:
-            raise ValueError("A cascade makes all its draws; leave early stopping out.")
+        self.reachable(draws)
         ids = keys(images, sample_ids, seed).sample_ids
         counts: list[list[np.ndarray]] = [[] for _ in images]
         selected: list[list[int]] = [[] for _ in images]
@@ -228,6 +232,13 @@ class Cascade(Certifier):
             (stages + 1) * (draws.n0 + draws.n),
             stages,
         )
+
+    def reachable(self, draws: Draws) -> float:
+        if draws.stop is not None:
+            raise ValueError("A cascade makes all its draws; leave early stopping out.")
+        level = MODES[self.mode].level(draws.alpha, 0, len(self.scales))
+        low = best_bound(draws, level, self.p0)
+        return float(self.sigmas[0] * (norm.ppf(low) - norm.ppf(self.p0)))
 
     def predict(
         self,

@@ -192,6 +192,9 @@ class DSSN(Certifier):
         classes, steps = answer_and_steps(counts)
         return Certificate(classes, steps.double() / GRID, counts, counts.sum(1))
 
+    def reachable(self, draws: Draws) -> float:
+        return self.perturb.levels // 2 / GRID
+
     def covered(self, perturbed: Tensor, image: Tensor, radius: float) -> Tensor:
         """The image on the grid: steps are rounded towards ``image``, and what is left of the radius goes to the pixels
         that lost most."""

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Measure, write and print a calibration."""
     choose(args.dataset, DATASETS, "data set")
     check_count(args.images, "images", 2)
+    check_count(args.seed, "--seed", 0)
     check_writable(args.out)
     norm = ScoreNorm(args.t_min, args.t_max, args.draws, args.form)
     device = check_device(args.device)

@@ -70,11 +70,12 @@ def small(n: int) -> None:
 def show(ready: Ready, folder: RunFolder) -> None:
     """Print the tables, write result.json and the curve for each norm."""
     found = ready.finish(folder)
+    reachable = {s.name: s.certifier.reachable(s.draws) for s in ready.systems}
     written = [folder.path / "result.json"]
     for norm in ready.radii:
         part = {s.name: found[s.name] for s in ready.systems if s.certifier.norm == norm}
         print(f"\n{norm}: certified accuracy in % at radii, [95 % interval]\n{table(part).to_string()}")
-        print(f"\n{further(part).to_string()}")
+        print(f"\n{further(part, reachable).to_string()}")
         written.append(curve(curve_picture(folder.path, norm), part, norm))
     for name, summary in found.items():
         if summary.refuted:
@@ -89,11 +90,12 @@ def table(found: dict[str, Summary]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def further(found: dict[str, Summary]) -> pd.DataFrame:
-    """Average certified radius, abstentions, draws and the cross-check: one row per system."""
+def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFrame:
+    """Average certified radius and the largest that the draws can give, abstentions, draws, cross-check: a row each."""
     rows = {
         name: {
             "ACR": f"{s.acr.value:.3f} [{s.acr.low:.3f}, {s.acr.high:.3f}]",
+            "reachable": f"{reachable[name]:.3f}",
             "abstained %": str(s.abstained),
             "draws per image": f"{s.draws:.0f}",
             "changed by PGD inside": f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),

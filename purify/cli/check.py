@@ -42,7 +42,10 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Check, print and plot."""
     check_count(args.images, "images")
     data, device = resolve_data(args.dataset), check_device(args.device)
+    check_count(args.seed, "--seed", 0)
     if args.out is not None:
+        if args.out.suffix.lower() != ".png":
+            raise ValueError(f"--out takes a .png file, got {args.out}.")
         check_writable(args.out)
     known = args.dataset if args.dataset in DATASETS else data.like or ""
     name = args.score_model or default_score_model(known)

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     """Read everything, purify, write, and say what each image went through."""
     check_count(args.purifications, "purifications")
     check_count(args.batch_size, "batch size")
+    check_count(args.seed, "--seed", 0)
     choose(args.dataset, DATASETS, "data set")
     find_preset(args.purifier)
     device = check_device(args.device)
@@ -108,7 +109,7 @@ def files(inputs: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             own = sorted(p for p in path.iterdir() if p.suffix.lower() in (*PICTURES, *ARRAYS))
             if not own:
-                raise ValueError(f"{path} holds no PNG, JPEG, .npz or .safetensors files.")
+                raise ValueError(f"{path} holds no PNG, JPEG, .npz or .safetensors files; subfolders are not searched.")
             found += own
         elif not path.is_file():
             raise ValueError(f"There is no file {path}.")

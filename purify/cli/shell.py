@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,7 +28,13 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for what Python flushes at the end
+        return 0
     except OSError as error:
+        if error.filename is None and error.strerror is None:  # a network's, in its own words
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         what = f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error})"
         print(f"error: {what}; what was finished is on disk.", file=sys.stderr)
         return 2

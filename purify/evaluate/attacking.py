@@ -120,10 +120,9 @@ class Prepared:
         """What each defence would take.
 
         Raises:
-            ValueError: the models do not fit the data, or the folder holds another run.
+            ValueError: the folder holds another run.
         """
         e = self.plan.asked
-        check_together(self.defences, self.samples, e.seed)
         if e.out is not None:
             check_folder(e.out, self.config)
         return dry_run(self.defences, self.samples, e.batch_size, self.plan.max_rows)
@@ -149,6 +148,7 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, plan.budget.n_examples, device)
     defences = build_defences(plan, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
+    check_together(defences, samples, asked.seed)
     config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
     return Prepared(plan, attacks, defences, samples, config, ranks)
 

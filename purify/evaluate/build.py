@@ -21,6 +21,7 @@ from purify.evaluate.budgets import Budget, budget
 from purify.evaluate.description import Evaluation
 from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
+from purify.plugin import is_in_file
 from purify.presets import SHARED, find_preset
 from purify.purification.defended import DefendedClassifier
 from purify.purification.gradients import ENGINES, Checkpoint, Full, Surrogate
@@ -130,7 +131,8 @@ def build_pairs(plan: Plan) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for purifier in e.purifier:
         level = find_preset(purifier)[1]
-        pairs += [(purifier, name) for name in names] if level is None else [("diffpure", level)]
+        own = names if e.noise_level or not is_in_file(purifier) else names[:1]  # it may have a level of its own
+        pairs += [(purifier, name) for name in own] if level is None else [("diffpure", level)]
     taking = [name for _, name in pairs if "t_star" in find_level(name).parameters()]
     if e.t_star is not None and not taking:
         raise ValueError(f"{pairs[0][1]} has no t_star; leave --t-star out, see --set for its own parameters.")

@@ -20,6 +20,7 @@ from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, share_out
+from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"
 CHECK_DRAWS = 1000  # draws that judge an image attacked inside its radius, at most
@@ -97,6 +98,9 @@ def certify_all(
     check_images(samples.images)
     check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_labels(samples.labels, len(samples))
+    for system in systems:
+        for noisy in system.certifier.noisy_models().values():
+            check_steady(system.name, noisy.classifier, samples.images, samples.ids)
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
     own = share_out(samples, batch_size, folder.ranks)

@@ -43,6 +43,7 @@ from purify.purification.gradients import ENGINES
 from purify.purification.levels import LEVELS
 
 if TYPE_CHECKING:
+    from purify.evaluate.certification import Summary
     from purify.evaluate.finish import Finished
 
 DATA = (
@@ -90,6 +91,7 @@ class Description:
 
     def __post_init__(self) -> None:
         convert(self)
+        check_count(self.seed, "--seed", 0)
         for name in ("n_examples", "batch_size", "max_rows", "threads"):
             value = getattr(self, name)
             if value is not None:
@@ -269,3 +271,16 @@ class Certification(Description):
         super().__post_init__()
         self._choose("mode", MODES)
         self._choose("budget", DRAWS)
+
+    def run(self) -> dict[str, Summary]:
+        """Certify and attack inside the radii, resuming what is in the run's folder: a summary for each system.
+
+        Raises:
+            ValueError: what does not fit together; before anything is drawn.
+        """
+        from purify.evaluate.systems import prepare  # builds networks from this description
+
+        ready = prepare(self)
+        folder = ready.open("from Python")
+        ready.certify(folder)
+        return ready.finish(folder)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.noise import RandomNoise
 from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
@@ -110,22 +111,22 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     """PNG of up to eight samples: original, perturbation, adversarial and purified, each with its prediction.
 
     Samples that are broken come first in the order of the data, mixed with held ones, so that both are seen.
-    Only samples that met the attack are shown. Returns the path, samples-DEFENCE.png in the run's folder, or None if
-    there are no such samples.
+    The attack is the one that left least; only samples that met it are shown. Returns the path, samples-DEFENCE.png in
+    the run's folder, or None if there are no such samples.
     """
     assert isinstance(defence.model, DefendedClassifier)
     path = samples_picture(folder.path, defence.name)
-    attack = stage_name(next((a for a in defence.attacks if not a.black_box), defence.attacks[0]))
-    samples = samples[torch.tensor([(defence.name, attack, int(i)) in folder for i in samples.ids])]
-    if len(samples) == 0:
+    attack = _strongest(folder, defence, samples)
+    if attack is None:
         return None
+    samples = samples[torch.tensor([(defence.name, attack, int(i)) in folder for i in samples.ids])]
     chosen = _both_kinds(folder, defence, attack, samples, 8)
     shown = samples[chosen]
     adversarial = torch.stack([torch.from_numpy(folder.image(defence.name, attack, int(i))) for i in shown.ids])
     adversarial = adversarial.to(shown.images)
     purified = defence.model.purifier(adversarial, sample_ids=shown.ids)
     records = [folder.get(defence.name, attack, int(i)) for i in shown.ids]
-    votes = [np.bincount(r["predictions"]).argmax() for r in records]
+    votes = [_vote(r["predictions"]) for r in records]
     share = [np.mean(np.array(r["predictions"]) == r["label"]) for r in records]
     bare = undefended(adversarial).argmax(1).tolist()
     first = undefended(shown.images).argmax(1).tolist()
@@ -138,13 +139,34 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
             "purified once\nmajority of all says",
             purified,
             [
-                (f"{v}  ({100 * s:.0f}% right)", int(v) == int(y))
+                (f"{v}  ({100 * s:.0f}% right)", v == str(int(y)))
                 for v, s, y in zip(votes, share, shown.labels, strict=True)
             ],
         ),
     ]
     _draw(path, rows, f"{defence.name} under {attack}", shown.labels)
     return path
+
+
+def _strongest(folder: RunFolder, defence: Defence, samples: Samples) -> str | None:
+    """The attack that left the smallest share of answers right, among the samples that met it; None: none was met.
+
+    Random noise counts only where there is nothing else.
+    """
+    left: dict[str, float] = {}
+    attacks = [a for a in defence.attacks if not isinstance(a, RandomNoise)] or defence.attacks
+    for name in map(stage_name, attacks):
+        met = [(defence.name, name, int(i)) for i in samples.ids]
+        records = [folder.get(*key) for key in met if key in folder]
+        if records:
+            left[name] = float(np.mean([np.mean(np.array(r["predictions"]) == r["label"]) for r in records]))
+    return min(left, key=lambda name: left[name]) if left else None
+
+
+def _vote(predictions: list[int]) -> str:
+    """The commonest answer, or those that share the first place."""
+    counts = np.bincount(predictions)
+    return " or ".join(map(str, np.flatnonzero(counts == counts.max())))
 
 
 def _both_kinds(folder: RunFolder, defence: Defence, attack: str, samples: Samples, count: int) -> Tensor:

@@ -23,6 +23,7 @@ from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
+from purify.evaluate.steady import check_steady
 from purify.purification.outcomes import Trace
 
 CLEAN = "clean"
@@ -135,12 +136,13 @@ def evaluate(
 
 
 def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0) -> None:
-    """Raise ValueError unless the models can take the samples and know their labels, and all names differ."""
+    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ."""
     check_images(samples.images)
     check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
         check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
+        check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,8 @@ def build_systems(order: Order) -> list[System]:
     systems = [system for build in builders for system in build(order)]
     advice = "name each method and sigma once, and give each denoiser a file name of its own"
     check_unique([s.name for s in systems], "systems", advice)
+    for s in systems:
+        s.certifier.reachable(s.draws)  # says so if there is none
     return systems
 
 

@@ -11,7 +11,18 @@ from scipy import stats
 from torch import nn
 
 from purify import DiscreteVP, Noise, ScoreModel
-from purify.certify import ABSTAIN, Draws, EarlyStop, NoisyCounts, OneShotDenoised, Smooth, denoised_smoothing
+from purify.certify import (
+    ABSTAIN,
+    DSSN,
+    SSN,
+    Cascade,
+    Draws,
+    EarlyStop,
+    NoisyCounts,
+    OneShotDenoised,
+    Smooth,
+    denoised_smoothing,
+)
 from purify.certify.base import predicted
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.gaussian import Gaussian
@@ -269,3 +280,28 @@ def test_metrics_by_hand():
     assert certified_accuracy(correct, [0, 0.25, 0.3, 0.5, 0.6]).tolist() == [0.5, 0.5, 0.25, 0.25, 0]
     assert average_certified_radius(correct) == pytest.approx(0.1875)
     assert abstentions(np.array([1, 2, ABSTAIN, 0])) == 0.25
+
+
+@pytest.mark.parametrize("n", [20, 60, 1000])
+def test_what_draws_can_reach_is_what_a_constant_classifier_gets(n):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.tensor([0.0, 1.0, 0.5]).expand(len(x), 3)
+
+    constant, draws = Constant().eval(), Draws(5, n)
+    split = SSN(constant, 0.5)
+    two = Cascade((Smooth(constant, 0.25), Smooth(constant, 0.5)))
+    for certifier in (Smooth(constant, 0.5), split, two, DSSN(constant, 0.1)):
+        radii = certifier.certify(torch.zeros(2, 1, 2, 2), draws).radii
+        torch.testing.assert_close(radii, torch.full_like(radii, certifier.reachable(draws)))
+
+
+@pytest.mark.parametrize(("n", "needed"), [(1, 10), (5, 10), (9, 10)])
+def test_draws_that_certify_nothing_are_refused_before_any_is_made(n, needed):
+    classifier = TinyClassifier()
+    classifier.forward = lambda x: pytest.fail("it drew")
+    with pytest.raises(ValueError, match=f"every image would abstain; make at least {needed} draws"):
+        Smooth(classifier, 0.5).certify(torch.rand(1, 1, 8, 8), Draws(5, n, 0.001))
+    assert Smooth(classifier, 0.5).reachable(Draws(5, needed, 0.001)) > 0
+    with pytest.raises(ValueError, match=r"a certificate needs 0.7: every image would abstain; make at least 20 draws"):
+        Cascade((Smooth(classifier, 0.5),), p0=0.7).certify(torch.rand(1, 1, 8, 8), Draws(5, n))

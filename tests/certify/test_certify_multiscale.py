@@ -1,5 +1,6 @@
 """The cascade against the published program, and its soundness against exact Gaussian probabilities in 1-D."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -285,3 +286,29 @@ def test_strict_failure_rate_is_at_most_alpha():
         worst = max(worst, failures)
         assert failures <= stats.binom.ppf(1 - 1e-4, trials, alpha)
     assert worst > 0
+
+
+def pooled(values, least):
+    """An independent reading: cut the rising counts into runs, each as short as its sum allows."""
+    rising, runs = sorted(values), []
+    while rising:
+        length = next((k for k in range(1, len(rising) + 1) if sum(rising[:k]) >= least), len(rising))
+        runs.append(sum(rising[:length]))
+        rising = rising[length:]
+    if len(runs) > 1 and runs[-1] < least:
+        runs = [*runs[:-2], runs[-2] + runs[-1]]
+    return runs[::-1]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5])
+def test_pooling_by_brute_force(classes):
+    for counts in itertools.product(range(8), repeat=classes):
+        found = pool(np.array(counts), 0)
+        assert found == [counts[0], *pooled(counts[1:], 5)]
+        assert sum(found) == sum(counts)
+        assert min(found[1:]) >= min(5, sum(counts[1:]))
+
+
+def test_pooling_goes_on_after_the_last_bin():
+    counts = np.array([4000, 2994, 2994, 3, 3, 3, 3, 0, 0, 0])
+    assert pool(counts, 0) == [4000, 2994, 2994, 6, 6]

@@ -239,7 +239,7 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
     [
         (["--dataset", "mnist"], "Unknown data set 'mnist'; known: cifar10, cifar100, digits"),
         (["--purifier", "magic"], "Unknown purifier 'magic'; known: agdm, diffpure"),
-        (["--attacks", "pgd-eot,fgsm"], "Unknown attack 'fgsm'; known: apgd-margin-eot, autoattack-rand"),
+        (["--attacks", "pgd-eot,fgsm"], "Unknown attack 'fgsm'; known: adaptive, apgd-margin-eot"),
         (["--model", "resnet"], "Unknown model 'resnet' for digits; known: digits-at, digits-dssn, digits-guide"),
         (["--model", "nowhere.py:make"], "no file nowhere.py"),
         (["--score-model", "nothing"], "no score network 'nothing'"),
