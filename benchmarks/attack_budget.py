@@ -34,7 +34,7 @@ from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
 
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
-TOGETHER = (PGD, APGD, SurrogatePGD, ConstantLevelPGD, FirstOrderPGD, GuidePGD)  # the best of `strongest`, each alone
+TOGETHER = (PGD, FirstOrderPGD, ConstantLevelPGD, SurrogatePGD, APGD, GuidePGD)  # the best of `strongest`, each alone
 SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
 WORST = "together"  # each image meets the worst for it, cross-fitted
 
@@ -116,14 +116,17 @@ def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) ->
     return {"system": system, "attack": name, "planned": planned, "calls": used, "seconds": seconds, "right": right}
 
 
-def run(bench: Bench, systems: list[str], minutes: float, together: bool) -> None:
-    """Measure what is not there yet, as long as the time allows; a row that has begun is finished."""
+def run(bench: Bench, systems: list[str], minutes: float, together: bool, rows: list[str]) -> None:
+    """Measure what is not there yet, as long as the time allows; a row that has begun is finished.
+
+    ``rows``: what the names of the rows contain, one of these; none: all.
+    """
     end = time.monotonic() + 60 * minutes
     for system in systems:
         model = bench.model(system)
         for name, attack in bench.attacks(model, together):
             file = row_file(bench, system, name)
-            if file.exists():
+            if file.exists() or (rows and not any(part in name for part in rows)):
                 continue
             if time.monotonic() > end:
                 print(f"Time is up before {system}, {name}; the same command goes on from here.")
@@ -242,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="no row begins later")
     parser.add_argument("--alone", action="store_true", help="without the attacks beside adaptive and pgd-eot")
+    parser.add_argument("--rows", default="", help="parts of names, separated by commas: no other rows are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
     args = parser.parse_args(argv)
@@ -251,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out
     )
     systems = args.systems.split(",")
-    run(bench, systems, args.minutes, not args.alone)
+    run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])
     report(bench, systems, not args.alone)
     return 0
 

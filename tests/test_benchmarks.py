@@ -338,3 +338,23 @@ def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert "error" not in json.dumps(report).lower()
     assert "not asked" in (tmp_path / "gpu.md").read_text()
+
+
+def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
+    script = load_script("attack_budget")
+    options = ["--systems", "diffpure", "--images", "2", "--steps", "2", "--eot", "1", "--judge-draws", "10"]
+    command = [*options, "--rows", "adaptive 1/2,pgd-eot 2", "--out", str(tmp_path)]
+    assert script.main([*command, "--minutes", "0"]) == 0
+    assert "goes on from here" in capsys.readouterr().out
+    script.main(command)
+    first = capsys.readouterr().out
+    found = json.loads((tmp_path / "attack_budget.json").read_text())["rows"]
+    names = {row["attack"]: row for row in found}
+    assert set(names) == {"adaptive 1/25", "adaptive 1/2", "pgd-eot 2 x 1"}
+    assert names["pgd-eot 2 x 1"]["calls"] == 2 * 33 + 11
+    assert names["pgd-eot 2 x 1"]["minus pgd-eot"] is None
+    assert (tmp_path / "attack_budget.png").exists()
+    script.main(command)
+    again = capsys.readouterr().out
+    assert "s\n" in first.partition("###")[0]
+    assert again.startswith("###")

@@ -282,7 +282,11 @@ def test_a_race_finds_the_best_and_counts_its_draws():
     assert race.used <= 200
     assert won.margins.shape == (6, race.draws)
     assert Race(1, 50).rounds() == []
-    assert Race(4, 2).used <= 2
+    assert Race(9, 18).rounds() == [(9, 1), (5, 1)]
+    few = Race(5, 4)
+    assert few.rounds() == []
+    last = few.run(call, candidates, torch.zeros(6, dtype=torch.long), torch.arange(6), 64)
+    assert (last.images == candidates[-1]).all()
 
 
 def test_what_wins_is_the_share_of_wrong_answers():

@@ -29,11 +29,15 @@ class Race:
     first: int = 0
 
     def rounds(self) -> list[tuple[int, int]]:
-        """Candidates and draws for each, of every round; none without a choice to make or draws to make it."""
-        count = math.ceil(math.log2(self.candidates)) if self.candidates > 1 else 0
+        """Candidates and draws for each, of every round; none without a choice to make or a draw for each.
+
+        As many as halve the candidates to one, or fewer: in the first every candidate meets a draw.
+        """
+        if self.candidates == 1:
+            return []
+        count = min(math.ceil(math.log2(self.candidates)), self.forwards // self.candidates)
         sizes = [-(-self.candidates // 2**r) for r in range(count)]
-        found = [(size, self.forwards // (count * size)) for size in sizes]
-        return [(size, draws) for size, draws in found if draws]
+        return [(size, self.forwards // (count * size)) for size in sizes]
 
     @property
     def used(self) -> int:
@@ -91,9 +95,9 @@ def score(margins: Tensor) -> Tensor:
 
 
 def _best(alive: Tensor, margins: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The ``size`` best of each image; the earlier among equals."""
+    """The ``size`` best of each image, the earlier among equals; the last ones if nothing was asked."""
     if size == len(alive) or margins.shape[2] == 0:
-        return alive[:size], margins[:size]
+        return alive[-size:], margins[-size:]
     order = score(margins).sort(dim=0, descending=True, stable=True).indices[:size]
     return alive.gather(0, order), margins.gather(0, order[..., None].expand(-1, -1, margins.shape[2]))
 
