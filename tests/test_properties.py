@@ -17,7 +17,7 @@ from purify.evaluate.records import parse, to_line
 from purify.options import _number, _size
 from purify.purification.plans import packing, reverse_times
 
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40, deadline=None, derandomize=True)  # the same examples everywhere
 UNIT = st.floats(0, 1, allow_nan=False)
 IMAGES = st.lists(st.lists(UNIT, min_size=9, max_size=9), min_size=1, max_size=3)
 IDS = st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=6, unique=True)
@@ -106,7 +106,7 @@ def test_reverse_times_fall_from_t_star_to_the_end(t_star, steps, share):
 def test_a_fixed_dt_takes_as_many_steps_as_the_level_has_lengths(levels, dt):
     t = torch.tensor(levels).double()
     counts = FixedDt(dt).counts(t)
-    assert ((counts * dt - t).abs() <= dt / 2 + 1e-12)[counts > 1].all()
+    assert ((counts.double() * dt - t).abs() <= dt / 2 + 1e-12)[counts > 1].all()
     assert (counts >= 1).all()
     assert FixedSteps(7).counts(t).tolist() == [7] * len(t)
 

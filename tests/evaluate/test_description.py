@@ -39,7 +39,7 @@ EVALUATIONS = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(EVALUATIONS)
 def test_yaml_gives_the_same_description_back(tmp_path_factory, evaluation):
     file = tmp_path_factory.mktemp("yaml") / "run.yaml"
@@ -48,7 +48,7 @@ def test_yaml_gives_the_same_description_back(tmp_path_factory, evaluation):
     assert described(Evaluation, parser().parse_args(["--config", str(file)])) == evaluation
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(EVALUATIONS)
 def test_the_command_line_gives_the_same_description(evaluation):
     words = []
