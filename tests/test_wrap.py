@@ -27,7 +27,7 @@ from purify import (
 from purify.checkpoints import PUBLIC, default_score_model
 from purify.compat import import_robustbench
 from purify.data import DATASETS
-from purify.evaluate.build import Plan, build_attacks, build_defences, build_purified
+from purify.evaluate.build import Request, build_attacks, build_defences, build_purified
 from purify.evaluate.description import Evaluation
 from purify.presets import PURIFIERS
 
@@ -210,13 +210,13 @@ def test_a_noise_level_is_diffpure_there_as_on_the_command_line(name, options, l
 
 
 def plan_of(evaluation):
-    return Plan(evaluation, DATASETS[evaluation.dataset], torch.device("cpu"))
+    return Request(evaluation, DATASETS[evaluation.dataset], torch.device("cpu"))
 
 
 def first_purifier(evaluation):
     """The purifier of an evaluation, the first of a run."""
-    plan = plan_of(evaluation)
-    defences = build_defences(plan, build_attacks(plan))
+    request = plan_of(evaluation)
+    defences = build_defences(request, build_attacks(request))
     return next(d.model.purifier for d in defences if hasattr(d.model, "purifier"))
 
 
@@ -236,9 +236,9 @@ def test_published_settings_are_the_same_in_python_and_on_the_command_line(purif
     model, classifier = colour_model(size), TinyClassifier(channels=3, size=size)
     given = {"auxiliary": classifier} if purifier == "agdm" else {}
     defended = wrap(classifier, dataset, purifier=purifier, score_model=model, **given)
-    plan = plan_of(Evaluation(dataset=dataset, attacks="pgd-eot", model="own"))
+    request = plan_of(Evaluation(dataset=dataset, attacks="pgd-eot", model="own"))
     options = {purifier: given, "constant": {}}
-    built = build_purified(purifier, "constant", classifier, model, plan, build_attacks(plan), options)
+    built = build_purified(purifier, "constant", classifier, model, request, build_attacks(request), options)
     assert built.model.purifier.config() == defended.purifier.config()
 
 

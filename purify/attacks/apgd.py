@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from purify.attacks.kinks import Inside
-from purify.attacks.pgd import PGD, Evaluator
+from purify.attacks.pgd import PGD, Target
 
 MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
 RHO = 0.75  # share of steps that must raise the loss for the step size to stay
@@ -35,23 +34,14 @@ class APGD(PGD):
 
     name: ClassVar[str] = "apgd-margin-eot"
 
-    def _iterates(
-        self,
-        evaluate: Evaluator,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor,
-        seed: int,
-        restart: int,
-        first: Tensor | None,
-        inside: Inside | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        z = previous = self._start(x, ids, seed, restart, first)
+    def _iterates(self, target: Target, restart: int, first: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        x = target.x
+        z = previous = self._start(target, restart, first)
         pace = _Pace(len(x), 2 * self.mean_step(x), x.device)
         marks = checkpoints(self.steps)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, step < self.steps, inside)
+            loss, gradients = self._eot(target, z, first_draw, step < self.steps)
             yield z, loss
             if step == self.steps:
                 return

@@ -12,7 +12,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
-from purify.attacks.pgd import PGD
+from purify.attacks.pgd import PGD, Target
 from purify.checks import is_number
 
 
@@ -59,5 +59,5 @@ class LowFrequencyPGD(PGD):
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         return super().project(x + low_pass(z - x, self.cutoff), x)
 
-    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
-        return self.project(super()._start(x, ids, seed, restart, first), x)
+    def _start(self, target: Target, restart: int, first: Tensor | None) -> Tensor:
+        return self.project(super()._start(target, restart, first), target.x)

@@ -56,6 +56,25 @@ STEP_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True)
+class Target:
+    """What an attack asks, of N images.
+
+    Attributes:
+        evaluate: see ``Evaluator``.
+        x, y, ids: clean images (N, C, H, W), labels (N,) and sample ids (N,).
+        seed: keys random starts.
+        inside: which samples have their gradients taken inside [0, 1].
+    """
+
+    evaluate: Evaluator
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    seed: int
+    inside: Inside
+
+
+@dataclass(frozen=True)
 class PGD(Attack):
     """PGD+EOT (Madry et al. 2018; Athalye et al. 2018), EOT draws batched together.
 
@@ -106,17 +125,20 @@ class PGD(Attack):
         choose(self.schedule, STEP_SCHEDULES, "step-size schedule")
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        evaluate = self.evaluator(self.attacked(model), seed)
+        target = self.target(self.attacked(model), x, y, ids, seed)
         first = self.first(model, x, y, ids, seed)
-        inside = Inside(len(x), x.device)
         best = x.clone()
         best_loss = torch.full((len(x),), -math.inf, device=x.device)
         for restart in range(self.restarts):
-            for z, loss in self._iterates(evaluate, x, y, ids, seed, restart, first, inside):
+            for z, loss in self._iterates(target, restart, first):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
         return AttackResult(best, best_loss)
+
+    def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
+        """What iterates are asked of."""
+        return Target(self.evaluator(model, seed), x, y, ids, seed, Inside(len(x), x.device))
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others."""
@@ -169,47 +191,32 @@ class PGD(Attack):
             del parts["sparsity"]
         return parts
 
-    def _iterates(
-        self,
-        evaluate: Evaluator,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor,
-        seed: int,
-        restart: int,
-        first: Tensor | None,
-        inside: Inside | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iterates(self, target: Target, restart: int, first: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every iterate of one run with its estimated loss."""
-        z = self._start(x, ids, seed, restart, first)
+        x, z = target.x, self._start(target, restart, first)
         for step in range(self.steps + 1):
             first_draw = (restart * (self.steps + 1) + step) * self.eot
             last = step == self.steps
-            loss, gradients = self._eot(evaluate, z, y, ids, first_draw, not last, inside)
+            loss, gradients = self._eot(target, z, first_draw, not last)
             yield z, loss
             if not last:
                 size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
                 z = self.project(z + size * self.direction(gradients, z, x), x)
 
-    def _start(self, x: Tensor, ids: Tensor, seed: int, restart: int, first: Tensor | None) -> Tensor:
+    def _start(self, target: Target, restart: int, first: Tensor | None) -> Tensor:
         if restart == 0 and first is not None:
             return first
-        uniform = Noise.keyed(seed, ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
+        x = target.x
+        uniform = Noise.keyed(target.seed, target.ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
         return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _eot(
-        self,
-        evaluate: Evaluator,
-        z: Tensor,
-        y: Tensor,
-        ids: Tensor,
-        first_draw: int,
-        with_gradient: bool,
-        inside: Inside | None = None,
+        self, target: Target, z: Tensor, first_draw: int, with_gradient: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
-        if inside is None or not with_gradient:
-            return self._mean(evaluate, z, y, ids, first_draw, with_gradient)
+        evaluate, y, ids, inside = target.evaluate, target.y, target.ids, target.inside
+        if not with_gradient:
+            return self._mean(evaluate, z, y, ids, first_draw, False)
         loss, gradients = self._mean(evaluate, inside.place(z), y, ids, first_draw, True)
         asked = inside.ask(z, gradients[0])
         if len(asked):

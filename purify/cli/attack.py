@@ -51,14 +51,14 @@ def run(args: Any, command: str) -> int:
     """Check everything, then attack, judge and report."""
     asked = described(Evaluation, args)
     prepared = prepare(asked)
-    plan = prepared.plan
+    request = prepared.request
     if prepared.ranks.first:
-        note_data(asked, plan.data)
+        note_data(asked, request.data)
     if args.dry_run:
         return show_dry_run(prepared)
     folder = prepared.open(command)
     if prepared.ranks.first:
-        threat = f"{asked.threat_model} eps {plan.eps:g}"
+        threat = f"{asked.threat_model} eps {request.eps:g}"
         print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
     new = prepared.attack(folder)
     if prepared.ranks.first:
@@ -72,7 +72,7 @@ def run(args: Any, command: str) -> int:
 def show_dry_run(prepared: Prepared) -> int:
     """Print what the run would take."""
     costs = prepared.dry_run()
-    asked = prepared.plan.asked
+    asked = prepared.request.asked
     print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
     for d in prepared.defences:
         if isinstance(d.model, DefendedClassifier) and d.model.purifier.resize:
@@ -90,7 +90,7 @@ def show_dry_run(prepared: Prepared) -> int:
 
 def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     """Print the tables, and draw a picture for each purifier."""
-    asked, samples, defences = prepared.plan.asked, prepared.samples, prepared.defences
+    asked, samples, defences = prepared.request.asked, prepared.samples, prepared.defences
     criterion = asked.worst_only
     purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
     failed = sum(not check.passed for check in finished.checks)
@@ -98,7 +98,7 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     print(f"  self-checks: {f'{failed} of {len(finished.checks)} FAILED, see below' if failed else 'all passed'}")
     for sentence in report.same_levels(folder, defences, samples):
         print(f"  {sentence}")
-    draws = prepared.plan.budget.judge_draws
+    draws = prepared.request.budget.judge_draws
     print(f"\nAccuracy in %, {CRITERIA_TEXTS[criterion or 'mean'].format(draws)}, [95 % interval]")
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
@@ -138,12 +138,12 @@ def show_checks(finished: Finished) -> None:
 
 def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
     """What the attacks were allowed, and whether that is enough to be quoted."""
-    asked = prepared.plan.asked
+    asked = prepared.request.asked
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
     exact = all(d.model.purifier.exact for d in purified if isinstance(d.model, DefendedClassifier))
     gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}.")
-    if reduced(prepared.stated, prepared.plan.known):
+    if reduced(prepared.stated, prepared.request.known):
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --budget standard or "
             "paper before quoting any."

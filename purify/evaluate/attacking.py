@@ -13,7 +13,7 @@ from purify.attacks import Attack
 from purify.checks import check_unique
 from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
-from purify.evaluate.build import Plan, build_attacks, build_defences
+from purify.evaluate.build import Request, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
@@ -71,7 +71,7 @@ class Prepared:
     """An evaluation of which everything is built and checked, and nothing attacked yet.
 
     Attributes:
-        plan: the description with its data set and device.
+        request: the description with its data set and device.
         attacks: all attacks by name.
         defences: undefended, purified, adversarially trained.
         samples: what is attacked.
@@ -79,7 +79,7 @@ class Prepared:
         ranks: this process among those of the run.
     """
 
-    plan: Plan
+    request: Request
     attacks: list[Attack]
     defences: list[Defence]
     samples: Samples
@@ -89,7 +89,7 @@ class Prepared:
     @property
     def stated(self) -> dict[str, Any]:
         """The budget as results state it."""
-        return {"preset": self.plan.asked.budget, **dataclasses.asdict(self.plan.budget)}
+        return {"preset": self.request.asked.budget, **dataclasses.asdict(self.request.budget)}
 
     @property
     def bytes(self) -> int:
@@ -100,21 +100,21 @@ class Prepared:
 
     def open(self, command: str) -> RunFolder:
         """The run's folder, which says that ``command`` made it."""
-        e = self.plan.asked
+        e = self.request.asked
         name = f"{e.title}-{'+'.join(map(_short, e.purifier))}-{e.budget}"
-        session = environment(self.plan.device, command, self.ranks)
+        session = environment(self.request.device, command, self.ranks)
         return open_folder(e, name, self.config, session, self.ranks, self.bytes)
 
     def attack(self, folder: RunFolder, progress: bool = True) -> int:
         """Attack and judge what the folder does not hold; returns how many records were added."""
-        e = self.plan.asked
+        e = self.request.asked
         return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, self.plan.max_rows, progress, e.worst_only
+            folder, self.defences, self.samples, e.seed, e.batch_size, self.request.max_rows, progress, e.worst_only
         )
 
     def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
         """Accuracies, self-checks and result.json of a folder that is complete."""
-        return finish(folder, self.defences, self.samples, self.stated, self.plan.max_rows, progress)
+        return finish(folder, self.defences, self.samples, self.stated, self.request.max_rows, progress)
 
     def dry_run(self) -> dict[str, Cost]:
         """What each defence would take.
@@ -122,10 +122,10 @@ class Prepared:
         Raises:
             ValueError: the folder holds another run.
         """
-        e = self.plan.asked
+        e = self.request.asked
         if e.out is not None:
             check_folder(e.out, self.config)
-        return dry_run(self.defences, self.samples, e.batch_size, self.plan.max_rows)
+        return dry_run(self.defences, self.samples, e.batch_size, self.request.max_rows)
 
     def health(self) -> dict[str, Health]:
         """What a quick check of each score model finds, by the first defence that has it."""
@@ -143,14 +143,14 @@ def prepare(asked: Evaluation) -> Prepared:
         ValueError: unknown names, missing files, or parts that do not fit together.
     """
     data, ranks, device = begin(asked)
-    plan = Plan(asked, data, device)
-    attacks = build_attacks(plan)
-    samples = load_samples(asked, data, plan.budget.n_examples, device)
-    defences = build_defences(plan, attacks)
+    request = Request(asked, data, device)
+    attacks = build_attacks(request)
+    samples = load_samples(asked, data, request.budget.n_examples, device)
+    defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
     check_together(defences, samples, asked.seed)
     config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
-    return Prepared(plan, attacks, defences, samples, config, ranks)
+    return Prepared(request, attacks, defences, samples, config, ranks)
 
 
 def _short(name: str) -> str:

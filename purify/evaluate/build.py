@@ -32,7 +32,7 @@ from purify.wrap import build_purifier
 
 
 @dataclass(frozen=True)
-class Plan:
+class Request:
     """A description with what was looked up for it.
 
     Attributes:
@@ -84,22 +84,22 @@ class Plan:
         return self.asked.rows(self.device)
 
 
-def build_attacks(plan: Plan) -> list[Attack]:
+def build_attacks(request: Request) -> list[Attack]:
     """The attacks by name; ``strongest`` stands for all."""
-    names = tuple(ATTACKS) if plan.asked.attacks == ("strongest",) else plan.asked.attacks
-    return [attack for name in names for attack in build_attack(find_attack(name), plan)]
+    names = tuple(ATTACKS) if request.asked.attacks == ("strongest",) else request.asked.attacks
+    return [attack for name in names for attack in build_attack(find_attack(name), request)]
 
 
-def build_attack(kind: type[Attack], plan: Plan) -> list[Attack]:
+def build_attack(kind: type[Attack], request: Request) -> list[Attack]:
     """One attack with those of the budget's numbers that it has; or one for each weight of an attack on the norm."""
-    e, allowed = plan.asked, plan.budget
+    e, allowed = request.asked, request.budget
     published = (allowed.autoattack_steps, allowed.autoattack_eot)
     steps, eot = (allowed.steps, allowed.eot) if issubclass(kind, PGD) else published
     numbers = {
         "steps": steps,
         "eot": eot,
         "restarts": e.restarts,
-        "max_rows": plan.max_rows,
+        "max_rows": request.max_rows,
         "queries": allowed.queries,
         "calls": allowed.calls,
         "surrogate_steps": e.surrogate_steps,
@@ -107,26 +107,26 @@ def build_attack(kind: type[Attack], plan: Plan) -> list[Attack]:
     own = {f.name for f in dataclasses.fields(kind)}
     options: dict[str, Any] = {name: value for name, value in numbers.items() if name in own}
     if kind in (NormPGD, NormAutoAttackRand):
-        return [kind(e.threat_model, plan.eps, **options, norm_weight=w) for w in e.norm_weights]
-    return [kind(e.threat_model, plan.eps, **options)]
+        return [kind(e.threat_model, request.eps, **options, norm_weight=w) for w in e.norm_weights]
+    return [kind(e.threat_model, request.eps, **options)]
 
 
-def level_options(name: str, plan: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+def level_options(name: str, request: Request, given: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of the noise level ``name``; ``given``: what the settings say of it."""
     needs = "calibration" in find_level(name).parameters()
-    source = plan.asked.score_model or plan.known
-    found = {"calibration": load_calibration(plan.asked.calibration, source)} if needs else {}
+    source = request.asked.score_model or request.known
+    found = {"calibration": load_calibration(request.asked.calibration, source)} if needs else {}
     return {**found, **given}
 
 
-def build_pairs(plan: Plan) -> list[tuple[str, str]]:
+def build_pairs(request: Request) -> list[tuple[str, str]]:
     """Names of the purifiers of this run, each with a noise level.
 
     Raises:
         ValueError: unknown names, or a t* that none of the levels takes.
     """
-    e = plan.asked
-    embedded = plan.known in zoo.calibrations() and e.score_model is None
+    e = request.asked
+    embedded = request.known in zoo.calibrations() and e.score_model is None
     names = e.noise_level or (("constant", "ssni-l") if embedded else ("constant",))
     pairs: list[tuple[str, str]] = []
     for purifier in e.purifier:
@@ -139,10 +139,10 @@ def build_pairs(plan: Plan) -> list[tuple[str, str]]:
     return pairs
 
 
-def build_steps(plan: Plan) -> int | FixedDt | None:
+def build_steps(request: Request) -> int | FixedDt | None:
     """Reverse steps as the description says, if it does."""
-    e = plan.asked
-    return e.steps if e.dt is None else FixedDt(e.dt, batch=max(1, plan.max_rows // 2))
+    e = request.asked
+    return e.steps if e.dt is None else FixedDt(e.dt, batch=max(1, request.max_rows // 2))
 
 
 def build_settings(settings: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
@@ -187,31 +187,31 @@ def build_purified(
     name: str,
     bare: nn.Module,
     score_model: ScoreModel,
-    plan: Plan,
+    request: Request,
     attacks: Sequence[Attack],
     given: Mapping[str, Mapping[str, Any]],
 ) -> Defence:
     """The classifier behind ``purifier`` with the noise level ``name``; ``given``: see :func:`build_settings`."""
-    e = plan.asked
-    shared: dict[str, Any] = {"t_star": e.t_star, "steps": build_steps(plan), "reverse": e.reverse}
+    e = request.asked
+    shared: dict[str, Any] = {"t_star": e.t_star, "steps": build_steps(request), "reverse": e.reverse}
     options = {key: value for key, value in shared.items() if value is not None} | dict(given[purifier])
     built = build_purifier(
-        purifier, score_model, plan.known, e.threat_model, name, level_options(name, plan, given[name]),
-        gradient=gradient_config(e), shape=plan.data.shape, **options,
+        purifier, score_model, request.known, e.threat_model, name, level_options(name, request, given[name]),
+        gradient=gradient_config(e), shape=request.data.shape, **options,
     )  # fmt: skip
-    model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(plan.device)
+    model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(request.device)
     applicable = [a for a in attacks if a.applies_to(model)]
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
     if not applicable:
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
-    weights = {**described(model_name(plan), bare), "score_model": score_model.fingerprint()}
+    weights = {**described(model_name(request), bare), "score_model": score_model.fingerprint()}
     config = {**model.config(), **weights, "exact": built.exact}
-    return Defence(title, model, applicable, plan.budget.judge_draws, config)
+    return Defence(title, model, applicable, request.budget.judge_draws, config)
 
 
-def model_name(plan: Plan) -> str:
+def model_name(request: Request) -> str:
     """The classifier's name: as given, or usual on the data set."""
-    e, standard = plan.asked, f"{plan.known}-standard"
+    e, standard = request.asked, f"{request.known}-standard"
     if e.model is None and e.dataset not in DATASETS:
         raise ValueError("Data of your own needs a classifier; pass --model, as file.py:function for one of your own.")
     return e.model or (standard if standard in zoo.names("classifier") else "Standard")
@@ -222,21 +222,21 @@ def described(name: str, classifier: nn.Module) -> dict[str, str]:
     return {"model": name, "classifier": fingerprint(classifier)}
 
 
-def build_defences(plan: Plan, attacks: Sequence[Attack]) -> list[Defence]:
+def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]:
     """Undefended, purified, and the adversarially trained baseline where there is one."""
-    e, known, name = plan.asked, plan.known, model_name(plan)
-    pairs = build_pairs(plan)
+    e, known, name = request.asked, request.known, model_name(request)
+    pairs = build_pairs(request)
     given = build_settings(e.settings, pairs)
-    bare = load_classifier(name, known, e.threat_model).to(plan.device)
-    score_model = load_score(e.score_model or default_score_model(known), known).to(plan.device)
-    purified = [build_purified(p, n, bare, score_model, plan, attacks, given) for p, n in pairs]
+    bare = load_classifier(name, known, e.threat_model).to(request.device)
+    score_model = load_score(e.score_model or default_score_model(known), known).to(request.device)
+    purified = [build_purified(p, n, bare, score_model, request, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if not any(isinstance(a, PGD | Adaptive) for a in once):
-        once.append(PGD(e.threat_model, plan.eps, steps=plan.budget.steps, eot=1))
+        once.append(PGD(e.threat_model, request.eps, steps=request.budget.steps, eot=1))
     defences = [Defence(UNDEFENDED, bare, once, 1, described(name, bare)), *purified]
     baseline = f"{known}-at"
     if baseline in zoo.names("classifier") and e.model is None:
-        trained = zoo.classifier(baseline).to(plan.device)
+        trained = zoo.classifier(baseline).to(request.device)
         defences.append(Defence("adversarial training", trained, once, 1, described(baseline, trained)))
     return defences
 

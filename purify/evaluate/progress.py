@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
-from purify.purification.calls import GRADIENT
-from purify.purification.cost import most_steps
-from purify.purification.defended import DefendedClassifier
+from purify.purification.calls import GRADIENT, calls
 
 if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
@@ -23,10 +21,7 @@ FORMAT = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
 
 def cost(defence: Defence) -> float:
     """Network calls of one answer."""
-    model = defence.model
-    if not isinstance(model, DefendedClassifier):
-        return 1.0
-    return model.purifications * (most_steps(model.purifier) + 1.0)
+    return calls(defence.model).forward
 
 
 def weight(defence: Defence, attack: Attack | None) -> float:

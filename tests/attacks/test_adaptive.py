@@ -238,7 +238,7 @@ def test_momentum_survives_a_zero_gradient(images):
     means = {}
     for momentum in (0.0, 0.75):
         climb = Climb("Linf", 0.3, steps=6, eot=1, momentum=momentum, schedule="constant", step_size=0.06)
-        means[momentum] = list(climb.path(Flat(), x, y, IDS[:1], 0, x))[-1].mean().item()
+        means[momentum] = list(climb.path(climb.target(Flat(), x, y, IDS[:1], 0), x))[-1].mean().item()
     assert means[0.0] == pytest.approx(0.51, abs=1e-6)
     assert means[0.75] == pytest.approx(0.75, abs=1e-6)
 

@@ -92,7 +92,7 @@ def test_apgd_reaches_the_optimum_of_a_linear_model(norm, images):
 def test_apgd_steps_carry_momentum(images, labels):
     """The third iterate by hand: a quarter of the last displacement is in the next one."""
     model, attack = TinyClassifier(), APGD("L2", 5.0, steps=50, eot=1, step_size=0.005, random_start=False)
-    run = attack._iterates(attack.evaluator(model, 0), images, labels, IDS, 0, 0, images)
+    run = attack._iterates(attack.target(model, images, labels, IDS, 0), 0, images)
     points = [next(run)[0] for _ in range(3)]
     v = points[1].clone().requires_grad_()
     (g,) = torch.autograd.grad(LOSSES["margin"](model(v), labels).sum(), v)
@@ -196,7 +196,7 @@ def test_gradient_of_the_deviation_by_finite_differences(engine, images):
 def test_the_step_attack_raises_the_deviation(images, labels):
     def deviation(weight):
         attack = StepsPGD("Linf", 0.2, steps=8, eot=2, step_weight=weight)
-        last = list(attack._iterates(attack.evaluator(defended(), 0), images, labels, IDS, 0, 0, None))[-1][0]
+        last = list(attack._iterates(attack.target(defended(), images, labels, IDS, 0), 0, None))[-1][0]
         return defended().details(last, sample_ids=IDS, draw=9, deviation=True).deviation.mean()
 
     assert deviation(100.0) > deviation(0.0) > deviation(-100.0)

@@ -87,7 +87,7 @@ def test_the_norm_attack_lowers_or_raises_the_statistic(images, labels):
     def statistic(weight):
         attack = NormPGD(**{**BUDGET, "steps": 12}, norm_weight=weight)
         ids = torch.arange(7)
-        last = list(attack._iterates(attack.evaluator(model, 0), images, labels, ids, 0, 0, images))[-1][0]
+        last = list(attack._iterates(attack.target(model, images, labels, ids, 0), 0, images))[-1][0]
         return model.details(last, sample_ids=range(7), draw=50).statistic.mean(1)
 
     low, neutral, high = (statistic(w) for w in (5.0, 0.0, -5.0))

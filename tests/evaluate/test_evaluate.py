@@ -16,7 +16,7 @@ from purify.attacks import ATTACKS, BPDA, PGD, Attack, AttackResult, AutoAttackR
 from purify.cli.attack import main
 from purify.data import DATASETS
 from purify.evaluate import Defence, Estimate, RunFolder, Samples, evaluate, report, results
-from purify.evaluate.build import Plan, build_attacks, build_pairs, build_settings, level_options
+from purify.evaluate.build import Request, build_attacks, build_pairs, build_settings, level_options
 from purify.evaluate.certification import certify_all
 from purify.evaluate.description import Evaluation
 from purify.evaluate.metrics import CRITERIA
@@ -354,14 +354,15 @@ def test_an_auxiliary_network_by_its_robustbench_name(monkeypatch):
 
 
 def test_parameters_of_a_noise_level_by_set():
-    plan = digits_plan(noise_level="ssni-n", settings={"tau": 2, "ssni-n.t_min": 0.02})
-    given = build_settings(plan.asked.settings, build_pairs(plan))["ssni-n"]
-    assert level_options("ssni-n", plan, given) == {"t_min": 0.02, "tau": 2, "calibration": zoo.calibration("digits")}
+    request = digits_request(noise_level="ssni-n", settings={"tau": 2, "ssni-n.t_min": 0.02})
+    given = build_settings(request.asked.settings, build_pairs(request))["ssni-n"]
+    expected = {"t_min": 0.02, "tau": 2, "calibration": zoo.calibration("digits")}
+    assert level_options("ssni-n", request, given) == expected
 
 
-def digits_plan(**options):
+def digits_request(**options):
     """An evaluation on digits before anything is built."""
-    return Plan(Evaluation(**options), DATASETS["digits"], torch.device("cpu"))
+    return Request(Evaluation(**options), DATASETS["digits"], torch.device("cpu"))
 
 
 def lacking(score_model, level, steps):
@@ -406,8 +407,8 @@ def test_an_attack_of_ones_own_needs_nothing_but_its_entry(monkeypatch):
             return AttackResult(x, torch.zeros(len(x)))
 
     monkeypatch.setitem(ATTACKS, "nothing", Nothing)
-    plan = digits_plan(attacks="nothing", eps=0.25)
-    assert build_attacks(plan) == [Nothing("Linf", 0.25, queries=plan.budget.queries)]
+    request = digits_request(attacks="nothing", eps=0.25)
+    assert build_attacks(request) == [Nothing("Linf", 0.25, queries=request.budget.queries)]
     assert main(["--attacks", "nothing,pgd-eot", "--n-examples", "2", "--steps", "2", "--dry-run"]) == 0
 
 

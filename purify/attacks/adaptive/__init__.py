@@ -13,7 +13,6 @@ from purify.attacks.adaptive.climb import Climb
 from purify.attacks.adaptive.phases import GUIDE_STEPS, Stage, stages
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
-from purify.attacks.kinks import Inside
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import PGD
 from purify.attacks.transfer import GuideTransfer
@@ -98,10 +97,10 @@ class Adaptive(Attack):
         """Iterates that may be chosen, and calls beyond the plan, (N,): of gradients taken again inside [0, 1]."""
         found, extra = [], torch.zeros_like(y)
         for phase in stage.phases:
-            inside = Inside(len(x), x.device)
-            path = phase.climb.path(phase.model, x, y, ids, derive_seed(seed, phase.name), start, phase.mix, inside)
+            target = phase.climb.target(phase.model, x, y, ids, derive_seed(seed, phase.name))
+            path = phase.climb.path(target, start, phase.mix)
             found += [z for step, z in enumerate(path, start=1) if step in phase.marks]
-            extra += inside.tries * phase.climb.eot * calls(phase.model).gradient
+            extra += target.inside.tries * phase.climb.eot * calls(phase.model).gradient
         return found, extra
 
     @property

@@ -9,9 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.kinks import Inside
 from purify.attacks.norms import unit
-from purify.attacks.pgd import LOSSES, PGD, STEP_SCHEDULES
+from purify.attacks.pgd import LOSSES, PGD, STEP_SCHEDULES, Target
 from purify.checks import is_number
 
 
@@ -40,22 +39,11 @@ class Climb(PGD):
     def average(self, gradients: Tensor) -> Tensor:
         return super().average(unit(gradients.flatten(0, 2)).reshape(gradients.shape) if self.scaled else gradients)
 
-    def path(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor,
-        seed: int,
-        start: Tensor,
-        mix: Mix | None = None,
-        inside: Inside | None = None,
-    ) -> Iterator[Tensor]:
-        """Every iterate after ``start``; ``mix``: whose gradient is added; ``inside``: who needs another gradient."""
-        evaluate, z, past = self.evaluator(model, seed), start, torch.zeros_like(x)
-        inside = Inside(len(x), x.device) if inside is None else inside
+    def path(self, target: Target, start: Tensor, mix: Mix | None = None) -> Iterator[Tensor]:
+        """Every iterate after ``start``; ``mix``: whose gradient is added."""
+        x, y, z, past = target.x, target.y, start, torch.zeros_like(target.x)
         for step in range(self.steps):
-            _, gradients = self._eot(evaluate, z, y, ids, step * self.eot, True, inside)
+            _, gradients = self._eot(target, z, step * self.eot)
             gradient = gradients[0] if mix is None else mix(gradients[0], z, y)
             past = self.momentum * past + gradient
             size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)

@@ -18,6 +18,7 @@ from purify.purification.cost import shortened
 SHORT = 3  # reverse steps per round of the shorter process
 LONG = 40  # steps of a climb before each gets more draws instead
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
+CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
 
 @dataclass(frozen=True)
@@ -82,30 +83,20 @@ def sized(phase: Phase, share: float) -> Phase:
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / each))))
 
 
-@dataclass(frozen=True)
-class Shares:
-    """What each part may spend, as shares of the calls."""
-
-    short: float = 0.55
-    choose: float = 0.1
-    full: float = 0.2
-    last: float = 0.15
-
-
-def stages(model: Any, climb: Climb, budget: int, shares: Shares = Shares()) -> Iterator[Stage]:
+def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
     """The stages of an attack on a purified classifier, at ``budget`` calls for one image."""
     mix = None if model.auxiliary is None else Mix(model.auxiliary)
-    heavy = replace(climb, scaled=model.guided)
-    full = replace(heavy, step_size=climb.eps / 2)
+    climb = replace(climb, scaled=model.guided)
     forward = calls(model).forward
-    phases = [Phase("short", first_order(shorter(model)), heavy, mix)]
-    given, spent = int(mix is not None), 0  # the start where it is more than random
-    stage = _stage(phases, shares.short * budget, int(shares.choose * budget / forward), given, spent)
+    short = [Phase("short", first_order(shorter(model)), climb, mix)]
+    given = int(mix is not None)  # the start may be chosen where it is more than random
+    stage = _stage(short, CLIMB_SHORT * budget, int(CHOOSE_SHORT * budget / forward), given, 0)
     yield stage
-    phases = [Phase("exact", model, full)]
+    climb = replace(climb, step_size=climb.eps / 2)
+    full = [Phase("exact", model, climb)]
     if model.guided:
-        phases.append(Phase("first-order", first_order(model), full, mix))
-    yield _stage(phases, shares.full * budget, int(shares.last * budget / forward), 1, stage.race.draws)
+        full.append(Phase("first-order", first_order(model), climb, mix))
+    yield _stage(full, CLIMB_FULL * budget, int(CHOOSE_FULL * budget / forward), 1, stage.race.draws)
 
 
 def _stage(phases: list[Phase], climbs: float, forwards: int, given: int, first: int) -> Stage:
