@@ -21,6 +21,21 @@ from purify import ContinuousVP, ScoreModel
 DATA = Path(__file__).parent / "data"
 
 
+def assert_second_derivative(f, x: Tensor, h: float, tolerance: float) -> None:
+    """The gradient of the squared gradient of ``f`` at ``x``, against finite differences of step ``h``."""
+
+    def squared_gradient(v: Tensor, create: bool = False) -> tuple[Tensor, Tensor]:
+        w = v.clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(w), w, create_graph=create)
+        return w, g.square().sum()
+
+    w, value = squared_gradient(x, create=True)
+    (second,) = torch.autograd.grad(value, w)
+    v = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    slope = (squared_gradient(x + h * v)[1] - squared_gradient(x - h * v)[1]) / (2 * h)
+    assert (second * v).sum().item() == pytest.approx(slope.item(), rel=tolerance)
+
+
 def load_script(name: str) -> ModuleType:
     """A script under benchmarks/ as a module."""
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"

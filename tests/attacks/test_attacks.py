@@ -163,7 +163,7 @@ def test_eot_is_the_mean_over_draws(images, labels):
     attack = PGD("Linf", 0.1, steps=3, eot=4, loss="ce")
     ids = torch.arange(7)
 
-    loss, (gradient,) = attack._eot(attack.evaluator(model, 5), images, labels, ids, 8, with_gradient=True)
+    loss, (gradient,) = attack._eot(attack.target(model, images, labels, ids, 5), images, 8)
     losses, gradients = [], []
     for draw in range(8, 12):
         x = images.clone().requires_grad_()
@@ -232,9 +232,8 @@ def test_eps_zero_returns_the_image(images, labels):
 
 def test_start_at_the_clean_image(images, labels):
     attack = PGD("Linf", 0.1, steps=1, eot=1, random_start=False)
-    evaluate = attack.evaluator(TinyClassifier(), 0)
-    start = attack.first(TinyClassifier(), images, labels, torch.arange(7), 0)
-    first, _ = next(attack._iterates(evaluate, images, labels, torch.arange(7), 0, 0, start))
+    asked = TinyClassifier(), images, labels, torch.arange(7), 0
+    first, _ = next(attack._iterates(attack.target(*asked), 0, attack.first(*asked)))
     assert torch.equal(first, images)
 
 

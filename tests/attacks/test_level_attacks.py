@@ -60,7 +60,7 @@ def test_constant_level_attacks_are_the_plain_ones_with_t_star_held(held, plain,
 def test_the_gradient_through_the_level_is_in_the_plain_attack(images, labels):
     """One evaluation of PGD against the gradient of the mean loss, taken by hand."""
     model, attack = defended(), PGD(**BUDGET, loss="ce")
-    _, (gradient,) = attack._eot(attack.evaluator(model, 3), images, labels, torch.arange(7), 0, True)
+    _, (gradient,) = attack._eot(attack.target(model, images, labels, torch.arange(7), 3), images, 0)
     v = images.clone().requires_grad_()
     losses = [
         torch.nn.functional.cross_entropy(model(v, sample_ids=range(7), draw=d, seed=3), labels, reduction="sum")
@@ -148,15 +148,15 @@ def test_the_low_level_attack_climbs_at_a_share_of_the_level(share, images, labe
     rule = model.purifier.level
     lower = SSNILinear(share * rule.t_star, rule.calibration, **{k: share * v for k, v in bounds.items()})
     twin = DefendedClassifier(model.classifier, diffpure(model.purifier.score_model, lower, 4, "ddpm"))
-    keys = images, labels, torch.arange(7), 0, True
-    value, (gradient, statistic) = attack._eot(attack.evaluator(model, 3), *keys)
+    keys = images, labels, torch.arange(7)
+    value, (gradient, statistic) = attack._eot(attack.target(model, *keys, 3), images, 0)
     plain = NormPGD(**BUDGET)
-    expected, (_, same) = plain._eot(plain.evaluator(model, 3), *keys)
-    _, (below, _) = plain._eot(plain.evaluator(twin, 3), *keys)
+    expected, (_, same) = plain._eot(plain.target(model, *keys, 3), images, 0)
+    _, (below, _) = plain._eot(plain.target(twin, *keys, 3), images, 0)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(statistic, same)
     torch.testing.assert_close(gradient, below, rtol=1e-4, atol=1e-6)
-    last, none = attack._eot(attack.evaluator(model, 3), *keys[:-1], False)
+    last, none = attack._eot(attack.target(model, *keys, 3), images, 0, False)
     assert none == []
     torch.testing.assert_close(last, expected)
     for bad in (0.0, 1.5, math.nan):

@@ -208,51 +208,6 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
     assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--method", "magic"], "Unknown method 'magic'; known: cohen, dssn, multiscale, ssn"),
-        (["--dataset", "mnist"], "Unknown data set 'mnist'"),
-        (["--budget", "huge"], "Unknown --budget 'huge'; known: paper, quick, standard"),
-        (["--sigma", "0"], "sigma must be a positive number"),
-        (["--sigma", "x"], "--sigma takes numbers separated by commas"),
-        (["--method", "multiscale", "--p0", "0.4"], "p0 must lie in [1/2, 1)"),
-        (["--method", "multiscale", "--mode", "lax"], "Unknown --mode 'lax'"),
-        (["--method", "cohen,multiscale", "--stop-radius", "0"], "leave --stop-radius out"),
-        (["--method", "ssn", "--model", "digits-standard"], "does not say for which lambda it was trained; pass --lam"),
-        (["--method", "cohen,ssn", "--model", "digits-standard"], "One --model cannot serve"),
-        (["--method", "dssn", "--model", "digits-standard", "--lam", "0.001"], "lambda must lie in [0.00196"),
-        (["--sigma", "0.25,0.25"], "Two systems are called 'cohen 0.25'"),
-        (["--score-model", "digits,digits"], "Two systems are called 'cohen 0.25, digits'; name each method and sigma"),
-        (["--radii", "0,-1"], "--radii takes numbers of at least 0"),
-        (["--radii", "nan"], "--radii takes numbers separated by commas, got 'nan'"),
-        (["--batch-size", "0"], "--batch-size must be a whole number"),
-        (["--p0", "0.6"], "--p0 says nothing about cohen; it is for multiscale"),
-        (["--method", "dssn", "--stop-radius", "1"], "--stop-radius says nothing about dssn"),
-        (["--score-model", "fashion_mnist"], "fashion_mnist was trained on fashion_mnist; take a network of digits"),
-        (["--model", "fashion_mnist-standard"], "was trained on fashion_mnist"),
-        (["--method", "dssn", "--model", "fashion_mnist-dssn"], "was trained on fashion_mnist"),
-        (["--score-model", "nothing"], "There is no score network 'nothing'"),
-        (["--model", "resnet"], "Unknown model 'resnet'"),
-        (["--alpha", "0"], "alpha must lie in (0, 0.5)"),
-        (["--draws", "-1"], "n must be a whole number"),
-        (["--selection-draws", "0"], "n0 must be a whole number"),
-        (["--attack-examples", "-1"], "attacked samples must be a whole number"),
-        (["--max-rows", "0"], "--max-rows must be a whole number"),
-        (["--n-examples", "0"], "n-examples must be a whole number"),
-        (["--n-examples", "501"], "has 500 test images"),
-        (["--device", "cuda:7"], "no GPU 'cuda:7' here"),
-        (["--out", "/proc/nothing"], "cannot be written"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
-
-
 def test_denoisers_from_a_file(tmp_path, capsys):
     """Two functions of one file are two denoisers; what they are is in the config."""
     file = tmp_path / "own.py"

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SmoothNet, TinyClassifier, smooth_model
+from conftest import SmoothNet, TinyClassifier, assert_second_derivative, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
@@ -268,18 +268,7 @@ def test_gradients_through_levels_rounds_and_packed_batches(kind, engine, images
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives_by_finite_differences(kind, engine, images):
     purifier, x = make(kind, gradient=engine), images.double()
-
-    def squared_gradient(v, create=False):
-        w = v.clone().requires_grad_()
-        (g,) = torch.autograd.grad(loss(purifier, w), w, create_graph=create)
-        return w, g.square().sum()
-
-    w, value = squared_gradient(x, create=True)
-    (second,) = torch.autograd.grad(value, w)
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    h = 1e-5
-    slope = (squared_gradient(x + h * v)[1] - squared_gradient(x - h * v)[1]) / (2 * h)
-    assert (second * v).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+    assert_second_derivative(lambda w: loss(purifier, w), x, 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
