@@ -2,7 +2,8 @@
 """Our worst case beside other libraries' attacks: the same defended digits, images, steps, EOT draws and judge.
 
 Ours are PGD+EOT and APGD+EOT, the worst of them for each image (cross-fitted). Theirs are torchattacks' EOTPGD (with
-the library's ratio of step size to eps, and with Madry's 2.5 eps / steps), AutoAttack's `rand` alone and Square alone.
+the library's ratio of step size to eps, and with Madry's 2.5 eps / steps), AutoAttack's `rand` alone and Square alone,
+and with the extra `interop` foolbox's PGD (with its EOT wrapper, without it, at its default step size) and ART's.
 Prints accuracies and the paired difference, ours minus theirs, with 95 % intervals; writes records and result.json
 below --out. The same command resumes.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import util
 from pathlib import Path
 from typing import ClassVar
 
@@ -41,14 +44,13 @@ OURS = "our worst case"
 
 
 @dataclass(frozen=True)
-class TorchattacksEOTPGD(Attack):
-    """``torchattacks.EOTPGD`` with ``steps`` steps of length ``alpha`` in L_inf, under a seed of the batch's own."""
+class Outside(Attack):
+    """Another library's PGD in L_inf, under a seed of the batch's own: ``steps`` of length ``size``, the mean over
+    ``eot`` draws in each."""
 
     steps: int
     eot: int
-    alpha: float
-
-    name: ClassVar[str] = "torchattacks-eotpgd"
+    size: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,15 +58,63 @@ class TorchattacksEOTPGD(Attack):
 
     @property
     def label(self) -> str:
-        return f"{self.name}-{self.alpha:g}"
+        return f"{self.name}-{self.eot}-{self.size:g}"
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        import torchattacks
-
-        attack = torchattacks.EOTPGD(model, self.eps, self.alpha, self.steps, self.eot)
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(derive_seed(seed, *ids.tolist()))
-            return AttackResult(attack(x, y), torch.full((len(x),), float("nan"), device=x.device))
+            images = self.perturbed(model, x, y).clamp(0, 1)
+        return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
+
+    @abstractmethod
+    def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """What the library returns."""
+
+
+@dataclass(frozen=True)
+class TorchattacksPGD(Outside):
+    """``torchattacks.EOTPGD``."""
+
+    name: ClassVar[str] = "torchattacks"
+
+    def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        import torchattacks
+
+        return torchattacks.EOTPGD(model, self.eps, self.size, self.steps, self.eot)(x, y)
+
+
+@dataclass(frozen=True)
+class FoolboxPGD(Outside):
+    """foolbox's ``LinfPGD``, for ``eot`` > 1 behind its ``ExpectationOverTransformationWrapper``."""
+
+    name: ClassVar[str] = "foolbox"
+
+    def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        import foolbox
+
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
+        if self.eot > 1:
+            wrapped = foolbox.models.ExpectationOverTransformationWrapper(wrapped, n_steps=self.eot)
+        attack = foolbox.attacks.LinfPGD(steps=self.steps, abs_stepsize=self.size)
+        return attack(wrapped, x, y, epsilons=self.eps)[1]
+
+
+@dataclass(frozen=True)
+class ArtPGD(Outside):
+    """ART's ``ProjectedGradientDescent``; it averages nothing, ``eot`` is 1."""
+
+    name: ClassVar[str] = "art"
+
+    def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        from art.attacks.evasion import ProjectedGradientDescent
+        from art.estimators.classification import PyTorchClassifier
+
+        shape = tuple(x.shape[1:])
+        wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), shape, 10, clip_values=(0, 1), device_type="cpu")
+        attack = ProjectedGradientDescent(
+            wrapped, eps=self.eps, eps_step=self.size, max_iter=self.steps, batch_size=len(x), verbose=False
+        )
+        return torch.as_tensor(attack.generate(x.numpy(), torch.eye(10)[y].numpy()))
 
 
 @dataclass(frozen=True)
@@ -81,11 +131,18 @@ def build_attacks(steps: int, eot: int, queries: int) -> tuple[list[Attack], lis
     eps = DATASETS["digits"].eps["Linf"]
     ours: list[Attack] = [kind("Linf", eps, steps=steps, eot=eot, max_rows=256) for kind in (PGD, APGD)]
     theirs: list[Attack] = [
-        TorchattacksEOTPGD("Linf", eps, steps, eot, eps / 4),
-        TorchattacksEOTPGD("Linf", eps, steps, eot, 2.5 * eps / steps),
+        TorchattacksPGD("Linf", eps, steps, eot, eps / 4),
+        TorchattacksPGD("Linf", eps, steps, eot, 2.5 * eps / steps),
         AutoAttackRand("Linf", eps, steps=steps, eot=eot),
         Square("Linf", eps, queries=queries),
     ]
+    if util.find_spec("foolbox") and util.find_spec("art"):  # the extra interop
+        theirs += [
+            FoolboxPGD("Linf", eps, steps, eot, eps / 4),
+            FoolboxPGD("Linf", eps, steps, 1, eps / 4),
+            FoolboxPGD("Linf", eps, steps, 1, eps / 30),  # its default
+            ArtPGD("Linf", eps, steps, 1, eps / 4),
+        ]
     return ours, theirs
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,9 @@ def test_library_attacks(tmp_path, capsys):
     assert script.main([*arguments, "--out", str(tmp_path)]) == 0
     first = (tmp_path / "result.json").read_text()
     rows = {r["name"]: r for r in json.loads(first)["rows"]}
-    peers = ["torchattacks-eotpgd-0.075", "torchattacks-eotpgd-0.75", "autoattack-rand", "square"]
+    peers = ["torchattacks-2-0.075", "torchattacks-2-0.75", "autoattack-rand", "square"]
+    if find_spec("foolbox") and find_spec("art"):
+        peers += ["foolbox-2-0.075", "foolbox-1-0.075", "foolbox-1-0.01", "art-1-0.075"]
     assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "our worst case", *peers]
     worst = rows["our worst case"]["accuracy"]["value"]
     for name in peers:
@@ -171,7 +174,7 @@ def test_torchattacks_is_run_as_it_is():
     from purify.diffusion.noise import derive_seed
 
     script = load_script("library_attacks")
-    attack = script.TorchattacksEOTPGD("Linf", 0.3, steps=3, eot=2, alpha=0.1)
+    attack = script.TorchattacksPGD("Linf", 0.3, steps=3, eot=2, size=0.1)
     model = script.build_defence([attack], 0.18, 2).model
     images, labels = (t[:5] for t in script.load_dataset("digits", "test"))
     before = torch.get_rng_state()
