@@ -16,7 +16,6 @@ import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import util
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,6 +38,15 @@ from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions
 from purify.machine import set_threads
 from purify.named import fingerprint
+
+try:  # here, because they keep errors of their imports, and with these the frames of whoever imported them
+    import foolbox
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    INTEROP = True
+except ImportError:
+    INTEROP = False
 
 OURS = "our worst case"
 
@@ -90,8 +98,6 @@ class FoolboxPGD(Outside):
     name: ClassVar[str] = "foolbox"
 
     def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        import foolbox
-
         wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=x.device)
         if self.eot > 1:
             wrapped = foolbox.models.ExpectationOverTransformationWrapper(wrapped, n_steps=self.eot)
@@ -106,9 +112,6 @@ class ArtPGD(Outside):
     name: ClassVar[str] = "art"
 
     def perturbed(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        from art.attacks.evasion import ProjectedGradientDescent
-        from art.estimators.classification import PyTorchClassifier
-
         shape = tuple(x.shape[1:])
         wrapped = PyTorchClassifier(model, nn.CrossEntropyLoss(), shape, 10, clip_values=(0, 1), device_type="cpu")
         attack = ProjectedGradientDescent(
@@ -136,7 +139,7 @@ def build_attacks(steps: int, eot: int, queries: int) -> tuple[list[Attack], lis
         AutoAttackRand("Linf", eps, steps=steps, eot=eot),
         Square("Linf", eps, queries=queries),
     ]
-    if util.find_spec("foolbox") and util.find_spec("art"):  # the extra interop
+    if INTEROP:
         theirs += [
             FoolboxPGD("Linf", eps, steps, eot, eps / 4),
             FoolboxPGD("Linf", eps, steps, 1, eps / 4),

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +151,7 @@ def test_library_attacks(tmp_path, capsys):
     first = (tmp_path / "result.json").read_text()
     rows = {r["name"]: r for r in json.loads(first)["rows"]}
     peers = ["torchattacks-2-0.075", "torchattacks-2-0.75", "autoattack-rand", "square"]
-    if find_spec("foolbox") and find_spec("art"):
+    if script.INTEROP:
         peers += ["foolbox-2-0.075", "foolbox-1-0.075", "foolbox-1-0.01", "art-1-0.075"]
     assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "our worst case", *peers]
     worst = rows["our worst case"]["accuracy"]["value"]

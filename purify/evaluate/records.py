@@ -7,7 +7,6 @@ resumes. A folder holds one configuration. Several processes of one run write fi
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import os
 import shutil
@@ -100,7 +99,6 @@ class RunFolder:
             lock = open(self.path / LOCK, "w")  # noqa: SIM115 - stays open
         except OSError as error:
             raise ValueError(f"{self.path} cannot be written ({error.strerror}); choose another --out.") from error
-        gc.collect()  # an earlier object of this process may hold the lock and wait to be collected
         deadline = time.monotonic() + (RESTART_SECONDS if self.ranks.world > 1 else 0)
         while True:
             try:
