@@ -205,9 +205,9 @@ def run(args: argparse.Namespace, command: str) -> list[Row]:
         "samples": len(samples),
         "seed": args.seed,
     }
-    folder = RunFolder(args.out, config, environment(torch.device("cpu"), command, Ranks()))
-    evaluate(folder, [defence], samples, args.seed, batch_size=32)
-    rows = compare(folder, defence, samples, ours, theirs)
+    with RunFolder(args.out, config, environment(torch.device("cpu"), command, Ranks())) as folder:
+        evaluate(folder, [defence], samples, args.seed, batch_size=32)
+        rows = compare(folder, defence, samples, ours, theirs)
     write_json(args.out / "result.json", {"config": config, "rows": [asdict(row) for row in rows]})
     return rows
 

@@ -147,7 +147,8 @@ class Job:
         return RunFolder(path, config, environment(torch.device("cpu"), self.command, Ranks()))
 
     def __call__(self) -> None:
-        evaluate(self.folder(), [self.defence()], self.samples(), self.seed, batch_size=64, progress=False)
+        with self.folder() as folder:
+            evaluate(folder, [self.defence()], self.samples(), self.seed, batch_size=64, progress=False)
 
 
 def run_job(job: Job) -> Job:

@@ -56,15 +56,15 @@ def run(args: Any, command: str) -> int:
         note_data(asked, request.data)
     if args.dry_run:
         return show_dry_run(prepared)
-    folder = prepared.open(command)
-    if prepared.ranks.first:
-        threat = f"{asked.threat_model} eps {request.eps:g}"
-        print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
-    new = prepared.attack(folder)
-    if prepared.ranks.first:
-        if not new:
-            print("Nothing was left to attack; what follows is made from the records.")
-        show(prepared, folder, prepared.finish(folder))
+    with prepared.open(command) as folder:
+        if prepared.ranks.first:
+            threat = f"{asked.threat_model} eps {request.eps:g}"
+            print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
+        new = prepared.attack(folder)
+        if prepared.ranks.first:
+            if not new:
+                print("Nothing was left to attack; what follows is made from the records.")
+            show(prepared, folder, prepared.finish(folder))
     leave()
     return 0
 

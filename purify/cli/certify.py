@@ -42,17 +42,17 @@ def run(args: Any, command: str) -> int:
     """Check everything, then certify, attack and report."""
     asked = described(Certification, args)
     ready = prepare(asked)
-    folder = ready.open(command)
     draws = ready.order.draws
-    if ready.ranks.first:
-        note_data(asked, ready.data)
-        budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if ready.drawn else "no draws, exact"
-        print(f"{asked.dataset}, {len(ready.samples)} samples, {budget}; records in {folder.path}")
-    ready.certify(folder)
-    if ready.ranks.first:
-        show(ready, folder)
-        if ready.drawn:
-            small(draws.n)
+    with ready.open(command) as folder:
+        if ready.ranks.first:
+            note_data(asked, ready.data)
+            budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if ready.drawn else "no draws, exact"
+            print(f"{asked.dataset}, {len(ready.samples)} samples, {budget}; records in {folder.path}")
+        ready.certify(folder)
+        if ready.ranks.first:
+            show(ready, folder)
+            if ready.drawn:
+                small(draws.n)
     leave()
     return 0
 

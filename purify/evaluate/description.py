@@ -228,9 +228,9 @@ class Evaluation(Description):
         from purify.evaluate.attacking import prepare  # builds networks from this description
 
         prepared = prepare(self)
-        folder = prepared.open("from Python")
-        prepared.attack(folder, progress)
-        return prepared.finish(folder, progress)
+        with prepared.open("from Python") as folder:
+            prepared.attack(folder, progress)
+            return prepared.finish(folder, progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +281,6 @@ class Certification(Description):
         from purify.evaluate.systems import prepare  # builds networks from this description
 
         ready = prepare(self)
-        folder = ready.open("from Python")
-        ready.certify(folder)
-        return ready.finish(folder)
+        with ready.open("from Python") as folder:
+            ready.certify(folder)
+            return ready.finish(folder)

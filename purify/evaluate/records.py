@@ -39,7 +39,11 @@ class RunFolder:
     Raises:
         ValueError: the folder cannot be written, holds another run (the differing keys are named), holds other
             files, or its records were damaged by hand.
+
+    As a context manager it gives the folder free on leaving, also where an error, kept by a notebook, keeps it alive.
     """
+
+    _lock: IO[str] | None = None  # of the first rank
 
     def __init__(
         self, path: Path, config: dict[str, Any], environment: dict[str, Any], ranks: Ranks | None = None
@@ -49,8 +53,13 @@ class RunFolder:
         if self.ranks.first:
             check_folder(self.path, config)
             self._lock = self._claim()
-            self._open(json.loads(json.dumps(config)), environment)  # the config as it will be read back
-        self._load()
+        try:
+            if self.ranks.first:
+                self._open(json.loads(json.dumps(config)), environment)  # the config as it will be read back
+            self._load()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _open(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Check or write the manifest, and cut off what a killed process left half-written."""
@@ -70,6 +79,13 @@ class RunFolder:
                     f.write(b"\n")
             elif b"\r" not in content[end:]:
                 os.truncate(file, end)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -93,7 +109,7 @@ class RunFolder:
         return self.path / (MERGED if self.ranks.world == 1 else f"records.{self.ranks.rank}.jsonl")
 
     def _claim(self) -> IO[str]:
-        """Make the folder and hold its lock for as long as this object lives."""
+        """Make the folder and hold its lock."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / LOCK, "w")  # noqa: SIM115 - stays open

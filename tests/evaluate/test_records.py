@@ -85,6 +85,19 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     first.append(record(0))
 
 
+def test_a_folder_is_free_once_left_however_long_its_object_lives(tmp_path):
+    with RunFolder(tmp_path / "run", CONFIG, {}) as left:
+        left.append(record(0))
+    with RunFolder(tmp_path / "run", CONFIG, {}) as again:
+        assert len(left) == len(again) == 1
+    (tmp_path / "run" / "records.jsonl").write_text("{damaged}\n")
+    kept = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match="damaged") as error:
+            RunFolder(tmp_path / "run", CONFIG, {})
+        kept.append(error)
+
+
 def test_a_kill_while_the_manifest_was_written_does_not_block_the_folder(tmp_path):
     (tmp_path / "manifest.partial").write_text('{"conf')
     RunFolder(tmp_path, CONFIG, {})
