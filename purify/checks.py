@@ -109,8 +109,10 @@ def check_logits(logits: Any, n: int, what: str = "The classifier") -> None:
     shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
         images = "one image" if n == 1 else f"{n} images"
+        advice = "" if isinstance(logits, Tensor) else "; wrap it in a module that returns the logits alone"
         raise ValueError(
-            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for {images}."
+            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for "
+            f"{images}{advice}."
         )
 
 

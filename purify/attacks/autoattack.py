@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from purify.answers import as_logits
 from purify.attacks.base import NORMS, Attack, AttackResult, check_budget, check_model
 from purify.attacks.counting import count
 from purify.attacks.kinks import Watched
@@ -265,8 +266,9 @@ class _Library(Attack):
         """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted."""
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if self.black_box or output.requires_grad:
-                count(len(output))
+            logits = as_logits(output)
+            if self.black_box or logits.requires_grad:
+                count(len(logits))
 
         hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
         try:

@@ -115,6 +115,9 @@ class Health:
     @property
     def sentence(self) -> str:
         """What was found, and what to do."""
+        if math.inf in self.declared.errors:
+            level = self.levels[self.declared.errors.index(math.inf)]
+            return f"This network answers NaN or infinity at noise level {level:.3g}; check its weights and precision."
         found = f"as declared ({self.declared}) its denoising error is {self.error:.2g} of the best trivial denoiser's"
         if self.gain > MARGIN:
             return f"This network's output fits {self.best}, with {self.relative(self.best):.2g}; {found}."

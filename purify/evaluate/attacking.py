@@ -51,6 +51,11 @@ def load_samples(asked: Description, data: Dataset, n: int, device: torch.device
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
 
 
+def known_classes(asked: Description, data: Dataset) -> int | None:
+    """Classes of a built-in data set; data of one's own may hold images of some only."""
+    return data.num_classes if asked.dataset in DATASETS else None
+
+
 def open_folder(
     asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks, needed: int
 ) -> RunFolder:
@@ -148,7 +153,7 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed)
+    check_together(defences, samples, asked.seed, known_classes(asked, data))
     config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
     return Prepared(request, attacks, defences, samples, config, ranks)
 

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from purify.answers import ask
 from purify.attacks.noise import RandomNoise
 from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
@@ -128,8 +129,7 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     records = [folder.get(defence.name, attack, int(i)) for i in shown.ids]
     votes = [_vote(r["predictions"]) for r in records]
     share = [np.mean(np.array(r["predictions"]) == r["label"]) for r in records]
-    bare = undefended(adversarial).argmax(1).tolist()
-    first = undefended(shown.images).argmax(1).tolist()
+    bare, first = (ask(undefended, x).argmax(1).tolist() for x in (adversarial, shown.images))
     scale = (adversarial - shown.images).abs().max().clamp_min(1e-12)
     rows: list[tuple[str, Tensor, list[tuple[str, bool | None]]]] = [
         ("original\nundefended says", shown.images, _said(first, shown.labels)),
