@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from purify.checks import check_logits, fitting
@@ -26,6 +27,8 @@ def ask(
     with fitting(x, what):
         logits = as_logits(model(x, **keys))
     check_logits(logits, len(x), what)
+    if logits.is_inference() and not torch.is_inference_mode_enabled():
+        logits = logits.clone()  # whoever asks may not be able to use it otherwise
     seen = logits.detach()
     bad, flat = lost(seen), seen.amax(1) == seen.amin(1)
     if bool((bad | flat).any()):

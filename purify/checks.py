@@ -116,6 +116,11 @@ def check_logits(logits: Any, n: int, what: str = "The classifier") -> None:
         )
 
 
+NO_GRADIENT = (
+    "leaves autograd (numpy, ONNX, detach or no_grad inside), so attacks have no gradient; use square, or "
+    "purify.BPDAClassifier(model, surrogate), on the command line --model-gradient none or bpda"
+)
+
 # What torch says of a batch that a network cannot take. Of other failures (memory, say) it keeps its own words.
 _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multipl|elements", re.IGNORECASE)
 _KINDS = re.compile("same device|dtype|input type|scalar type|same type|to be on", re.IGNORECASE)
@@ -133,6 +138,8 @@ def fitting(x: Tensor, what: str) -> Iterator[None]:
         if _KINDS.search(reason):
             kind = f"images of {x.dtype} on {x.device}"
             raise ValueError(f"{what} cannot take {kind}; bring both to one type and device ({reason}).") from error
+        if "that requires grad" in reason:  # numpy() was called on it
+            raise ValueError(f"{what} {NO_GRADIENT}.") from error
         if not _SHAPES.search(reason):
             raise
         if len(x) == 0:

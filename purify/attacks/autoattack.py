@@ -150,7 +150,7 @@ class AutoAttack:
         self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         state = {} if state_path is None else {"state_path": Path(state_path)}
-        with self._logging():
+        with torch.enable_grad(), self._logging():
             images, labels = self._backend.run_standard_evaluation(x_orig, y_orig, **size, **state)
         return (images, labels) if return_labels else images
 
@@ -161,12 +161,13 @@ class AutoAttack:
         _check_batch(x_orig, y_orig)
         self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
-        with self._logging():
+        with torch.enable_grad(), self._logging():
             found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
         return found if return_labels else {name: images for name, (images, _) in found.items()}
 
     def _prepare(self, x: Tensor) -> None:
         """Look at the model on a few images."""
+        check_model(self._watched.model)
         few = x[:LOOK].to(self._device)
         if len(few) and set(self.attacks_to_run) != {"square"}:
             self._watched.look(few)
@@ -332,6 +333,7 @@ class Square(_Library):
 
     name: ClassVar[str] = "square"
     black_box: ClassVar[bool] = True
+    takes_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

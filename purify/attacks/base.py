@@ -62,6 +62,7 @@ class Attack(ABC):
     # What the attack is about, and says nothing without: a Feature, or its name in FEATURES.
     needs: ClassVar[Feature[Any] | str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
+    takes_gradient: ClassVar[bool] = True  # of anything: a part of the model, or another network
     # Whether the loss is differentiated through the judged model itself; False for a stand-in or with parts of it held
     # constant. What an attack mixes into that gradient does not count.
     exact_gradient: ClassVar[bool] = True

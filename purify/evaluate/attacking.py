@@ -15,6 +15,7 @@ from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
 from purify.evaluate.build import Request, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.provenance import default_folder, environment
@@ -154,6 +155,8 @@ def prepare(asked: Evaluation) -> Prepared:
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
     check_together(defences, samples, asked.seed, known_classes(asked, data))
+    for defence in defences:
+        check_gradient(defence, samples.images)
     config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
     return Prepared(request, attacks, defences, samples, config, ranks)
 

@@ -18,6 +18,7 @@ from purify.certify.base import ABSTAIN, Certifier, Draws
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
+from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, check_classes, share_out
@@ -122,6 +123,11 @@ def check_systems(systems: Sequence[System], samples: Samples, classes: int | No
             check_classes(system.name, k, classes)
             check_labels(samples.labels, len(samples), k)
             check_steady(system.name, noisy.classifier, samples.images, samples.ids)
+            if system.attack.samples and not is_differentiable(noisy.classifier, samples.images, system.name):
+                raise ValueError(
+                    f"{system.name} leaves autograd (numpy, ONNX, detach or no_grad inside), so nothing can be "
+                    "attacked inside its radius; certify it with --attack-examples 0."
+                )
 
 
 def attacked(samples: Samples, system: System) -> Samples:

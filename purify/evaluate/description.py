@@ -64,6 +64,9 @@ EVERY_ATTACK = (
 )
 
 
+MODEL_GRADIENTS = ("exact", "bpda", "none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What attacks and certificates have in common. Options that are None are the data set's usual ones."""
@@ -191,6 +194,13 @@ class Evaluation(Description):
         None, SIZE, THREAT,
         "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
     )  # fmt: skip
+    model_gradient: str = option(
+        "exact", TEXT, THREAT,
+        "backward pass of the classifier: exact; bpda, that of --model-surrogate; none, attacks without gradients only",
+    )  # fmt: skip
+    model_surrogate: str | None = option(
+        None, TEXT, THREAT, "network of --model-gradient bpda; as --model (default: DATASET-standard)"
+    )
     surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
     attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
@@ -206,8 +216,11 @@ class Evaluation(Description):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
-        for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
+        known = {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        for name, names in known.items():
             self._choose(name, names)
+        if self.model_surrogate is not None and self.model_gradient != "bpda":
+            raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
         for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):

@@ -60,7 +60,8 @@ def verdict(
         worst, clean = results[d.name]["worst case"][criterion], results[d.name][CLEAN][criterion]
         interval = f"[{100 * worst.low:.1f}, {100 * worst.high:.1f}]"
         share, clean = f"{100 * worst.value:.1f} %", f"{100 * clean.value:.1f} % clean"
-        blind = isinstance(d.model, DefendedClassifier) and all(a.black_box for a in d.attacks)
+        purified = isinstance(d.model, DefendedClassifier)
+        blind = all(a.black_box if purified else not a.takes_gradient for a in d.attacks)
         warning = "; no gradient attack was run on it" if blind else ""
         lines.append(f"  {d.name}: {share} {interval} in the worst case, {clean}{warning}")
     return "\n".join([f"{threat}, {data}:", *lines])

@@ -41,7 +41,9 @@ def here(tmp_path, monkeypatch):
         "    def forward(self, x):\n        return self.answer(x.flatten(1)[:, 10:20])\n\n"
         "def pair():\n    return Net(lambda z: (z, z))\n\ndef vector():\n    return Net(lambda z: z[:, 0])\n\n"
         "def few():\n    return Net(lambda z: z[:, :9])\n\ndef named():\n    return Net(lambda z: {'scores': z})\n\n"
-        "def empty():\n    return Net(lambda z: z * float('nan'))\n\ndef same():\n    return Net(torch.zeros_like)\n"
+        "def empty():\n    return Net(lambda z: z * float('nan'))\n\ndef same():\n    return Net(torch.zeros_like)\n\n"
+        "def numpy():\n    return Net(lambda z: torch.from_numpy(z.numpy() * 2))\n\n"
+        "def cut():\n    return Net(lambda z: 2 * z.detach())\n"
     )
     Path("calibration.json").write_text("{}")
     Path("runs.json").write_text("[]")
@@ -123,6 +125,14 @@ CASES = {
     "attack --model odd.py:empty --dry-run": "undefended answers NaN or infinity for sample 0, first in Net",
     "attack --model odd.py:same": "undefended gives all 10 classes the same logit for sample 0",
     "certify --model odd.py:pair --score-model none": "cohen 0.25 must return logits (N, K)",
+    "attack --model odd.py:numpy --n-examples 2 --dry-run": "undefended leaves autograd (numpy, ONNX, detach or "
+    "no_grad inside), so attacks have no gradient; use square, or purify.BPDAClassifier(model, surrogate)",
+    "attack --model odd.py:cut --n-examples 2": "--model-gradient none or bpda",
+    "certify --model odd.py:cut": "cohen 0.25 leaves autograd",
+    "certify --model odd.py:numpy --score-model none": "certify it with --attack-examples 0",
+    "attack --model-gradient bdpa": "Unknown --model-gradient 'bdpa' (did you mean 'bpda'?)",
+    "attack --model-gradient bpda": "takes the backward pass of another network than digits-standard",
+    "attack --model-surrogate digits-at": "--model-surrogate is for --model-gradient bpda",
     "certify --model odd.py:few": "cohen 0.25 tells 9 classes apart",
     "attack --model three.py:fails": "three.py, line 15, failed with ZeroDivisionError",
     "attack --model three.py:nothing": "three.py:nothing returned NoneType",
