@@ -97,9 +97,11 @@ def check_eval(classifier: nn.Module, before: str) -> None:
 
 
 def check_weights(network: nn.Module, what: str) -> None:
-    """Raise ValueError if a parameter of ``network`` holds NaN: it would answer NaN, or worse, a class."""
+    """Raise ValueError if a parameter of ``network`` holds NaN (it would answer NaN, or worse, a class) or nothing."""
     for name, p in network.named_parameters():
-        readable = p.is_floating_point() and p.itemsize > 1 and not p.is_meta and p.numel() > 0
+        if p.is_meta:
+            raise ValueError(f"{what} is on the meta device, where weights hold no values; load them first.")
+        readable = p.is_floating_point() and p.itemsize > 1 and p.numel() > 0
         if readable and bool(torch.aminmax(p.detach())[0].isnan()):
             raise ValueError(f"{what} has NaN in its weight {name}; load or train it again.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
-from purify.fingerprint import weights_digest
+from purify.fingerprint import unwrapped, weights_digest
 
 if TYPE_CHECKING:
     from purify.diffusion.health import Health
@@ -79,6 +79,31 @@ def check_settings(settings: Iterable[str]) -> None:
         choose(name, dict.fromkeys(SETTINGS), "setting of a score model")
 
 
+# Channels and size, as diffusers (in its config), EDM and guided-diffusion call them.
+SHAPES = (("in_channels", "sample_size"), ("img_channels", "img_resolution"), ("in_channels", "image_size"))
+
+
+def said_shape(network: nn.Module) -> tuple[int, int, int] | None:
+    """(C, H, W) of the images that a network says it was built for; None where it says nothing.
+
+    Asked are diffusers' ``config`` (``in_channels``, ``sample_size``), EDM's ``img_channels`` and ``img_resolution``,
+    guided-diffusion's ``in_channels`` and ``image_size``; through wrappers for several devices and ``torch.compile``.
+    """
+    network = unwrapped(getattr(network, "_orig_mod", network))
+    network = getattr(network, "denoiser", network)
+    for told in (getattr(network, "config", None), network):
+        for names in SHAPES:
+            channels, size = (_told(told, name) for name in names)
+            height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+            if all(isinstance(n, int) and n > 0 for n in (channels, height, width)):
+                return channels, height, width
+    return None
+
+
+def _told(told: Any, name: str) -> Any:
+    return told.get(name) if isinstance(told, Mapping) else getattr(told, name, None)
+
+
 def _number(value: Any, what: str) -> float:
     if not is_number(value):
         raise ValueError(f"{what} must be a finite number, got {short(value)}.")
@@ -95,7 +120,8 @@ class ScoreModel(nn.Module):
             as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
             ``cosine``.
         prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
-        image_shape: (C, H, W) of the images; checked by the purifier when given.
+        image_shape: (C, H, W) of the images, checked by the purifier; None: what the network says (see
+            :func:`said_shape`), and where it says nothing, any.
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
             of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
         autocast: run the network, and only it, in ``bfloat16`` or ``float16`` (a name or torch dtype) by
@@ -125,7 +151,8 @@ class ScoreModel(nn.Module):
         self.network = network
         self.schedule = schedule
         self.prediction = prediction
-        self.image_shape = None if image_shape is None else check_shape(image_shape)
+        self.given_shape = None if image_shape is None else check_shape(image_shape)
+        self.image_shape = said_shape(network) if self.given_shape is None else self.given_shape
         scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
         self.time_scale = scale if time_scale is None else _number(time_scale, "time_scale")
         if self.time_scale <= 0:
@@ -216,14 +243,15 @@ class ScoreModel(nn.Module):
     def with_settings(self, **settings: Any) -> ScoreModel:
         """A model over the same network, with other arguments than this one's."""
         check_settings(settings)
-        return ScoreModel(self.network, **{**{name: getattr(self, name) for name in SETTINGS}, **settings})
+        own = {**{name: getattr(self, name) for name in SETTINGS}, "image_shape": self.given_shape}
+        return ScoreModel(self.network, **{**own, **settings})
 
     def config(self) -> dict[str, Any]:
         """Plain data that describes the model apart from its network."""
         config = {
             "prediction": self.prediction,
             "schedule": self.schedule.config(),
-            "image_shape": None if self.image_shape is None else list(self.image_shape),
+            "image_shape": None if self.given_shape is None else list(self.given_shape),
             "time_scale": self.time_scale,
             "time_offset": self.time_offset,
         }
