@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_shape, choose, fitting, is_number, short
+from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
@@ -70,7 +72,7 @@ PREDICTIONS = {
 }
 
 
-SETTINGS = ("schedule", "prediction", "image_shape", "time_scale", "time_offset", "autocast")
+SETTINGS = ("schedule", "prediction", "image_shape", "time_scale", "time_offset", "autocast", "classes")
 
 
 def check_settings(settings: Iterable[str]) -> None:
@@ -126,11 +128,14 @@ class ScoreModel(nn.Module):
             of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
         autocast: run the network, and only it, in ``bfloat16`` or ``float16`` (a name or torch dtype) by
             ``torch.autocast``; see :func:`purify.diffusion.precision.evaluate`.
+        classes: what a class-conditional network, called as ``network(u_t, labels, classes)``, is told: a
+            :class:`~purify.diffusion.classes.ClassRule`, ``unconditional`` or a class. None: nothing.
 
     Times are float64 tensors (N,) in [0, 1]. Labels that are whole numbers up to rounding are made exact.
 
     Raises:
-        ValueError: unknown names, arguments of another type, autocast of a float64 network.
+        ValueError: unknown names, arguments of another type, autocast of a float64 network, a class-conditional network
+            without ``classes``.
     """
 
     def __init__(
@@ -142,6 +147,7 @@ class ScoreModel(nn.Module):
         time_scale: float | None = None,
         time_offset: float | None = None,
         autocast: str | torch.dtype | None = None,
+        classes: ClassRule | str | int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, nn.Module):
@@ -162,6 +168,14 @@ class ScoreModel(nn.Module):
         if self.autocast is not None:
             choose(self.autocast, AUTOCAST, "autocast type")
             check_autocast(network, self.autocast)
+        self.classes = None if classes is None else as_rule(classes)
+        if self.classes is None:
+            check_told(network)
+        else:
+            self.classes.check(network)
+        # Registered here, so that it moves with the network.
+        self.labeller = self.classes.classifier if isinstance(self.classes, Predicted) else None
+        self._bound: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -185,10 +199,37 @@ class ScoreModel(nn.Module):
             given = f"{short(u)} and {short(t)}"
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
         with fitting(u, "The score network"):
-            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast)
+            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast, self.classes_for(u))
         self.check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
+
+    def classes_for(self, u: Tensor) -> Tensor | None:
+        """What the network is told with images u (N, C, H, W): of those it is bound to, or else of u itself."""
+        if self.classes is None:
+            return None
+        if self._bound is None:
+            return self.classes.of(self.network, u)
+        return self._bound.repeat(len(u) // len(self._bound), 1)
+
+    def bind(self, u: Tensor) -> ScoreModel:
+        """The same model, told the classes of the images u (N, C, H, W), in [-1, 1] space, whatever it sees later.
+
+        Rows beyond N are theirs again, in the same order.
+        """
+        if self.classes is None or not self.classes.looks:
+            return self
+        other = copy.copy(self)
+        other._bound = self.classes.of(self.network, u)
+        return other
+
+    def __getitem__(self, rows: Tensor) -> ScoreModel:
+        """The model bound to some of its rows."""
+        if self._bound is None:
+            return self
+        other = copy.copy(self)
+        other._bound = self._bound[rows]
+        return other
 
     def check_output(self, output: Tensor, u: Tensor) -> None:
         """Raise ValueError for what would be broadcast, or fail somewhere else."""
@@ -255,7 +296,8 @@ class ScoreModel(nn.Module):
             "time_scale": self.time_scale,
             "time_offset": self.time_offset,
         }
-        return config if self.autocast is None else {**config, "autocast": self.autocast}
+        config = config if self.autocast is None else {**config, "autocast": self.autocast}
+        return config if self.classes is None else {**config, "classes": self.classes.config()}
 
     def fingerprint(self) -> str:
         """sha256 over config and weights: two models with the same fingerprint purify alike."""

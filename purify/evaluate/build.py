@@ -16,6 +16,7 @@ from purify import zoo
 from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
+from purify.diffusion.classes import Predicted
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
 from purify.evaluate.description import Evaluation
@@ -261,7 +262,8 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     pairs = build_pairs(request)
     given = build_settings(e.settings, pairs)
     bare = with_model_gradient(load_classifier(name, known, e.threat_model), name, request).to(request.device)
-    score_model = load_score(e.score_model or default_score_model(known), known).to(request.device)
+    classes = Predicted(bare) if e.score_classes == "predicted" else e.score_classes
+    score_model = load_score(e.score_model or default_score_model(known), known, classes).to(request.device)
     purified = [build_purified(p, n, bare, score_model, request, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if e.model_gradient != "none" and not any(isinstance(a, PGD | Adaptive) for a in once):

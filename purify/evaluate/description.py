@@ -164,6 +164,10 @@ class Evaluation(Description):
         "gdmp.rounds=2 or ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated", "--set",
     )  # fmt: skip
     score_model: str | None = option(None, TEXT, DEFENCE, SCORE_MODEL)
+    score_classes: str | None = option(
+        None, TEXT, DEFENCE,
+        "what a class-conditional score network is told: unconditional, predicted (what --model says), or a class",
+    )  # fmt: skip
     t_star: float | None = option(None, NUMBER, DEFENCE, "noise level in (0, 1]")
     noise_level: tuple[str, ...] | None = option(
         None, NAMES, DEFENCE,

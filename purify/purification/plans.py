@@ -46,11 +46,12 @@ class StepFactory:
     def step(self, t: Tensor, s: Tensor, position: int | Tensor, rows: Tensor | None = None) -> ReverseStep:
         """The step from t to s that is the ``position``-th of its samples, counted from 0; of some ``rows`` only."""
         noise, index = self.noise if rows is None else self.noise[rows], self.first_index + 1 + position
+        model = self.model if rows is None else self.model[rows]
         if self.guidance is None:
-            return ReverseStep(self.rule, self.model, t, s, noise, index)
+            return ReverseStep(self.rule, model, t, s, noise, index)
         assert self.bound is not None
         bound = self.bound if rows is None else self.bound[rows]
-        return ReverseStep(self.rule, self.model, t, s, noise, index, Guide(self.guidance, bound, noise, index))
+        return ReverseStep(self.rule, model, t, s, noise, index, Guide(self.guidance, bound, noise, index))
 
 
 class Plan(ABC):

@@ -222,7 +222,7 @@ class Purifier(nn.Module):
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
-        return self.level.statistic(self.score_model, u, noise, self.engine.total)
+        return self.level.statistic(self.score_model.bind(u), u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
         """Sets the flag as usual, but keeps all networks in eval mode: dropout would break keyed noise."""
@@ -258,10 +258,11 @@ class Purifier(nn.Module):
         """
         forward = self.forward_schedule or self.score_model.schedule
         bound = None if self.guidance is None or images is None else self.guidance.bind(images)
+        model = self.score_model if images is None else self.score_model.bind(images)
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            factory = StepFactory(model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
             rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 

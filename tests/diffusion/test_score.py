@@ -130,7 +130,7 @@ def test_fingerprint_sees_weights_and_config():
         ({"time_scale": float("nan")}, "time_scale must be a finite number, got nan"),
         ({"time_offset": "1"}, "time_offset must be a finite number, got '1'"),
         ({"autocast": 16}, "Unknown autocast type '16'"),
-        ({"predicton": "eps"}, "Unknown setting of a score model 'predicton'.*; known: autocast, image_shape"),
+        ({"predicton": "eps"}, "Unknown setting of a score model 'predicton'.*; known: autocast, classes, image_shape"),
     ],
 )
 def test_settings_of_other_names_and_types_are_refused(settings, message):
