@@ -17,6 +17,7 @@ from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
+from purify.transforms import set_mode
 
 if TYPE_CHECKING:
     from purify.diffusion.health import Health
@@ -176,6 +177,13 @@ class ScoreModel(nn.Module):
         # Registered here, so that it moves with the network.
         self.labeller = self.classes.classifier if isinstance(self.classes, Predicted) else None
         self._bound: Tensor | None = None
+
+    def train(self, mode: bool = True) -> ScoreModel:
+        """As usual; an exported network keeps the mode of its export."""
+        self.training = mode
+        for network in self.children():
+            set_mode(network, mode)
+        return self
 
     @property
     def dtype(self) -> torch.dtype | None:
