@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -44,6 +45,11 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
+
+FLAT = (
+    "The gradient is zero at every pixel of every image, so this attack finds what its start does; use square, or take "
+    "the gradient of a surrogate (purify.BPDAClassifier)."
+)
 
 DRAWS = "EOT draws"  # what only models with randomness can be asked for
 
@@ -218,6 +224,8 @@ class PGD(Attack):
         if not with_gradient:
             return self._mean(evaluate, z, y, ids, first_draw, False)
         loss, gradients = self._mean(evaluate, inside.place(z), y, ids, first_draw, True)
+        if first_draw == 0 and not bool(gradients[0].any()):
+            warnings.warn(FLAT, stacklevel=2)
         asked = inside.ask(z, gradients[0])
         if len(asked):
             _, inner = self._mean(evaluate, moved(z[asked]), y[asked], ids[asked], first_draw, True)
