@@ -360,3 +360,21 @@ def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "s\n" in first.partition("###")[0]
     assert again.startswith("###")
+
+
+def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
+    """Every run's options make an evaluation; each has a folder of its own, and what is kept is not run again."""
+    from purify.cli.attack import parser
+    from purify.cli.parsing import described
+    from purify.evaluate.description import Evaluation
+
+    script = load_script("leaderboard_runs")
+    runs = list(script.runs(["digits", "fashion_mnist"], []))
+    assert len({run.name for run in runs}) == len(runs) == 2 * len(script.SYSTEMS)
+    for run in runs:
+        asked = described(Evaluation, parser().parse_args(run.command(tmp_path)[4:]))
+        assert (asked.dataset, asked.purifier) == (run.dataset, (run.purifier,))
+        assert asked.n_examples == script.IMAGES[run.dataset]
+        (tmp_path / run.name).mkdir()
+    assert script.main(["--keep", str(tmp_path), "--out", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none").exists()
