@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from purify.__main__ import COMMANDS, main
+from purify.__main__ import main
+from purify.cli import COMMANDS
 
 
 @pytest.fixture
