@@ -8,8 +8,9 @@ from purify.diffusion.noise import Noise, derive_seed
 from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
+from purify.presets import PURIFIERS, agdm, diffpure, freqpure, gdmp, gns
 from purify.purification.defended import DefendedClassifier
+from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
 from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
 from purify.purification.plans import FixedDt, FixedSteps
@@ -47,6 +48,7 @@ __all__ = [
     "Evaluation",
     "FixedDt",
     "FixedSteps",
+    "FrequencyProjection",
     "MSEGuidance",
     "Noise",
     "Purifier",
@@ -59,6 +61,7 @@ __all__ = [
     "calibrate",
     "derive_seed",
     "diffpure",
+    "freqpure",
     "gdmp",
     "gns",
     "load_score_model",

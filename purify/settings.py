@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from purify.diffusion.reverse import DDIM, ReverseRule
 from purify.purification.plans import FixedDt
 
 
@@ -15,14 +16,14 @@ class Setting:
     Attributes:
         t_star: noise level in (0, 1]; the base level of a rule that varies it.
         steps: reverse steps, or the length of one.
-        reverse: name of the reverse rule.
+        reverse: the reverse rule, by name where its parameters are the usual ones.
         source: where the numbers come from.
         own: the purifier's other parameters.
     """
 
     t_star: float
     steps: int | FixedDt
-    reverse: str
+    reverse: str | ReverseRule
     source: str
     own: dict[str, Any] = field(default_factory=dict)
 
@@ -37,6 +38,8 @@ NIE = "Nie et al. 2022"
 WANG = "Wang et al. 2022"
 LIN = "Lin et al. 2024; t* of DiffPure"
 LEE = "Lee & Kim 2023"
+PEI = "program of Pei et al. 2025"
+STOCHASTIC = DDIM(1.0)
 
 SETTINGS: dict[tuple[str, str], Setting] = {
     ("diffpure", "digits"): Setting(0.18, 10, "ddpm", TUNED),
@@ -53,6 +56,8 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("gns", "digits"): Setting(0.18, 10, "ddpm", TUNED),
     ("gns", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED),
     ("gns", ""): Setting(0.125, THOUSANDTHS, "ddpm", f"{LEE}, CIFAR-10"),
+    ("freqpure", "digits"): Setting(0.2, 10, "ddpm", TUNED, {"amplitude_radius": 1.0, "phase_radius": 1.0}),
+    ("freqpure", ""): Setting(1.0, 100, STOCHASTIC, f"{PEI}, CIFAR-10"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 

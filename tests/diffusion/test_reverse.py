@@ -42,9 +42,7 @@ def test_ancestral_step_of_guided_diffusion(tables, clip):
     assert (mean - f[f"fake_mean_{suffix}"]).abs().max() < 2e-6 * scale
     later = f["t"] > 0
     log_variance = 2 * std.log()
-    torch.testing.assert_close(
-        log_variance[later], f[f"fake_log_variance_{suffix}"][later], rtol=2e-5, atol=2e-5
-    )
+    torch.testing.assert_close(log_variance[later], f[f"fake_log_variance_{suffix}"][later], rtol=2e-5, atol=2e-5)
     sample = rule(model, f["x"], t, s, f["noise"])
     assert (sample - f[f"fake_sample_{suffix}"]).abs().max() < 2e-6 * scale
 
@@ -66,9 +64,7 @@ def test_published_variant_diffuses_as_diffpure_does(tables, t):
     t_star = torch.tensor([t / 1000], dtype=torch.float64)
     diffuse = purifier.process(t_star, Noise.keyed(0, torch.arange(1))).rounds[0].diffuse
     alpha, sigma = (c(diffuse.t).item() for c in (diffuse.schedule.alpha, diffuse.schedule.sigma))
-    torch.testing.assert_close(
-        alpha * f["x0"] + sigma * f["eps"], f[f"diffpure_forward_t{t}"], rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(alpha * f["x0"] + sigma * f["eps"], f[f"diffpure_forward_t{t}"], rtol=1e-5, atol=1e-6)
 
 
 def test_published_variant_reverses_at_diffpures_times():
@@ -144,9 +140,7 @@ def purified(network, u, t_star, rule, steps):
         return FixedSteps(steps).round(factory, t).run(v, lambda step, u: step(u)).flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("rule", "steps"), [(EulerMaruyama(), 300), (Ancestral(), 100)], ids=["sde", "ddpm"]
-)
+@pytest.mark.parametrize(("rule", "steps"), [(EulerMaruyama(), 300), (Ancestral(), 100)], ids=["sde", "ddpm"])
 def test_gaussian_data_give_the_analytic_posterior(rule, steps):
     u, t_star = torch.tensor([0.9, -0.7, 0.5, 0.2], dtype=torch.float64), 0.3
     samples = purified(GaussianEps(MEAN, COVARIANCE), u, t_star, rule, steps)
