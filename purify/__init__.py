@@ -8,12 +8,13 @@ from purify.diffusion.noise import Noise, derive_seed
 from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.presets import PURIFIERS, agdm, diffpure, freqpure, gdmp, gns
+from purify.presets import PURIFIERS, agdm, diffap, diffpure, freqpure, gdmp, gns, mimicdiffusion
 from purify.purification.defended import DefendedClassifier
 from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
 from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
 from purify.purification.plans import FixedDt, FixedSteps
+from purify.purification.pulled import ManhattanPull, MediatorPull
 from purify.purification.purifier import Purifier
 from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
@@ -50,6 +51,8 @@ __all__ = [
     "FixedSteps",
     "FrequencyProjection",
     "MSEGuidance",
+    "ManhattanPull",
+    "MediatorPull",
     "Noise",
     "Purifier",
     "SSIMGuidance",
@@ -60,10 +63,12 @@ __all__ = [
     "agdm",
     "calibrate",
     "derive_seed",
+    "diffap",
     "diffpure",
     "freqpure",
     "gdmp",
     "gns",
     "load_score_model",
+    "mimicdiffusion",
     "wrap",
 ]

@@ -39,6 +39,8 @@ WANG = "Wang et al. 2022"
 LIN = "Lin et al. 2024; t* of DiffPure"
 LEE = "Lee & Kim 2023"
 PEI = "program of Pei et al. 2025"
+ZHANG = "program of Zhang et al. 2024"
+SONG = "program of Song et al. 2024"
 STOCHASTIC = DDIM(1.0)
 
 SETTINGS: dict[tuple[str, str], Setting] = {
@@ -58,6 +60,10 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("gns", ""): Setting(0.125, THOUSANDTHS, "ddpm", f"{LEE}, CIFAR-10"),
     ("freqpure", "digits"): Setting(0.2, 10, "ddpm", TUNED, {"amplitude_radius": 1.0, "phase_radius": 1.0}),
     ("freqpure", ""): Setting(1.0, 100, STOCHASTIC, f"{PEI}, CIFAR-10"),
+    ("diffap", "digits"): Setting(0.2, 5, "random", TUNED, {"scale": 4.0}),
+    ("diffap", ""): Setting(1.0, 5, "random", f"{ZHANG}, CIFAR-10"),
+    ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TUNED, {"scale": 1.0, "t_min": 0.0, "t_max": 1.0}),
+    ("mimicdiffusion", ""): Setting(1.0, 100, STOCHASTIC, f"{SONG}, CIFAR-10"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 

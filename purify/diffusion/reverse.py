@@ -180,6 +180,31 @@ class DDIM(GaussianRule):
         return super().__call__(model, u, t, s, z, lambda *at: (bent(model, *look(*at), t), None))
 
 
+@dataclass(frozen=True)
+class RandomSampling(GaussianRule):
+    """u_s = alpha(s) u0_hat + std z: what the last noise was is forgotten (DiffAP, Zhang et al. 2024).
+
+    Args:
+        variance: std^2 is that of the DDPM ``posterior`` (the released program of DiffAP), or ``marginal``, sigma(s)^2,
+            which diffuses the estimate anew: multistep consistency sampling (Song et al. 2023, algorithm 1).
+    """
+
+    variance: str = "posterior"
+
+    def __post_init__(self) -> None:
+        choose(self.variance, {"posterior": 0, "marginal": 0}, "variance of random sampling")
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = model.schedule
+        variance = schedule.variance(s)
+        if self.variance == "posterior":
+            beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
+            variance = beta * variance / schedule.variance(t)
+        return per_sample(schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(safe_sqrt(variance), u)
+
+
 # torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
 ODE_SOLVERS: dict[str, int | None] = {
     "euler": 1,
@@ -275,4 +300,5 @@ REVERSE_RULES: dict[str, type[ReverseRule]] = {
     "ddim": DDIM,
     "ode": ProbabilityFlow,
     "one-shot": OneShot,
+    "random": RandomSampling,
 }

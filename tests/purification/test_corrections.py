@@ -14,9 +14,9 @@ from conftest import (
 )
 from torch.nn.functional import cosine_similarity
 
-from purify import FixedDt, FrequencyProjection, Purifier
+from purify import FixedDt, FrequencyProjection, ManhattanPull, MediatorPull, Purifier
 from purify.diffusion.noise import Noise
-from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow, RandomSampling
 from purify.purification import cost
 from purify.purification.calls import calls
 from purify.purification.overshoot import warn_overshoot
@@ -29,12 +29,15 @@ RULES = {
     "ddim-noisy": DDIM(1.0),
     "ode": ProbabilityFlow("midpoint"),
     "one-shot": OneShot(),
+    "random": RandomSampling(),
 }
 KINDS = {
     "frequency": lambda scale=1.0, **o: FrequencyProjection(scale, amplitude_radius=1.0, phase_radius=1.5, **o),
     "frequency-denoised": lambda scale=1.0, **o: FrequencyProjection(
         scale, amplitude_radius=1.0, phase_radius=1.5, delta=0.1, reference="denoised", reference_t=0.2, **o
     ),
+    "mediator": lambda scale=1.0, **o: MediatorPull(6 * scale, **o),
+    "manhattan": lambda scale=1.0, **o: ManhattanPull(0.3 * scale, factor=2, **o),
 }
 
 
@@ -137,6 +140,49 @@ def test_blank_images_have_finite_gradients():
     assert all(g.isfinite().all() for g in found)
 
 
+# --- pulls towards the input --------------------------------------------------------------------------------------
+
+
+def test_the_mediator_is_a_step_down_the_squared_distance(images):
+    model, u0, x = smooth_model(torch.float64), images.double(), images.double().flip(0)
+    t = torch.linspace(0.1, 0.7, 7, dtype=torch.float64)
+    look = MediatorPull(5.0).look(x, Noise.keyed(0, IDS), 1)
+    u = model.schedule.alpha(t).reshape(-1, 1, 1, 1) * u0 + 0.1
+    prediction, _ = look(model, u, t)
+    v = model.denoise(u, t).detach().requires_grad_()
+    (slope,) = torch.autograd.grad((v - x).square().flatten(1).mean(1).sum(), v)
+    expected = -5 * model.schedule.alpha(t).reshape(-1, 1, 1, 1) * slope
+    torch.testing.assert_close(prediction.added, expected)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_mimicdiffusion_steps_down_two_manhattan_distances(factor):
+    """Gradients by autograd of the distances; one step under DDIM moves by scale alpha(s) / alpha(t) times them."""
+    generator = torch.Generator().manual_seed(0)
+    u0, x = (torch.rand(5, 3, 4, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    t, noise = torch.linspace(0.1, 0.7, 5, dtype=torch.float64), Noise.keyed(0, range(5))
+    v = u0.clone().requires_grad_()
+    blocks = (v - x).unfold(2, factor, factor).unfold(3, factor, factor).mean((-2, -1))
+    long, short = (d.abs().sum(1).flatten(1).mean(1).sum() for d in (v - x, blocks))
+    (slope,) = torch.autograd.grad(long + short, v)
+    model = smooth_model(torch.float64, 3)
+    found = ManhattanPull(1.0, factor=factor).added(model, u0, x, t, noise, 0)
+    torch.testing.assert_close(found, -slope / model.schedule.alpha(t).reshape(-1, 1, 1, 1))
+
+
+def test_softness_gives_signs_a_slope_in_the_backward_pass_alone(images):
+    x, hard, soft = images.double(), ManhattanPull(0.3, factor=2), ManhattanPull(0.3, factor=2, softness=0.2)
+    make_one = lambda g: Purifier(smooth_model(torch.float64), 0.3, "ddpm", 3, guidance=g, clip=False)  # noqa: E731
+    purifiers = [make_one(g) for g in (hard, soft)]
+    assert torch.equal(*(p(x, sample_ids=IDS) for p in purifiers))
+    assert [p.exact for p in purifiers] == [True, False]
+    assert not torch.allclose(*(gradient_of_weighted(p, x) for p in purifiers))
+    v = torch.linspace(-1, 1, 9, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(soft.sign(v).sum(), v)
+    (expected,) = torch.autograd.grad((v / (v.square() + 0.04).sqrt()).sum(), v)
+    torch.testing.assert_close(slope, expected)
+
+
 # --- gradients ----------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +214,8 @@ def test_dropping_the_second_order_term_holds_what_is_added_constant(kind, image
     assert torch.equal(dropped(x, sample_ids=IDS), guided(x, sample_ids=IDS))
     plain, found, whole = (gradient_of_weighted(p, x) for p in (make(steps=1), dropped, guided))
     torch.testing.assert_close(found, plain)
-    assert cosine_similarity(whole.flatten(), found.flatten(), 0) < 0.999
+    alike = cosine_similarity(whole.flatten(), found.flatten(), 0) > 0.999
+    assert alike == (kind == "manhattan")  # signs, whose slope is 0
     assert guided.exact
     assert not dropped.exact
 
@@ -208,6 +255,10 @@ def test_inference_mode_is_fine(images):
         (lambda: FrequencyProjection(delta=4.0), r"an angle in \[0, pi\]"),
         (lambda: FrequencyProjection(reference="output"), "Unknown reference of the frequencies 'output'"),
         (lambda: FrequencyProjection(reference_t=0.0), "reference_t must lie in"),
+        (lambda: ManhattanPull(1.0, factor=0), "factor of the short-range distance must be a whole number"),
+        (lambda: ManhattanPull(1.0, softness=-1.0), "softness must be a number of at least 0"),
+        (lambda: Purifier(smooth_model(), 0.3, guidance=ManhattanPull(1.0, factor=3)), "do not fill images of 4 x 4"),
+        (lambda: MediatorPull("much"), "must be a finite number"),
         (lambda: FrequencyProjection(t_min=0.5, t_max=0.5), "t_min < t_max"),
         (lambda: FrequencyProjection(second_order="no"), "must be true or false"),
         (lambda: make("frequency", gradient="adjoint"), "cannot differentiate guidance"),
