@@ -8,10 +8,11 @@ from purify.diffusion.noise import Noise, derive_seed
 from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.presets import PURIFIERS, agdm, diffap, diffpure, freqpure, gdmp, gns, mimicdiffusion
+from purify.presets import PURIFIERS, agdm, diffap, diffpure, freqpure, gdmp, gns, heterogeneous, mimicdiffusion
 from purify.purification.defended import DefendedClassifier
 from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
+from purify.purification.heterogeneous import HeterogeneousNoise
 from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
 from purify.purification.plans import FixedDt, FixedSteps
 from purify.purification.pulled import ManhattanPull, MediatorPull
@@ -50,6 +51,7 @@ __all__ = [
     "FixedDt",
     "FixedSteps",
     "FrequencyProjection",
+    "HeterogeneousNoise",
     "MSEGuidance",
     "ManhattanPull",
     "MediatorPull",
@@ -68,6 +70,7 @@ __all__ = [
     "freqpure",
     "gdmp",
     "gns",
+    "heterogeneous",
     "load_score_model",
     "mimicdiffusion",
     "wrap",

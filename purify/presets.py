@@ -231,6 +231,32 @@ def mimicdiffusion(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
+def heterogeneous(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.2,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = "ddim",
+    gradient: Any = DEFAULT_ENGINE,
+    auxiliary: nn.Module | str | None = None,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """Heterogeneous noise (Pei et al. 2025): t* where a network looks, less noise elsewhere.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        auxiliary: the network whose attention counts, or the name or path of one of the zoo's; published: the
+            classifier that is defended.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.heterogeneous.HeterogeneousNoise` (``threshold``, ``t_weak``,
+            ``resample``, ``layers``, ``scale``, ``t_min``, ``t_max``).
+    """
+    network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
+    settings = {"kind": "heterogeneous", "second_order": second_order, "auxiliary": network, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of heterogeneous noise")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
 PURIFIERS: dict[str, Callable[..., Purifier]] = {
     "diffpure": diffpure,
     "gdmp": gdmp,
@@ -239,6 +265,7 @@ PURIFIERS: dict[str, Callable[..., Purifier]] = {
     "freqpure": freqpure,
     "diffap": diffap,
     "mimicdiffusion": mimicdiffusion,
+    "heterogeneous": heterogeneous,
 }
 SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters that every preset takes
 

@@ -40,6 +40,7 @@ LIN = "Lin et al. 2024; t* of DiffPure"
 LEE = "Lee & Kim 2023"
 PEI = "program of Pei et al. 2025"
 ZHANG = "program of Zhang et al. 2024"
+PEI_25 = "program of Pei et al. 2025 (heterogeneous noise)"
 SONG = "program of Song et al. 2024"
 STOCHASTIC = DDIM(1.0)
 
@@ -64,6 +65,11 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("diffap", ""): Setting(1.0, 5, "random", f"{ZHANG}, CIFAR-10"),
     ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TUNED, {"scale": 1.0, "t_min": 0.0, "t_max": 1.0}),
     ("mimicdiffusion", ""): Setting(1.0, 100, STOCHASTIC, f"{SONG}, CIFAR-10"),
+    ("heterogeneous", "digits"): Setting(0.25, 10, "ddim", TUNED, {"threshold": 0.6, "auxiliary": "digits-standard"}),
+    ("heterogeneous", "fashion_mnist"): Setting(
+        0.2, 10, "ddim", f"{PEI_25}, fewer steps", {"auxiliary": "fashion_mnist-standard"}
+    ),
+    ("heterogeneous", ""): Setting(0.2, 100, "ddim", f"{PEI_25}, CIFAR-10"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 

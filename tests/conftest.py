@@ -144,6 +144,21 @@ class TinyClassifier(nn.Module):
         return self.layers(x)
 
 
+class TinyConvolutions(nn.Module):
+    """A small convolutional classifier with two activations of different sizes."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.first, self.second = nn.Conv2d(channels, 3, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.early, self.late = nn.ReLU(), nn.ReLU(inplace=True)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.late(self.second(self.early(self.first(x)))).mean((-2, -1))
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees, or writes to, the user's own downloads."""

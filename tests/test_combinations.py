@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import TinyClassifier, assert_finite_differences, smooth_model
+from conftest import TinyConvolutions, assert_finite_differences, smooth_model
 
 from purify import PURIFIERS, Purifier, calibrate
 from purify.purification.levels import LEVELS, Settings, build_level
 from purify.purification.plans import FixedDt, FixedSteps
 
-NETWORKS = {"auxiliary": TinyClassifier}  # parameters that presets cannot do without
+NETWORKS = {"auxiliary": TinyConvolutions}  # parameters that presets cannot do without
 PLANS = [FixedSteps(3), FixedDt(0.07, batch=3)]
 
 

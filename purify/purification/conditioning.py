@@ -12,6 +12,7 @@ from purify.checks import is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Look
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
+from purify.purification.process import Enter
 
 ROUNDING = 1e-9  # by which a step's time may miss the number that was meant
 
@@ -88,6 +89,13 @@ class Conditioning(ABC):
             noise: of the same rows.
             index: the step's noise index, one or (N,).
         """
+
+    def enter(self, model: ScoreModel, s: Tensor, bound: Tensor, noise: Noise, index: int | Tensor) -> Enter | None:
+        """What is done to the state of a step to times ``s`` (N,), and to its time, before it is taken; None: nothing.
+
+        Other arguments as for :meth:`look`.
+        """
+        return None
 
 
 class Correction(Conditioning):

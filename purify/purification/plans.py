@@ -50,7 +50,9 @@ class StepFactory:
             return ReverseStep(self.rule, self.model, t, s, noise, index)
         assert self.bound is not None
         bound = self.bound if rows is None else self.bound[rows]
-        return ReverseStep(self.rule, self.model, t, s, noise, index, self.guidance.look(bound, noise, index))
+        look = self.guidance.look(bound, noise, index)
+        enter = self.guidance.enter(self.model, s, bound, noise, index)
+        return ReverseStep(self.rule, self.model, t, s, noise, index, look, enter)
 
 
 class Plan(ABC):
