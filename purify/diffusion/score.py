@@ -33,10 +33,12 @@ class Prediction:
         eps: predicted noise, (N, C, H, W).
         variance: the network's v in [-1, 1] that interpolates log-variances (Nichol & Dhariwal 2021,
             eq. 15), or None if the network does not learn the variance.
+        added: what a correction adds to the clean estimate u0_hat that eps gives, (N, C, H, W), or None.
     """
 
     eps: Tensor
     variance: Tensor | None = None
+    added: Tensor | None = None
 
 
 def _from_eps(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -194,6 +196,16 @@ class ScoreModel(nn.Module):
         """u0_hat from a prediction already made."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def clean(self, prediction: Prediction, u: Tensor, t: Tensor) -> Tensor:
+        """u0_hat of a prediction, with what was added to it."""
+        u0 = self.denoised(prediction.eps, u, t)
+        return u0 if prediction.added is None else u0 + prediction.added
+
+    def noise(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The eps that gives the u0_hat of :meth:`clean`."""
+        eps, added = prediction.eps, prediction.added
+        return eps if added is None else eps - per_sample(self.schedule.alpha(t) / self.schedule.sigma(t), eps) * added
 
     def check(
         self, images: Tensor, n: int = 32, levels: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), seed: int = 0
