@@ -18,10 +18,11 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import multinomial_proportions_confint
 from torch import Tensor
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws, best_bound
+from purify.certify.base import ABSTAIN, Certificate, Certifier, check_reached
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
+from purify.certify.sampling import Draws, as_draws
 from purify.checks import check_count, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
@@ -230,14 +231,15 @@ class Cascade(Certifier):
             torch.tensor([d.radius for d in made], dtype=torch.float64),
             torch.from_numpy(np.stack([c[-1] for c in counts])),
             (stages + 1) * (draws.n0 + draws.n),
-            stages,
+            torch.tensor([chosen[-1] for chosen in selected]),
+            stages=stages,
         )
 
     def reachable(self, draws: Draws) -> float:
         if draws.stop is not None:
-            raise ValueError("A cascade makes all its draws; leave early stopping out.")
+            raise ValueError("A cascade makes all its draws; leave anytime sampling out.")
         level = MODES[self.mode].level(draws.alpha, 0, len(self.scales))
-        low = best_bound(draws, level, self.p0)
+        low = check_reached(float(lower_bound(draws.n, draws.n, level)), self.p0, draws, level)
         return float(self.sigmas[0] * (norm.ppf(low) - norm.ppf(self.p0)))
 
     def predict(

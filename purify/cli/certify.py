@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from purify.cli.parsing import Parser, describe_parser, described
 from purify.cli.shell import guarded, note_data
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
-from purify.evaluate.description import Certification
+from purify.evaluate.description import OLD, Certification
 from purify.evaluate.ranks import leave
 from purify.evaluate.records import RunFolder, curve_picture, writing
 from purify.evaluate.systems import Ready, prepare
@@ -21,6 +22,7 @@ from purify.evaluate.systems import Ready, prepare
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
   %(prog)s --method cohen,multiscale --budget standard
+  %(prog)s --sigma 0.25 --radii 0.25,0.5 --draws 10000 --sampling anytime
   %(prog)s --data fashion_mnist --method multiscale --sigma 0.25,0.5,1 --draws 10000
   %(prog)s --method dssn --model runs/train/digits-dssn.safetensors
   torchrun --nproc-per-node=4 %(prog)s --threads 1 --budget standard
@@ -30,7 +32,10 @@ EXAMPLES = """examples:
 def parser(prog: str = "purify certify") -> Parser:
     """All options of :class:`Certification`, in groups."""
     text = "Certify smoothed classifiers, attack them inside the certified radii, and report what holds."
-    return describe_parser(Certification, prog, text, EXAMPLES)
+    p = describe_parser(Certification, prog, text, EXAMPLES)
+    for name in OLD:
+        p.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
+    return p
 
 
 def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
 
 def run(args: Any, command: str) -> int:
     """Check everything, then certify, attack and report."""
-    asked = described(Certification, args)
+    asked = described(Certification, args, OLD)
     ready = prepare(asked)
     draws = ready.order.draws
     with ready.open(command) as folder:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from purify.attacks import PGD
 from purify.attacks.norms import BALLS
-from purify.certify.base import ABSTAIN, Certifier, Draws
+from purify.certify.base import ABSTAIN, Certifier
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
+from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, bounded, wilson
@@ -159,6 +160,8 @@ def certificates(system: System, batch: Samples, seed: int) -> Iterator[dict[str
             "radius": float(found.radii[i]),
             "counts": found.counts[i].tolist(),
             "draws": int(found.draws[i]),
+            "selected": int(found.selected[i]),
+            **({} if found.hits is None else {"hits": found.hits[i][found.hits[i] >= 0].tolist()}),
             **({} if found.stages is None else {"stage": int(found.stages[i])}),
             "seconds": round(seconds, 4),
         }

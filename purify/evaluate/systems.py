@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
+from purify.certify import DSSN, SSN, Anytime, Cascade, Certifier, Draws, Smooth, denoised_smoothing, to_grid
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
@@ -41,8 +41,7 @@ READ_BY = {
     "selection_draws": ("cohen", "multiscale", "ssn"),
     "draws": ("cohen", "multiscale", "ssn"),
     "alpha": ("cohen", "multiscale", "ssn"),
-    "stop_radius": ("cohen", "ssn"),
-    "looks": ("cohen", "ssn"),
+    "sampling": ("cohen", "ssn"),
 }
 
 
@@ -69,8 +68,7 @@ def build_budget(c: Certification) -> tuple[Draws, Inside, int]:
     asked = (c.selection_draws, c.draws, c.n_examples, c.attack_examples)
     n0, n, samples, attacked = (u if a is None else a for a, u in zip(asked, DRAWS[c.budget], strict=True))
     check_count(samples, "n-examples")
-    stop = None if c.stop_radius is None else EarlyStop(c.stop_radius, c.looks)
-    return Draws(n0, n, c.alpha, stop), Inside(attacked, c.attack_steps, c.eot), samples
+    return Draws(n0, n, c.alpha), Inside(attacked, c.attack_steps, c.eot), samples
 
 
 def check_meant(c: Certification) -> None:
@@ -130,8 +128,8 @@ def cohen(order: Order) -> list[System]:
 
 def multiscale(order: Order) -> list[System]:
     """The cascade over all sigmas."""
-    if order.draws.stop is not None:
-        raise ValueError("A cascade makes all its draws; leave --stop-radius out.")
+    if order.asked.sampling == "anytime":
+        raise ValueError("A cascade makes all its draws; leave --sampling anytime out.")
     systems = []
     for d in gaussian(order):
         cascade = Cascade(d.scales, order.asked.p0, order.asked.mode)
@@ -198,8 +196,6 @@ def build_systems(order: Order) -> list[System]:
     systems = [system for build in builders for system in build(order)]
     advice = "name each method and sigma once, and give each denoiser a file name of its own"
     check_unique([s.name for s in systems], "systems", advice)
-    for s in systems:
-        s.certifier.reachable(s.draws)  # says so if there is none
     return systems
 
 
@@ -217,6 +213,20 @@ def build_radii(c: Certification, systems: Sequence[System]) -> dict[str, list[f
         if not all(math.isfinite(r) and r >= 0 for r in found[norm]):
             raise ValueError(f"--radii takes numbers of at least 0, got {', '.join(map(str, found[norm]))}.")
     return found
+
+
+def set_sampling(systems: Sequence[System], sampling: str, radii: Mapping[str, Sequence[float]]) -> list[System]:
+    """The systems with draws that are fixed, or stop for each image once the radii of their norm are settled.
+
+    Raises:
+        ValueError: no image can get any of these radii, or any at all.
+    """
+    if sampling == "anytime":
+        anytime = {norm: Anytime(tuple(values)) for norm, values in radii.items()}
+        systems = [replace(s, draws=replace(s.draws, stop=anytime[s.certifier.norm])) for s in systems]
+    for s in systems:
+        s.certifier.reachable(s.draws)  # says so
+    return list(systems)
 
 
 @dataclass(frozen=True)
@@ -291,6 +301,7 @@ def prepare(asked: Certification) -> Ready:
     order = Order(asked, asked.known(data), device, draws, inside)
     systems = build_systems(order)
     radii = build_radii(asked, systems)
+    systems = set_sampling(systems, asked.sampling, radii)
     samples = load_samples(asked, data, n, device)
     if any(s.certifier.norm == "L1" for s in systems):
         samples = replace(samples, images=to_grid(samples.images))

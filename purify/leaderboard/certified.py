@@ -116,6 +116,9 @@ def _sum_up(
 
 def _stated(draws: dict[str, Any]) -> str:
     """Draws as text."""
-    stop = draws["stop"]
-    early = "" if stop is None else f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
+    stop, early = draws["stop"], ""
+    if stop is not None and "looks" in stop:  # until 0.2
+        early = f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
+    elif stop is not None:
+        early = f" at most, stopped once the radii {', '.join(f'{r:g}' for r in stop['radii'])} are settled"
     return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}"

@@ -186,15 +186,18 @@ def test_the_command_prints_tables_and_draws_curves(tmp_path, capsys):
     assert "differs in seed" in capsys.readouterr().err
 
 
-def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_path, capsys):
+def test_several_denoisers_anytime_sampling_and_a_classifier_for_splitting_noise(tmp_path, capsys):
     small = ["--n-examples", "3", "--selection-draws", "10", "--draws", "64", "--threads", "1"]
     small += ["--attack-examples", "0"]
-    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--sampling", "anytime", "--radii", "0"]
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
     assert "cohen 0.1, digits" in text
     assert "cohen 0.1, none" in text
-    assert {r["draws"] for r in lines(tmp_path / "a")} <= {26, 42, 74}
+    assert all(r["draws"] == sum(r["counts"]) + 8 or r["draws"] < 74 for r in lines(tmp_path / "a"))
+    old = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    assert main([*old, "--out", str(tmp_path / "a")]) == 0  # the same run
+    assert "note: --stop-radius 0 is now called --sampling anytime --radii 0, and needs" in capsys.readouterr().err
     model = ["--method", "ssn,dssn", "--model", "digits-standard"]
     assert main([*small, *model, "--lam", "0.05", "--out", str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
