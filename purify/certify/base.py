@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,6 +38,7 @@ class Certificate:
         hits: int64 (N, looks), how often it had been hit at each look, -1 where none was taken; None if there was only
             one look, at all counts.
         stages: int64 (N,), the place of the scale that decided, from the largest (cascades); None otherwise.
+        passed: of each image, class and counts of the scales passed before (cascades); None otherwise.
     """
 
     classes: Tensor
@@ -47,6 +48,7 @@ class Certificate:
     selected: Tensor
     hits: Tensor | None = None
     stages: Tensor | None = None
+    passed: list[list[tuple[int, list[int]]]] | None = None
 
 
 class Certifier(ABC):
@@ -63,6 +65,20 @@ class Certifier(ABC):
         self, images: Tensor, draws: Draws | None = None, *, sample_ids: Tensor | None = None, seed: int = 0
     ) -> Certificate:
         """Certificates of images (N, C, H, W) in [0, 1]; ``sample_ids`` (N,) and ``seed`` key the noise."""
+
+    def recompute(self, found: Certificate, draws: Draws) -> Certificate:
+        """The certificates that the draws behind ``found`` give at another ``draws.alpha``; nothing is drawn.
+
+        The same as drawing again with this alpha, where all draws are made; valid in any case.
+
+        Args:
+            found: what this certifier gave.
+            draws: those it was given, with another alpha.
+
+        Raises:
+            ValueError: it would take draws that were not made.
+        """
+        raise ValueError(f"{type(self).__name__} keeps nothing from which radii could be recomputed; certify again.")
 
     def reachable(self, draws: Draws) -> float:
         """The largest radius that any image can get with these draws: that of one on which all of them agree.
@@ -179,6 +195,12 @@ class RandomizedSmoothing(Certifier):
         classes, radii = self._answer(selected, hits, draws)
         looked = None if draws.stop is None else torch.from_numpy(hits)
         return Certificate(classes, radii, counts, votes.sum(1) + counts.sum(1), selected, looked)
+
+    def recompute(self, found: Certificate, draws: Draws) -> Certificate:
+        self.reachable(draws)
+        hits = found.counts.gather(1, found.selected[:, None]) if found.hits is None else found.hits
+        classes, radii = self._answer(found.selected, hits.numpy(), draws)
+        return replace(found, classes=classes, radii=radii)
 
     def _count(self, images: Tensor, noise: Noise, first: int, looks: Sequence[int], stay: Stay) -> Tensor:
         """Counts (N, K) over draws from ``first`` on; at each look (after so many draws) images leave that need not

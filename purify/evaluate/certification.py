@@ -163,6 +163,7 @@ def certificates(system: System, batch: Samples, seed: int) -> Iterator[dict[str
             "selected": int(found.selected[i]),
             **({} if found.hits is None else {"hits": found.hits[i][found.hits[i] >= 0].tolist()}),
             **({} if found.stages is None else {"stage": int(found.stages[i])}),
+            **({"passed": found.passed[i]} if found.passed and found.passed[i] else {}),
             "seconds": round(seconds, 4),
         }
 

@@ -279,13 +279,13 @@ class Ready:
     def finish(self, folder: RunFolder) -> dict[str, Summary]:
         """Sum up a folder that is complete, by system, and write its result.json."""
         found = {s.name: summarize(folder, s, self.samples, self.radii[s.certifier.norm]) for s in self.systems}
-        body = {s.name: {"norm": s.certifier.norm, **plain(found[s.name])} for s in self.systems}
+        body = {s.name: {"norm": s.certifier.norm, **summed(found[s.name])} for s in self.systems}
         context = {"schema": SCHEMA, "config": folder.config, "preset": self.order.asked.budget}
         write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
         return found
 
 
-def plain(summary: Summary) -> dict[str, Any]:
+def summed(summary: Summary) -> dict[str, Any]:
     """A summary for result.json, without what the records hold."""
     return {k: v for k, v in asdict(summary).items() if k != "correct"}
 
