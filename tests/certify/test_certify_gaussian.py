@@ -23,7 +23,7 @@ from purify.certify import (
     denoised_smoothing,
 )
 from purify.certify.base import predicted
-from purify.certify.bounds import lower_bound, upper_bound
+from purify.certify.bounds import lower_bound
 from purify.certify.gaussian import Gaussian
 from purify.certify.metrics import abstentions, average_certified_radius, certified_accuracy, correct_radii
 
@@ -76,17 +76,6 @@ def test_times_of_sigma_against_the_original():
         assert round(denoised.time * case["steps"]) - 1 == case["t_multiscale"]
         assert schedule.alpha(t).item() == pytest.approx(case["sqrt_alphas_cumprod"], rel=1e-7)  # a float32 table
         assert (schedule.sigma(t) / schedule.alpha(t)).item() / 2 == pytest.approx(case["sigma_at_t"], rel=1e-6)
-
-
-def test_bounds_are_clopper_pearsons():
-    for k, n, alpha in ((3, 10, 0.01), (0, 10, 0.01), (10, 10, 0.01), (700, 1000, 0.001)):
-        low, high = (float(b(k, n, alpha)) for b in (lower_bound, upper_bound))
-        if k > 0:  # at the bound, k or more hits have probability alpha
-            assert stats.binom.sf(k - 1, n, low) == pytest.approx(alpha)
-        if k < n:
-            assert stats.binom.cdf(k, n, high) == pytest.approx(alpha)
-    assert float(lower_bound(0, 10, 0.01)) == 0
-    assert float(upper_bound(10, 10, 0.01)) == 1
 
 
 # --- counts -------------------------------------------------------------------------------------------------------
