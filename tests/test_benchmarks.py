@@ -157,6 +157,10 @@ def test_certify_speed(tmp_path, monkeypatch):
     for name, work in script.build_works(script.parser().parse_args([*arguments, "--sigma", "0.1"])).items():
         seen.clear()
         answers[name], rows[name] = work(), list(seen)
+    for system in ("cascade", "cohen", "ssn"):
+        works = script.build_works(script.parser().parse_args([*arguments[:2], "--draws", "20", "--system", system]))
+        assert list(works)[-2:] == [script.OURS, script.BARE]
+        works[script.OURS]()
     assert rows[script.PLAIN] == [100, 250, 50] * 2
     assert rows[script.SAME_BATCH] == [100, 128, 128, 44] * 2
     assert max(rows[script.OURS]) == max(rows[script.BARE]) == 128

@@ -18,8 +18,8 @@ from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
 from purify.evaluate.attacking import RECORD, begin, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
-from purify.evaluate.description import Certification
+from purify.evaluate.certification import FLOAT32, Inside, Summary, System, certify_all, summarize
+from purify.evaluate.description import DENOISER_PRECISIONS, Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import SCHEMA, RunFolder, write_json
@@ -35,6 +35,7 @@ SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius 
 READ_BY = {
     "sigma": ("cohen", "multiscale"),
     "score_model": ("cohen", "multiscale"),
+    "precision": ("cohen", "multiscale"),
     "p0": ("multiscale",),
     "mode": ("multiscale",),
     "lam": ("ssn", "dssn"),
@@ -102,10 +103,15 @@ def gaussian(order: Order) -> list[Denoised]:
     for name in names:
         networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
         if name == "none":
+            if c.precision != FLOAT32:
+                raise ValueError(f"--precision {c.precision} is the denoiser's; there is none with --score-model none.")
             scales = [Smooth(classifier, s, max_rows=c.max_rows) for s in c.sigma]
         else:
             score = load_score(name, known).to(order.device)
             networks["score_model"] = score.fingerprint()
+            if c.precision != FLOAT32:
+                score.set_autocast(DENOISER_PRECISIONS[c.precision])
+                networks["precision"] = c.precision
             scales = [denoised_smoothing(classifier, score, s, c.max_rows) for s in c.sigma]
         found.append(Denoised(tuple(scales), suffix, networks))
     return found

@@ -61,6 +61,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     for name, system in config["systems"].items():
         draws, attack, exact = system["draws"], system["attack"], system["kind"] in EXACT
         found = _sum_up(folder, name, config["n_examples"], results.get(name, {}), records)
+        precision = f", {system['precision']} denoiser" if "precision" in system else ""
         drawn = f"all {found.draws:.0f} noise levels" if exact else _stated(draws)
         inside = f"PGD {attack['steps']} x EOT {attack['eot']} inside the radius"
         row = CertifiedRow(
@@ -70,7 +71,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
             norm=results[name]["norm"],
             found=found,
             alpha=None if exact else draws["alpha"],
-            budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
+            budget=f"{drawn}{precision}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
             samples=config["n_examples"],
             seed=config["seed"],
             command=sessions[0]["command"],

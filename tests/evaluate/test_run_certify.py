@@ -211,6 +211,26 @@ def test_several_denoisers_anytime_sampling_and_a_classifier_for_splitting_noise
     assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
 
 
+def test_the_denoisers_precision_is_part_of_what_is_certified(tmp_path, capsys):
+    """bfloat16 is certified, attacked and judged as bfloat16; a run, and a record, of another precision is refused."""
+    few = [*TINY, "--method", "cohen,multiscale", "--n-examples", "3", "--attack-examples", "1"]
+    half = [*few, "--precision", "bf16", "--out", str(tmp_path / "half")]
+    assert main(half) == 0
+    score = zoo.score_model("digits")
+    score.set_autocast("bfloat16")
+    smooth = denoised_smoothing(zoo.classifier("digits-standard"), score, 0.25)
+    expected = smooth.certify(digits(3).images, Draws(10, 50), sample_ids=torch.arange(3))
+    records = [r for r in lines(tmp_path / "half") if r["attack"] == CERTIFICATE]
+    assert {r["precision"] for r in records} == {"bf16"}
+    assert [r["counts"] for r in records if r["defence"] == "cohen 0.25"] == expected.counts.tolist()
+    assert main([*few, "--out", str(tmp_path / "half")]) == 2
+    assert "holds another run, which differs in systems.cohen 0.1.precision" in capsys.readouterr().err
+    file = tmp_path / "half" / "records.jsonl"
+    file.write_text(file.read_text().replace('"precision": "bf16"', '"precision": "float32"'))
+    assert main(half) == 2
+    assert "was certified with a denoiser of float32, and cohen 0.1 has one of bf16, which" in capsys.readouterr().err
+
+
 def test_denoisers_from_a_file(tmp_path, capsys):
     """Two functions of one file are two denoisers; what they are is in the config."""
     file = tmp_path / "own.py"
