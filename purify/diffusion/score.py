@@ -133,10 +133,15 @@ class ScoreModel(nn.Module):
         if self.time_scale <= 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
         self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
-        self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
-        if self.autocast is not None:
-            choose(self.autocast, AUTOCAST, "autocast type")
-            check_autocast(network, self.autocast)
+        self.set_autocast(autocast)
+
+    def set_autocast(self, autocast: str | torch.dtype | None) -> None:
+        """Run the network from now on in this type, as the argument of this name says; None: in its own."""
+        name = None if autocast is None else str(autocast).removeprefix("torch.")
+        if name is not None:
+            choose(name, AUTOCAST, "autocast type")
+            check_autocast(self.network, name)
+        self.autocast = name
 
     @property
     def dtype(self) -> torch.dtype | None:
