@@ -9,6 +9,7 @@ from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
 from purify.presets import PURIFIERS, agdm, diffap, diffpure, freqpure, gdmp, gns, heterogeneous, mimicdiffusion
+from purify.purification.blackbox import BlackBox, BPDAClassifier
 from purify.purification.defended import DefendedClassifier
 from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
@@ -40,6 +41,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PURIFIERS",
     "AdversarialGuidance",
+    "BPDAClassifier",
+    "BlackBox",
     "Calibration",
     "Certification",
     "Constant",

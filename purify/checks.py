@@ -97,9 +97,11 @@ def check_eval(classifier: nn.Module, before: str) -> None:
 
 
 def check_weights(network: nn.Module, what: str) -> None:
-    """Raise ValueError if a parameter of ``network`` holds NaN: it would answer NaN, or worse, a class."""
+    """Raise ValueError if a parameter of ``network`` holds NaN (it would answer NaN, or worse, a class) or nothing."""
     for name, p in network.named_parameters():
-        readable = p.is_floating_point() and p.itemsize > 1 and not p.is_meta and p.numel() > 0
+        if p.is_meta:
+            raise ValueError(f"{what} is on the meta device, where weights hold no values; load them first.")
+        readable = p.is_floating_point() and p.itemsize > 1 and p.numel() > 0
         if readable and bool(torch.aminmax(p.detach())[0].isnan()):
             raise ValueError(f"{what} has NaN in its weight {name}; load or train it again.")
 
@@ -109,10 +111,17 @@ def check_logits(logits: Any, n: int, what: str = "The classifier") -> None:
     shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
         images = "one image" if n == 1 else f"{n} images"
+        advice = "" if isinstance(logits, Tensor) else "; wrap it in a module that returns the logits alone"
         raise ValueError(
-            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for {images}."
+            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for "
+            f"{images}{advice}."
         )
 
+
+NO_GRADIENT = (
+    "leaves autograd (numpy, ONNX, detach or no_grad inside), so attacks have no gradient; use square, or "
+    "purify.BPDAClassifier(model, surrogate), on the command line --model-gradient none or bpda"
+)
 
 # What torch says of a batch that a network cannot take. Of other failures (memory, say) it keeps its own words.
 _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multipl|elements", re.IGNORECASE)
@@ -131,6 +140,8 @@ def fitting(x: Tensor, what: str) -> Iterator[None]:
         if _KINDS.search(reason):
             kind = f"images of {x.dtype} on {x.device}"
             raise ValueError(f"{what} cannot take {kind}; bring both to one type and device ({reason}).") from error
+        if "that requires grad" in reason:  # numpy() was called on it
+            raise ValueError(f"{what} {NO_GRADIENT}.") from error
         if not _SHAPES.search(reason):
             raise
         if len(x) == 0:

@@ -16,7 +16,7 @@ from purify.attacks.counting import count
 from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
-from purify.checks import check_count, choose, is_number
+from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 
@@ -257,8 +257,7 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         more = i < len(terms) - 1
         own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
         if not isinstance(own, Tensor):
-            advice = "do not detach them in it, or use square"
-            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+            raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
         found.append(own)
     return found
 

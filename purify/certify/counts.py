@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from purify.answers import as_logits, lost, no_number
 from purify.certify.protocols import Classifier
 from purify.checks import (
     check_count,
@@ -68,7 +69,7 @@ class NoisyCounts:
         """
         n, m, device = len(images), len(draws), images.device
         size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
-        counts, unclear = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.zeros((), device=device).bool()
+        counts, first = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.full((), n * m, device=device)
         for start in range(0, n * m, size):
             rows = torch.arange(start, min(start + size, n * m), device=device)
             sample, draw = rows // m, draws.start + rows % m
@@ -76,16 +77,20 @@ class NoisyCounts:
             logits = self._logits(noisy)
             if counts.shape[1] == 0:
                 counts = counts.new_zeros(n, logits.shape[1])
-            unclear |= (logits.isnan() | logits.isposinf()).any()
+            first = torch.minimum(first, torch.where(lost(logits), rows, n * m).amin())
             counts.view(-1).index_add_(0, sample * logits.shape[1] + logits.argmax(1), torch.ones_like(sample))
-        if bool(unclear):
-            raise ValueError("The classifier returned NaN or infinity on noisy images; check precision and weights.")
+        if int(first) < n * m:
+            place, index = divmod(int(first), m)
+            one = noise[place : place + 1]
+            again = self.perturb(images[place : place + 1], replace(one, draws=one.draws * 0 + draws[index]))
+            what = f"On noise draw {draws[index]} the classifier"
+            raise ValueError(no_number(self.classifier, what, int(one.sample_ids), lambda: self.classifier(again)))
         return counts
 
     def _logits(self, noisy: Tensor) -> Tensor:
         proper = nullcontext() if self.referee is None else float32_proper()  # TF32 errs by more than a near tie
         with proper, fitting(noisy, "The classifier"):
-            logits = self.classifier(noisy)
+            logits = as_logits(self.classifier(noisy))
         check_logits(logits, len(noisy))
         if self.referee is None:
             return logits
@@ -93,7 +98,7 @@ class NoisyCounts:
         close = best - second < NEAR_TIE * logits.abs().amax(1)
         if bool(close.any()):
             logits = logits.double()
-            logits[close] = self.referee(noisy[close].double())
+            logits[close] = as_logits(self.referee(noisy[close].double()))
         return logits
 
 
@@ -120,7 +125,7 @@ class NoisyModel(nn.Module):
     ) -> Tensor:
         """Logits (N, K) of a noisy copy of each image (N, C, H, W) in [0, 1]; keys as in ``Purifier.forward``."""
         noise = Noise.fresh(len(x), x.device) if sample_ids is None else Noise.keyed(seed, sample_ids, draw)
-        return self.classifier(self.perturb(x, noise))
+        return as_logits(self.classifier(self.perturb(x, noise)))
 
 
 def float64_twin(classifier: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
 from purify.evaluate.build import Request, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.provenance import default_folder, environment
@@ -49,6 +50,11 @@ def load_samples(asked: Description, data: Dataset, n: int, device: torch.device
     if n > len(images):
         raise ValueError(f"{asked.dataset} has {len(images)} test images; --n-examples {n} is too many.")
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
+
+
+def known_classes(asked: Description, data: Dataset) -> int | None:
+    """Classes of a built-in data set; data of one's own may hold images of some only."""
+    return data.num_classes if asked.dataset in DATASETS else None
 
 
 def open_folder(
@@ -148,7 +154,9 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed)
+    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    for defence in defences:
+        check_gradient(defence, samples.images)
     config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
     return Prepared(request, attacks, defences, samples, config, ranks)
 

@@ -12,15 +12,17 @@ import torch
 from tqdm import tqdm
 
 from purify.attacks import PGD
+from purify.attacks.base import num_classes
 from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
 from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
+from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.records import RunFolder
-from purify.evaluate.runner import Samples, batches, share_out
+from purify.evaluate.runner import Samples, batches, check_classes, share_out
 from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"
@@ -102,12 +104,7 @@ def certify_all(
     Raises:
         ValueError: bad images or labels, or two images of one id, before anything runs.
     """
-    check_images(samples.images)
-    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
-    check_labels(samples.labels, len(samples))
-    for system in systems:
-        for noisy in system.certifier.noisy_models().values():
-            check_steady(system.name, noisy.classifier, samples.images, samples.ids)
+    check_systems(systems, samples)
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
     own = share_out(samples, batch_size, folder.ranks)
@@ -121,6 +118,23 @@ def certify_all(
                 chosen = own if stage == CERTIFICATE else parts[system.name]
                 run(folder, system, stage, chosen, seed, batch_size, bar)
     folder.merge()
+
+
+def check_systems(systems: Sequence[System], samples: Samples, classes: int | None = None) -> None:
+    """Raise ValueError unless the classifiers can take the samples one by one and know their labels and ``classes``."""
+    check_images(samples.images)
+    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
+    for system in systems:
+        for noisy in system.certifier.noisy_models().values():
+            k = num_classes(noisy.classifier, samples.images, samples.ids, 0, system.name)
+            check_classes(system.name, k, classes)
+            check_labels(samples.labels, len(samples), k)
+            check_steady(system.name, noisy.classifier, samples.images, samples.ids)
+            if system.attack.samples and not is_differentiable(noisy.classifier, samples.images, system.name):
+                raise ValueError(
+                    f"{system.name} leaves autograd (numpy, ONNX, detach or no_grad inside), so nothing can be "
+                    "attacked inside its radius; certify it with --attack-examples 0."
+                )
 
 
 def attacked(samples: Samples, system: System) -> Samples:

@@ -69,6 +69,9 @@ EVERY_ATTACK = (
 )
 
 
+MODEL_GRADIENTS = ("exact", "bpda", "none")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Description:
     """What attacks and certificates have in common. Options that are None are the data set's usual ones."""
@@ -171,6 +174,10 @@ class Evaluation(Description):
         "gdmp.rounds=2 or ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated", "--set",
     )  # fmt: skip
     score_model: str | None = option(None, TEXT, DEFENCE, SCORE_MODEL)
+    score_classes: str | None = option(
+        None, TEXT, DEFENCE,
+        "what a class-conditional score network is told: unconditional, predicted (what --model says), or a class",
+    )  # fmt: skip
     t_star: float | None = option(None, NUMBER, DEFENCE, "noise level in (0, 1]")
     noise_level: tuple[str, ...] | None = option(
         None, NAMES, DEFENCE,
@@ -201,6 +208,13 @@ class Evaluation(Description):
         None, SIZE, THREAT,
         "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
     )  # fmt: skip
+    model_gradient: str = option(
+        "exact", TEXT, THREAT,
+        "backward pass of the classifier: exact; bpda, that of --model-surrogate; none, attacks without gradients only",
+    )  # fmt: skip
+    model_surrogate: str | None = option(
+        None, TEXT, THREAT, "network of --model-gradient bpda; as --model (default: DATASET-standard)"
+    )
     surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
     attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
@@ -216,8 +230,11 @@ class Evaluation(Description):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
-        for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
+        known = {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        for name, names in known.items():
             self._choose(name, names)
+        if self.model_surrogate is not None and self.model_gradient != "bpda":
+            raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
         for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):

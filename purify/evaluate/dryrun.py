@@ -45,10 +45,11 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     """
     model = defence.model
     try:
+        asked = any(attack.takes_gradient for attack in defence.attacks)
         if isinstance(model, DefendedClassifier):
-            forward, gradient = purified_times(model, samples, rows)
+            forward, gradient = purified_times(model, samples, rows, asked)
         else:
-            forward, gradient = times(model, samples, rows)
+            forward, gradient = times(model, samples, rows, asked)
         memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
@@ -77,22 +78,25 @@ def most_held(defence: Defence, x: Tensor, rows: int) -> int:
     return max((cost.held_bytes(part.purifier, x, rows * part.purifications) for part in purified), default=0)
 
 
-def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
+def purified_times(
+    model: DefendedClassifier, samples: Samples, rows: int, with_gradient: bool = True
+) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
     one, three = (model.with_purifier(cost.shortened(purifier, k)) for k in (1, 3))
-    short = times(one, samples, rows)
+    short = times(one, samples, rows, with_gradient)
     if steps <= rounds:
         return short
-    longer = times(three, samples, rows)
+    longer = times(three, samples, rows, with_gradient)
     more = min(3 * rounds, steps) - rounds
     forward, gradient = (a + max(b - a, 0.0) * (steps - rounds) / more for a, b in zip(short, longer, strict=True))
     return forward, gradient
 
 
-def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
-    """Seconds per row of a forward pass and of a gradient, in batches that grow until they fill or take too long."""
+def times(model: nn.Module, samples: Samples, rows: int, with_gradient: bool = True) -> tuple[float, float]:
+    """Seconds per row of a forward pass and of a gradient, if asked for, in batches that grow until they fill or take
+    too long."""
     call, size = keyed(model, 0), 1
     while True:
         index = torch.arange(size) % len(samples)
@@ -107,7 +111,8 @@ def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        spent = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
+        works = (forward, gradient) if with_gradient else (forward,)
+        spent = [*([seconds(work, x.device) for _ in range(2)][1] for work in works), 0.0]
         if size >= rows or sum(spent) > PATIENCE:
             return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)

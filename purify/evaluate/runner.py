@@ -135,14 +135,31 @@ def evaluate(
     return new
 
 
-def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0) -> None:
-    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ."""
+def check_together(
+    defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None
+) -> None:
+    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
+
+    ``classes``: of the data; a model of fewer is refused, one of more gets a warning.
+    """
     check_images(samples.images)
     check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
-        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
+        k = num_classes(defence.model, samples.images, samples.ids, seed, defence.name)
+        check_classes(defence.name, k, classes)
+        check_labels(samples.labels, len(samples), k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
+
+
+def check_classes(name: str, found: int | None, classes: int | None) -> None:
+    """Raise ValueError if a model tells fewer classes apart than the data has; warn of more."""
+    if found is None or classes is None or found == classes:
+        return
+    sentence = f"{name} tells {found} classes apart, the data has {classes}"
+    if found < classes:
+        raise ValueError(f"{sentence}; take a classifier of these classes.")
+    warnings.warn(f"{sentence}: an attack may end in a class that the data does not know.", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -232,31 +249,27 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     """The model's answers on draws that no attack has seen: their seed is the judges' own.
 
     Raises:
-        ValueError: it answers NaN or infinity, which is no class.
+        ValueError: it answers NaN, infinity, or the same for all classes, which is no class.
     """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
     rows = torch.arange(n, device=images.device).repeat_interleave(draws)
     draw = torch.arange(draws, device=images.device).repeat(n)
     parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
-    lost = torch.cat([logits.isnan().any(1) | ~logits.amax(1).isfinite() for logits, _ in answers])
-    if bool(lost.any()):
-        raise ValueError(
-            f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "
-            "precision and the guidance's scale."
-        )
+    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed, defence.name) for r, d in parts]
     predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
     values = means([trace for _, trace in answers if trace is not None])
     return Judgement(predictions, {name: v.reshape(n, draws).mean(1) for name, v in values.items()})
 
 
-def answer(model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> tuple[Tensor, Trace | None]:
+def answer(
+    model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int, name: str
+) -> tuple[Tensor, Trace | None]:
     """Logits of any model, with the trace of the purifications behind them if it has any."""
     if has(model, HasDetails):
         details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
         return details.logits, details
-    return keyed(model, seed)(images, ids, draws), None
+    return keyed(model, seed, name)(images, ids, draws), None
 
 
 def means(traces: Sequence[Trace]) -> dict[str, Tensor]:

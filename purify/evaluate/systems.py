@@ -16,9 +16,9 @@ from purify.certify import DSSN, SSN, Anytime, Cascade, Certifier, Draws, Smooth
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
-from purify.evaluate.attacking import RECORD, begin, load_samples, open_folder
+from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import FLOAT32, Inside, Summary, System, certify_all, summarize
+from purify.evaluate.certification import FLOAT32, Inside, Summary, System, certify_all, check_systems, summarize
 from purify.evaluate.description import DENOISER_PRECISIONS, Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
@@ -311,4 +311,5 @@ def prepare(asked: Certification) -> Ready:
     samples = load_samples(asked, data, n, device)
     if any(s.certifier.norm == "L1" for s in systems):
         samples = replace(samples, images=to_grid(samples.images))
+    check_systems(systems, samples, known_classes(asked, data))
     return Ready(order, data, systems, radii, samples, ranks)

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from purify.answers import ask
 from purify.checks import (
     check_count,
     check_eval,
     check_images,
-    check_logits,
     check_shape,
     check_weights,
     choose,
-    fitting,
     sample_keys,
     whole_numbers,
 )
@@ -56,7 +55,7 @@ class Auxiliary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to the network's logits."""
         assert self.purifier.auxiliary is not None
-        return self.purifier.auxiliary(self.purifier.resized(x))
+        return ask(self.purifier.auxiliary, self.purifier.resized(x), "The auxiliary network")
 
 
 class DefendedClassifier(nn.Module):
@@ -75,7 +74,8 @@ class DefendedClassifier(nn.Module):
 
     Raises:
         ValueError: classifier or purifier of another type, classifier in train mode or with NaN in its weights, unknown
-            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take.
+            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take, answers
+            that are no logits, NaN, infinite or all equal.
     """
 
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
@@ -146,9 +146,8 @@ class DefendedClassifier(nn.Module):
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
         purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
-        with fitting(purified.images, "The classifier"):
-            logits = self.classifier(purified.images)
-        check_logits(logits, len(rows))
+        ids = None if sample_ids is None else sample_keys(sample_ids, rows)
+        logits = ask(self.classifier, purified.images, ids=ids)
         return Details.of(self._aggregate(logits.unflatten(0, (len(x), m))), purified, m)
 
     @property

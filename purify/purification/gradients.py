@@ -276,7 +276,7 @@ class BPDA(GradientEngine):
         return Shorter((), ())
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
-        return _with_gradient_of(_forward(build, u), u)
+        return with_gradient_of(_forward(build, u), u)
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ class Surrogate(_Budgeted):
         if not torch.is_grad_enabled():
             return _forward(build, u)
         shorter = self.shorter(len(build(None).rounds))
-        return _with_gradient_of(_forward(build, u), self._run(build(shorter), u))
+        return with_gradient_of(_forward(build, u), self._run(build(shorter), u))
 
 
 def _forward(build: Build, u: Tensor) -> Tensor:
@@ -327,7 +327,7 @@ def _forward(build: Build, u: Tensor) -> Tensor:
         return build(None).run(u, keep)
 
 
-def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
     """``value`` forward, bit for bit; the gradient of ``proxy`` backward."""
     return _Straight.apply(proxy, value)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purify.answers import as_logits
 from purify.checks import choose, is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
@@ -289,7 +290,7 @@ class AdversarialGuidance(Guidance):
         network, seen = self.auxiliary, []
         assert network is not None
         if self.layer is None:
-            return _tensor(network((u + 1) / 2), "The auxiliary network")
+            return _tensor(as_logits(network((u + 1) / 2)), "The auxiliary network")
 
         def see(module: nn.Module, arguments: Any, output: Any) -> None:
             seen.append(_tensor(output, f"Layer {self.layer!r}").clone())  # what follows may work in place

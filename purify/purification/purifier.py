@@ -20,6 +20,8 @@ from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
+from purify.finite import broken
+from purify.purification import faults
 from purify.purification.conditioning import Conditioning
 from purify.purification.gradients import (
     DEFAULT_BUDGET,
@@ -166,7 +168,7 @@ class Purifier(nn.Module):
 
         Raises:
             ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
-                guidance in inference mode.
+                guidance in inference mode; NaN or infinity on the way, with the first network, layer, step and time.
         """
         if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
@@ -185,11 +187,18 @@ class Purifier(nn.Module):
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u) if deviation else unwatched
         purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        self._check_numbers(purified, statistic, u, noise)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         deviated = watch.mean() if isinstance(watch, Deviation) else None
         return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
+
+    def _check_numbers(self, purified: Tensor, statistic: Tensor, u: Tensor, noise: Noise) -> None:
+        """Raise ValueError if a noise level or a purified image is no number; says where it stopped to be one."""
+        bad = broken(purified) | ~statistic.detach().isfinite()
+        if bool(bad.any()):
+            raise ValueError(faults.sentence(self, u.detach(), noise, int(bad.nonzero()[0, 0])))
 
     def _nothing(self, x: Tensor) -> Purified:
         """The purification of an empty batch, which not every network could take."""
@@ -215,7 +224,7 @@ class Purifier(nn.Module):
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
-        return self.level.statistic(self.score_model, u, noise, self.engine.total)
+        return self.level.statistic(self.score_model.bind(u), u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
         """Sets the flag as usual, but keeps all networks in eval mode: dropout would break keyed noise."""
@@ -251,10 +260,11 @@ class Purifier(nn.Module):
         """
         forward = self.forward_schedule or self.score_model.schedule
         bound = None if self.guidance is None or images is None else self.guidance.bind(images)
+        model = self.score_model if images is None else self.score_model.bind(images)
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            factory = StepFactory(model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
             rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 

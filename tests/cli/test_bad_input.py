@@ -36,6 +36,16 @@ def here(tmp_path, monkeypatch):
         "        return x.flatten(1)[:, :3]\n\ndef net():\n    return Net().eval()\n\n"
         "def training():\n    return Net()\n\ndef fails():\n    return 1 / 0\n\ndef nothing():\n    return None\n"
     )
+    Path("odd.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, answer):\n"
+        "        super().__init__()\n        self.answer = answer\n        self.eval()\n\n"
+        "    def forward(self, x):\n        return self.answer(x.flatten(1)[:, 10:20])\n\n"
+        "def pair():\n    return Net(lambda z: (z, z))\n\ndef vector():\n    return Net(lambda z: z[:, 0])\n\n"
+        "def few():\n    return Net(lambda z: z[:, :9])\n\ndef named():\n    return Net(lambda z: {'scores': z})\n\n"
+        "def empty():\n    return Net(lambda z: z * float('nan'))\n\ndef same():\n    return Net(torch.zeros_like)\n\n"
+        "def numpy():\n    return Net(lambda z: torch.from_numpy(z.numpy() * 2))\n\n"
+        "def cut():\n    return Net(lambda z: 2 * z.detach())\n"
+    )
     Path("calibration.json").write_text("{}")
     Path("runs.json").write_text("[]")
     return tmp_path
@@ -107,7 +117,24 @@ CASES = {
     "attack --data cut.safetensors --model digits-standard": "cut.safetensors",
     "attack --data empty --model digits-standard": "empty",
     "attack --data flat --model digits-standard": "flat",
-    "attack --model three.py:net --dry-run": "Labels must be classes 0 to 2",
+    "attack --model three.py:net --dry-run": "undefended gives all 3 classes the same logit for sample 0",
+    "attack --model odd.py:pair --dry-run": "it returned tuple for one image; wrap it in a module that returns the "
+    "logits alone",
+    "attack --model odd.py:vector --dry-run": "it returned shape (1,) for one image",
+    "attack --model odd.py:named": "it returned dict for one image",
+    "attack --model odd.py:few --n-examples 2": "undefended tells 9 classes apart, the data has 10",
+    "attack --model odd.py:empty --dry-run": "undefended answers NaN or infinity for sample 0, first in Net",
+    "attack --model odd.py:same": "undefended gives all 10 classes the same logit for sample 0",
+    "certify --model odd.py:pair --score-model none": "cohen 0.25 must return logits (N, K)",
+    "attack --model odd.py:numpy --n-examples 2 --dry-run": "undefended leaves autograd (numpy, ONNX, detach or "
+    "no_grad inside), so attacks have no gradient; use square, or purify.BPDAClassifier(model, surrogate)",
+    "attack --model odd.py:cut --n-examples 2": "--model-gradient none or bpda",
+    "certify --model odd.py:cut": "cohen 0.25 leaves autograd",
+    "certify --model odd.py:numpy --score-model none": "certify it with --attack-examples 0",
+    "attack --model-gradient bdpa": "Unknown --model-gradient 'bdpa' (did you mean 'bpda'?)",
+    "attack --model-gradient bpda": "takes the backward pass of another network than digits-standard",
+    "attack --model-surrogate digits-at": "--model-surrogate is for --model-gradient bpda",
+    "certify --model odd.py:few": "cohen 0.25 tells 9 classes apart",
     "attack --model three.py:fails": "three.py, line 15, failed with ZeroDivisionError",
     "attack --model three.py:nothing": "three.py:nothing returned NoneType",
     "attack --model three.py:absent": "three.py has no function 'absent'",

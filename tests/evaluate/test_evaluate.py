@@ -122,19 +122,23 @@ def test_an_answer_that_is_not_a_number_is_no_class(tmp_path):
             logits = super().forward(x)
             return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.9, torch.nan, logits)
 
-    images = torch.full((3, 1, 4, 4), 0.5)
-    images[1] = 0.95
-    samples = Samples(images, torch.zeros(3).long(), torch.tensor([4, 7, 9]))
+    images = torch.full((6, 1, 4, 4), 0.5)
+    images[4] = 0.95  # not among those that are asked before a run
+    samples = Samples(images, torch.zeros(6).long(), torch.tensor([4, 7, 9, 10, 12, 14]))
     folder = RunFolder(tmp_path / "run", {}, {})
-    with pytest.raises(ValueError, match="broken answers NaN or infinity on sample 7"):
-        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, progress=False)
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12, first in Broken; check"):
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, batch_size=4, progress=False)
+    assert [r["sample"] for r in lines(tmp_path / "run")] == [4, 7, 9, 10]  # what was computed before stays
+    assert evaluate(folder, [Defence("broken", TinyClassifier(), [], 2, {})], samples, progress=False) == 2
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12"):  # asked before
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples[torch.tensor([4, 5])], progress=False)
 
     class Masked(TinyClassifier):
         def forward(self, x):
             return super().forward(x).index_fill(1, torch.tensor([2]), -torch.inf)
 
     evaluate(folder, [Defence("masked", Masked(), [], 2, {})], samples, progress=False)
-    answers = {p for i in (4, 7, 9) for p in folder.get("masked", "clean", i)["predictions"]}
+    answers = {p for i in (4, 7, 14) for p in folder.get("masked", "clean", i)["predictions"]}
     assert answers <= {0, 1, 3, 4}
 
 
