@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT32 = "float32"
+PRECISIONS = {FLOAT32: None, "bf16": "bfloat16", "fp16": "float16"}  # of attacks, as the command line has them
 
 
 def evaluate(network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None) -> Tensor:

@@ -19,8 +19,10 @@ from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
 from purify.checks import check_count, choose, nearest
 from purify.data import DATASETS, Dataset
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.precision import AUTO, COSINE
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -191,6 +193,11 @@ class Evaluation(Description):
         None, SIZE, THREAT,
         "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
     )  # fmt: skip
+    precision: str = option(
+        FLOAT32, TEXT, THREAT,
+        f"of the score network under attack: {', '.join(PRECISIONS)}, or {AUTO}, the fastest of them whose gradient "
+        f"has a cosine of at least {COSINE} with float32's; judges see float32",
+    )  # fmt: skip
     surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
     attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
@@ -205,7 +212,8 @@ class Evaluation(Description):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known["precision"] = (*PRECISIONS, AUTO)
         for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
             self._choose(name, names)
         if self.steps is not None and self.dt is not None:

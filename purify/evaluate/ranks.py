@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,14 @@ class Ranks:
         """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on all ranks."""
+        found: list[Any] = [decide() if self.first else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:

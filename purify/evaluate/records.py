@@ -248,6 +248,18 @@ def check_folder(path: Path, config: dict[str, Any]) -> None:
         _check_empty(path)
 
 
+def holds_run(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration was begun in ``path``."""
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return False
+    try:
+        _sessions(manifest, json.loads(json.dumps(config)))
+    except ValueError:  # another one, or damaged: opening it says so
+        return False
+    return True
+
+
 def samples_picture(folder: Path, defence: str) -> Path:
     """Where the picture of a defence's samples is."""
     return folder / f"samples-{defence.replace(' ', '-')}.png"

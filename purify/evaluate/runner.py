@@ -19,11 +19,13 @@ from purify.attacks.norms import BALLS
 from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
 from purify.evaluate.steady import check_steady
+from purify.purification.defended import DefendedClassifier
 from purify.purification.outcomes import Trace
 
 CLEAN = "clean"
@@ -41,6 +43,7 @@ class Defence:
         attacks: attacks to run on it.
         draws: purifications R that judge each image; 1 for a deterministic model.
         config: plain data that describes the model.
+        precision: in which attacks see a purified model, one of ``PRECISIONS``; judges see ``model`` itself.
     """
 
     name: str
@@ -48,19 +51,39 @@ class Defence:
     attacks: Sequence[Attack]
     draws: int
     config: dict[str, Any]
+    precision: str = FLOAT32
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"The model of {self.name} must be a torch.nn.Module, got {short(self.model)}.")
+        in_precision(self.model, self.precision)
         if not isinstance(self.attacks, Sequence) or not all(isinstance(a, Attack) for a in self.attacks):
             given = short(self.attacks)
             raise ValueError(f"attacks on {self.name} must be a list, as [PGD('Linf', 8 / 255)], got {given}.")
         check_count(self.draws, "judge draws")
         check_unique(map(stage_name, self.stages()), f"attacks on {self.name}", "name each once")
 
+    @property
+    def attacked(self) -> nn.Module:
+        """The model as attacks see it."""
+        return in_precision(self.model, self.precision)
+
+    def described(self) -> dict[str, Any]:
+        """What decides its results, apart from its attacks; of the precision, only where it is not the usual one."""
+        precision = {} if self.precision == FLOAT32 else {"precision": self.precision}
+        return {**self.config, "draws": self.draws, **precision}
+
     def stages(self) -> list[Attack | None]:
         """What is judged: the clean images (None), then each attack."""
         return [None, *self.attacks]
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """A purified model in this precision, any other as it is; raises as ``DefendedClassifier.with_precision``."""
+    choose(precision, PRECISIONS, "precision")
+    if precision == FLOAT32 or not isinstance(model, DefendedClassifier):
+        return model
+    return model.with_precision(precision)
 
 
 @dataclass(frozen=True)
@@ -191,8 +214,8 @@ class _Stage:
         start = time.perf_counter()
         adversarial, loss, calls = batch.images, torch.full((len(batch),), float("nan")), None
         if self.attack is not None:
-            attack_seed = derive_seed(self.seed, "attack")
-            result = self.attack(self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
+            model, attack_seed = self.defence.attacked, derive_seed(self.seed, "attack")
+            result = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
             adversarial, loss, calls = result.images, result.loss, result.calls
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)

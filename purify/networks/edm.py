@@ -33,4 +33,4 @@ class EDMDenoiser(nn.Module):
         """u0_hat at u_t (N, C, H, W) and labels 1000 t (N,)."""
         t = labels.double() / 1000
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return self.denoiser(u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(u.dtype))
+        return self.denoiser(u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(labels.dtype))

@@ -78,6 +78,11 @@ class Guidance(ABC):
         return self.second_order or self.scale == 0
 
     @property
+    def twice(self) -> bool:
+        """Whether gradients through guided steps take second derivatives of the score network."""
+        return self.second_order and self.scale != 0 and self.point == "u0_hat" and self.through_score
+
+    @property
     def network(self) -> nn.Module | None:
         """The auxiliary network, if there is one; the purifier freezes it and moves it between devices."""
         return None

@@ -53,6 +53,7 @@ CASES = {
     "attack --model digits-standrd": "(did you mean 'digits-standard'?)",
     "attack --budget standart": "Unknown --budget 'standart' (did you mean 'standard'?)",
     "attack --gradient ful": "(did you mean 'full'?)",
+    "attack --precision bf8": "Unknown --precision 'bf8'; known: auto, bf16, float32, fp16",
     "attack --step 5": "Unknown option --step (did you mean '--steps'?)",
     "certify --method cohn": "Unknown method 'cohn' (did you mean 'cohen'?)",
     "certify --mode lax": "Unknown --mode 'lax'",
@@ -81,6 +82,7 @@ CASES = {
     # options that contradict each other, or lack something
     "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     "attack --gradient bpda --memory-budget 1G": "--memory-budget is for --gradient full, checkpoint or surrogate",
+    "attack --purifier gdmp --set point=u0_hat --set through_score=true --precision fp16": "which vanish in fp16; use",
     "attack --set scale": "--set takes NAME=VALUE or PART.NAME=VALUE, got 'scale'",
     "attack --set scale=3": "None of diffpure, constant, ssni-l has a parameter 'scale'",
     "attack --purifier gdmp --set gdmp.scael=3": "(did you mean 'scale'?)",
