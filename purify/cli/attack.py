@@ -6,7 +6,7 @@ from typing import Any
 
 from purify.attacks import Attack
 from purify.cli.parsing import Parser, describe_parser, described
-from purify.cli.shell import guarded, note_data
+from purify.cli.shell import guarded, note_data, note_shard
 from purify.diffusion.precision import FLOAT32
 from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
@@ -64,7 +64,9 @@ def run(args: Any, command: str) -> int:
             threat = f"{asked.threat_model} eps {request.eps:g}"
             print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
         new = prepared.attack(folder)
-        if prepared.ranks.first:
+        if prepared.ranks.first and asked.part:
+            note_shard(asked.part, folder)
+        elif prepared.ranks.first:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
             show(prepared, folder, prepared.finish(folder))

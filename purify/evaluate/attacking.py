@@ -69,8 +69,9 @@ def open_folder(
 
 
 def folder_path(asked: Description, name: str, config: dict[str, Any]) -> Path:
-    """Where a run goes: where it was told to, or below runs/."""
-    return asked.out or default_folder(name, config)
+    """Where a run goes: where it was told to, or below runs/; a shard of it to a folder in there."""
+    whole = asked.out or default_folder(name, config)
+    return whole / asked.part.folder if asked.part else whole
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Prepared:
         """What records and adversarial images take on disk, about."""
         image = 4 * self.samples.images[0].numel() + 128
         records = [(image + RECORD + 4 * d.draws) * len(d.stages()) for d in self.defences]
-        return len(self.samples) * sum(records)
+        part = self.request.asked.part
+        return len(self.samples) * sum(records) // (part.count if part else 1)
 
     def open(self, command: str) -> RunFolder:
         """The run's folder, which says that ``command`` made it."""
@@ -116,8 +118,9 @@ class Prepared:
     def attack(self, folder: RunFolder, progress: bool = True) -> int:
         """Attack and judge what the folder does not hold; returns how many records were added."""
         e = self.request.asked
+        rows = self.request.max_rows
         return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, self.request.max_rows, progress, e.worst_only
+            folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part
         )
 
     def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
@@ -132,7 +135,7 @@ class Prepared:
         """
         e = self.request.asked
         if e.out is not None:
-            check_folder(e.out, self.config)
+            check_folder(folder_path(e, "", self.config), self.config)
         return dry_run(self.defences, self.samples, e.batch_size, self.request.max_rows)
 
     def health(self) -> dict[str, Health]:

@@ -1,4 +1,4 @@
-"""The processes of a run: one by itself, or those that torchrun started."""
+"""The processes of a run: one by itself, those that torchrun started, or independent ones that take a shard each."""
 
 from __future__ import annotations
 
@@ -38,6 +38,27 @@ class Ranks:
         if self.world > 1:
             dist.broadcast_object_list(found)
         return found[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` of ``count``, counted from 1, of a run that independent processes share out."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """The shard that an option says as ``3/16``."""
+        return cls(*map(int, text.split("/")))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder within the run's."""
+        return f"shard-{self.number}-of-{self.count}"
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:

@@ -22,7 +22,7 @@ from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
-from purify.evaluate.ranks import Ranks
+from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
 from purify.evaluate.steady import check_steady
 from purify.purification.defended import DefendedClassifier
@@ -121,6 +121,7 @@ def evaluate(
     max_rows: int = 2048,
     progress: bool = True,
     worst_only: str | None = None,
+    shard: Shard | None = None,
 ) -> int:
     """Attack and judge what the folder does not hold yet, writing each sample as its batch finishes.
 
@@ -136,6 +137,7 @@ def evaluate(
         max_rows: samples times draws judged at once.
         worst_only: one of ``WORST_ONLY`` if only the worst case under this criterion is asked for: a sample that fails
             it meets no further attack. (For the mean the draws that judge would also decide who is spared.)
+        shard: the part of the samples that is attacked here; None: all.
 
     Raises:
         ValueError: bad images, two of one id, or labels that some model does not know, before anything runs.
@@ -145,7 +147,7 @@ def evaluate(
     if worst_only is not None:
         choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
     groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
-    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks)
+    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks, shard)
     total = sum(weight(d, a) for d in defences for a in d.stages()) * len(samples)
     before = len(folder)
     with Progress(total, progress and folder.ranks.first) as bar:
@@ -291,22 +293,25 @@ def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
     return {**levels, "network_calls": torch.cat(calls)} if calls else levels
 
 
-def share_out(samples: Samples, unit: int, ranks: Ranks) -> Samples:
-    """What this process attacks; rank 0 warns if there are more processes than units."""
-    idle = ranks.world - len((samples.ids // unit).unique())
+def share_out(samples: Samples, unit: int, ranks: Ranks, shard: Shard | None = None) -> Samples:
+    """What this process attacks of its shard; rank 0 warns if there are more processes than units."""
+    shard = shard or Shard(1, 1)
+    processes = shard.count * ranks.world
+    idle = processes - len((samples.ids // unit).unique())
     if ranks.first and idle > 0:
         warnings.warn(
-            f"{idle} of {ranks.world} processes have nothing to do, because samples are shared out by {unit}; lower "
+            f"{idle} of {processes} processes have nothing to do, because samples are shared out by {unit}; lower "
             "--batch-size (AutoAttack's attacks go by 32 at least).",
             stacklevel=3,
         )
-    return samples[share(samples.ids, unit, ranks)]
+    own = samples[share(samples.ids, unit, shard.number - 1, shard.count)]
+    return own[share(own.ids, unit, ranks.rank, ranks.world)]
 
 
-def share(ids: Tensor, unit: int, ranks: Ranks) -> Tensor:
-    """Row indices of the samples that this process attacks: units of ids (id // unit) in turn."""
+def share(ids: Tensor, unit: int, index: int, count: int) -> Tensor:
+    """Row indices of the samples of part ``index`` of ``count``: units of ids (id // unit) in turn."""
     units = ids // unit
-    own = [units == u for position, u in enumerate(units.unique()) if position % ranks.world == ranks.rank]
+    own = [units == u for position, u in enumerate(units.unique()) if position % count == index]
     return torch.stack(own).any(0).nonzero()[:, 0] if own else torch.empty(0, dtype=torch.int64)
 
 

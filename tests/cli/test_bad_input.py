@@ -83,6 +83,9 @@ CASES = {
     "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     "attack --gradient bpda --memory-budget 1G": "--memory-budget is for --gradient full, checkpoint or surrogate",
     "attack --purifier gdmp --set point=u0_hat --set through_score=true --precision fp16": "which vanish in fp16; use",
+    "attack --shard 17/16": "--shard takes a part of the whole, as 1/16 to 16/16, got '17/16'",
+    "certify --shard 3": "--shard takes a part of the whole",
+    "attack --shard 1/2 --precision auto": "Each shard might choose another precision",
     "attack --set scale": "--set takes NAME=VALUE or PART.NAME=VALUE, got 'scale'",
     "attack --set scale=3": "None of diffpure, constant, ssni-l has a parameter 'scale'",
     "attack --purifier gdmp --set gdmp.scael=3": "(did you mean 'scale'?)",
@@ -122,6 +125,8 @@ CASES = {
     "image odd.png --out out": "--resize",
     "compare empty empty": "empty",
     "leaderboard empty": "empty",
+    "merge empty": "empty holds no run and no shards of one",
+    "merge flat empty": "say into which by --out",
     "leaderboard absent": "absent",
     # where results cannot go
     "attack --n-examples 2 --attacks random-noise --noise-level constant --out flat": "flat",
