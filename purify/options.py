@@ -143,10 +143,18 @@ def plain_value(text: str) -> Any:
         return text
 
 
+def _shard(value: Any) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError
+    return f"{int(found[1])}/{int(found[2])}"
+
+
 NUMBER = Kind(_number, "a number, as 0.03 or 8/255")
 WHOLE = Kind(_whole, "a whole number")
 SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G")
 TEXT = Kind(_text, "a name")
+SHARD = Kind(_shard, "a part of the whole, as 1/16 to 16/16")
 PATH = Kind(lambda value: Path(_text(value)), "a path")
 NAMES = Kind(_listed(_text), "names separated by commas")
 NUMBERS = Kind(_listed(_number), "numbers separated by commas")

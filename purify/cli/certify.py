@@ -11,7 +11,7 @@ import torch
 
 from purify.certify.metrics import certified_accuracy
 from purify.cli.parsing import Parser, describe_parser, described, taking
-from purify.cli.shell import guarded, note_data
+from purify.cli.shell import guarded, note_data, note_shard
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
 from purify.evaluate.description import OLD, Certification
@@ -62,7 +62,9 @@ def run(args: Any, command: str) -> int:
             budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if ready.drawn else "no draws, exact"
             print(f"{asked.dataset}, {len(ready.samples)} samples, {budget}; records in {folder.path}")
         ready.certify(folder)
-        if ready.ranks.first:
+        if ready.ranks.first and asked.part:
+            note_shard(asked.part, folder)
+        elif ready.ranks.first:
             show(ready, folder)
             if ready.drawn:
                 small(draws.n)

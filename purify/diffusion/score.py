@@ -118,8 +118,9 @@ class ScoreModel(nn.Module):
     """One interface over diffusion networks of every parametrisation.
 
     Args:
-        network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels
-            (N,); returns a tensor or an object with ``.sample`` (diffusers).
+        network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels (N,), of
+            float32 also where the network and its images are of half precision; returns a tensor or an object with
+            ``.sample`` (diffusers).
         schedule: the VP schedule that the network was trained on: a :class:`~purify.ContinuousVP`, for networks trained
             as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
             ``cosine``.
@@ -206,7 +207,8 @@ class ScoreModel(nn.Module):
             given = f"{short(u)} and {short(t)}"
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
         with fitting(u, "The score network"):
-            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast, self.classes_for(u))
+            labels = self.labels(t).to(torch.promote_types(u.dtype, torch.float32))  # bfloat16 would make 1000 of 999
+            output = evaluate(self.network, u, labels, self.autocast, self.classes_for(u))
         self.check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)

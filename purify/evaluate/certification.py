@@ -21,6 +21,7 @@ from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
+from purify.evaluate.ranks import Shard
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Samples, batches, check_classes, share_out
 from purify.evaluate.steady import check_steady
@@ -90,6 +91,7 @@ def certify_all(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
+    shard: Shard | None = None,
 ) -> None:
     """Certify and attack what the folder does not hold yet, writing each sample as its batch finishes.
 
@@ -100,6 +102,8 @@ def certify_all(
         seed: keys all randomness together with sample ids.
         batch_size: samples certified at once: those whose ids have the same quotient by it, so that not even rounding
             depends on what was done before a kill, or by which process.
+        progress: whether a bar is shown.
+        shard: the part of the samples that is certified here; None: all.
 
     Raises:
         ValueError: bad images or labels, or two images of one id, before anything runs.
@@ -107,7 +111,7 @@ def certify_all(
     check_systems(systems, samples)
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
-    own = share_out(samples, batch_size, folder.ranks)
+    own = share_out(samples, batch_size, folder.ranks, shard)
     parts = {s.name: own[torch.isin(own.ids, attacked(samples, s).ids)] for s in systems}
     total = sum(len(own) + (len(s.stages()) - 1) * len(parts[s.name]) for s in systems)
     shown = progress and folder.ranks.first

@@ -20,8 +20,11 @@ from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
 from purify.checks import check_count, choose, nearest
 from purify.data import DATASETS, Dataset
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.precision import AUTO, COSINE
+from purify.evaluate.ranks import Shard
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -29,6 +32,7 @@ from purify.options import (
     NUMBER,
     NUMBERS,
     PATH,
+    SHARD,
     SIZE,
     TEXT,
     WHOLE,
@@ -86,6 +90,9 @@ class Description:
     max_rows: int | None = option(None, WHOLE, RUN, "images times draws in the model at once (default: CPU 256)")
     threads: int | None = option(None, WHOLE, RUN, "CPU threads for torch")
     out: Path | None = option(None, PATH, RUN, "folder of the run; the same command resumes (default: below runs/)")
+    shard: str | None = option(
+        None, SHARD, RUN, "part of the images, as 3/16: the third of 16 independent processes; see `purify merge`"
+    )
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         """Names the option that was meant by a name that is none."""
@@ -132,6 +139,18 @@ class Description:
     def to_yaml(self) -> str:
         """The options that are set, as :meth:`from_yaml` takes them."""
         return yaml.safe_dump(plain(self), sort_keys=False, width=120)
+
+    @property
+    def part(self) -> Shard | None:
+        """The shard that was asked for."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    def check_whole(self) -> None:
+        """Raise ValueError for a shard, which has no results before it is merged with the others."""
+        if self.shard is not None:
+            raise ValueError(
+                "A shard has no results of its own; run it by `purify attack` or `purify certify`, then `purify merge`."
+            )
 
     def replace(self, **changes: Any) -> Any:
         """The same with some options changed."""
@@ -215,6 +234,11 @@ class Evaluation(Description):
     model_surrogate: str | None = option(
         None, TEXT, THREAT, "network of --model-gradient bpda; as --model (default: DATASET-standard)"
     )
+    precision: str = option(
+        FLOAT32, TEXT, THREAT,
+        f"of the score network under attack: {', '.join(PRECISIONS)}, or {AUTO}, the fastest of them whose gradient "
+        f"has a cosine of at least {COSINE} with float32's; judges see float32",
+    )  # fmt: skip
     surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
     attack_steps: int | None = option(None, WHOLE, BUDGET, "gradient steps of every attack")
@@ -229,14 +253,18 @@ class Evaluation(Description):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
-        known = {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known |= {"worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        known["precision"] = (*PRECISIONS, AUTO)
         for name, names in known.items():
             self._choose(name, names)
         if self.model_surrogate is not None and self.model_gradient != "bpda":
             raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
+        if self.shard is not None and self.precision == AUTO:
+            advice = "`--precision auto --dry-run` says which"
+            raise ValueError(f"Each shard might choose another precision; name the one that all shall take ({advice}).")
         for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):
             value = getattr(self, name)
             if value is not None:
@@ -252,6 +280,7 @@ class Evaluation(Description):
         Raises:
             ValueError: what does not fit together; before any attack.
         """
+        self.check_whole()
         from purify.evaluate.attacking import prepare  # builds networks from this description
 
         prepared = prepare(self)
@@ -320,6 +349,7 @@ class Certification(Description):
         Raises:
             ValueError: what does not fit together; before anything is drawn.
         """
+        self.check_whole()
         from purify.evaluate.systems import prepare  # builds networks from this description
 
         ready = prepare(self)

@@ -280,7 +280,8 @@ class Ready:
 
     def certify(self, folder: RunFolder) -> None:
         """Certify and attack what the folder does not hold."""
-        certify_all(folder, self.systems, self.samples, self.order.asked.seed, self.order.asked.batch_size)
+        c = self.order.asked
+        certify_all(folder, self.systems, self.samples, c.seed, c.batch_size, shard=c.part)
 
     def finish(self, folder: RunFolder) -> dict[str, Summary]:
         """Sum up a folder that is complete, by system, and write its result.json."""

@@ -183,6 +183,14 @@ class DefendedClassifier(nn.Module):
         """The same model (sharing all weights) with its purifier at this share, in (0, 1], of its noise level."""
         return self.with_purifier(self.purifier.at_share(share))
 
+    def with_precision(self, precision: str) -> DefendedClassifier:
+        """The same model (sharing all weights) with its score network in ``float32``, ``bf16`` or ``fp16``.
+
+        For attacks: what they find is to be judged by the model itself. The classifier keeps its type. See
+        :meth:`Purifier.with_precision`.
+        """
+        return self.with_purifier(self.purifier.with_precision(precision))
+
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""
         return twin(self, purifier=purifier)

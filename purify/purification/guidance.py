@@ -75,6 +75,10 @@ class Guidance(Conditioning):
         each_reference = int(self.reference == "diffused")
         return 2 + through + each_reference, 1 - each_reference
 
+    @property
+    def twice(self) -> bool:
+        return self.second_order and self.scale != 0 and self.point == "u0_hat" and self.through_score
+
     def represent(self, u: Tensor) -> Tensor:
         """What is compared of images u (N, C, H, W) in [-1, 1] space: (N, ...)."""
         return u

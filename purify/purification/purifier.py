@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_flag, check_images, check_weights, is_number, short, whole_numbers
+from purify.checks import check_count, check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
+from purify.diffusion.precision import PRECISIONS
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
@@ -290,6 +291,24 @@ class Purifier(nn.Module):
         if second_order is not None and self.guidance is not None:
             changed["guidance"] = replace(self.guidance, second_order=second_order)
         return self._with(**changed)
+
+    def with_precision(self, precision: str) -> Purifier:
+        """The same purifier (sharing its weights) with its score network under autocast to one of ``PRECISIONS``.
+
+        ``bf16`` or ``fp16``: the network computes in it, and everything between its calls in float32 (times, the
+        labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``float32``: the
+        purifier as it is.
+
+        Raises:
+            ValueError: an unknown precision; ``fp16`` where guidance takes second derivatives of the network, which
+                vanish in it; a float64 network.
+        """
+        autocast = choose(precision, PRECISIONS, "precision")
+        if autocast is None:
+            return self
+        if autocast == "float16" and self.guidance is not None and self.guidance.twice:
+            raise ValueError("This guidance takes second derivatives, which vanish in fp16; use the precision bf16.")
+        return twin(self, score_model=self.score_model.with_settings(autocast=autocast).eval())
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""

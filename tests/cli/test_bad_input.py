@@ -64,6 +64,7 @@ CASES = {
     "attack --model digits-standrd": "(did you mean 'digits-standard'?)",
     "attack --budget standart": "Unknown --budget 'standart' (did you mean 'standard'?)",
     "attack --gradient ful": "(did you mean 'full'?)",
+    "attack --precision bf8": "Unknown --precision 'bf8'; known: auto, bf16, float32, fp16",
     "attack --step 5": "Unknown option --step (did you mean '--steps'?)",
     "certify --method cohn": "Unknown method 'cohn' (did you mean 'cohen'?)",
     "certify --mode lax": "Unknown --mode 'lax'",
@@ -92,6 +93,10 @@ CASES = {
     # options that contradict each other, or lack something
     "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     "attack --gradient bpda --memory-budget 1G": "--memory-budget is for --gradient full, checkpoint or surrogate",
+    "attack --purifier gdmp --set point=u0_hat --set through_score=true --precision fp16": "which vanish in fp16; use",
+    "attack --shard 17/16": "--shard takes a part of the whole, as 1/16 to 16/16, got '17/16'",
+    "certify --shard 3": "--shard takes a part of the whole",
+    "attack --shard 1/2 --precision auto": "Each shard might choose another precision",
     "attack --set scale": "--set takes NAME=VALUE or PART.NAME=VALUE, got 'scale'",
     "attack --set scale=3": "None of diffpure, constant, ssni-l has a parameter 'scale'",
     "attack --purifier gdmp --set gdmp.scael=3": "(did you mean 'scale'?)",
@@ -148,6 +153,8 @@ CASES = {
     "image odd.png --out out": "--resize",
     "compare empty empty": "empty",
     "leaderboard empty": "empty",
+    "merge empty": "empty holds no run and no shards of one",
+    "merge flat empty": "say into which by --out",
     "leaderboard absent": "absent",
     # where results cannot go
     "attack --n-examples 2 --attacks random-noise --noise-level constant --out flat": "flat",
