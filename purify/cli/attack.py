@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from purify.attacks import Attack
@@ -11,12 +12,16 @@ from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.budgets import reduced
 from purify.evaluate.description import Evaluation
-from purify.evaluate.dryrun import duration
+from purify.evaluate.dryrun import Cost, duration
 from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.finish import Finished
+from purify.evaluate.protocols import shown
+from purify.evaluate.protocols.measure import Measured, planned
+from purify.evaluate.protocols.measure import purified as with_purifier
 from purify.evaluate.ranks import leave
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples
+from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier
 
 EXAMPLES = """examples:
@@ -61,10 +66,11 @@ def run(args: Any, command: str) -> int:
             threat = f"{asked.threat_model} eps {request.eps:g}"
             print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
         new = prepared.attack(folder)
+        found = prepared.protocols(folder)
         if prepared.ranks.first:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
-            show(prepared, folder, prepared.finish(folder))
+            show(prepared, folder, prepared.finish(folder, protocols=found), found)
     leave()
     return 0
 
@@ -85,10 +91,21 @@ def show_dry_run(prepared: Prepared) -> int:
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
+    if prepared.protocol_names:
+        print(f"Protocols: about {duration(protocol_seconds(prepared, costs))} more.")
     return 0
 
 
-def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
+def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:
+    """What the protocols will take, by the time of a forward pass of each defence."""
+    total = 0.0
+    for d in with_purifier(prepared.defences):
+        passes = planned(prepared.protocol_names, d, prepared.effort) / calls(d.model).forward
+        total += passes * costs[d.name].forward * len(prepared.samples)
+    return total
+
+
+def show(prepared: Prepared, folder: RunFolder, finished: Finished, protocols: Mapping[str, Measured]) -> None:
     """Print the tables, and draw a picture for each purifier."""
     asked, samples, defences = prepared.request.asked, prepared.samples, prepared.defences
     criterion = asked.worst_only
@@ -103,9 +120,11 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
         show_more(folder, finished.results, purified, samples)
+    show_protocols(protocols)
     show_checks(finished)
     show_budget(prepared, purified)
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
+    pictures += [shown.draw(folder.path, name, found.points) for name, found in protocols.items()]
     print(f"Wrote {', '.join(str(p) for p in (finished.file, *pictures) if p)}.")
 
 
@@ -123,6 +142,16 @@ def show_more(folder: RunFolder, found: dict[str, dict[str, Any]], purified: lis
         print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
     if any(d.model.level_varies for d in purified):
         print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+
+
+def show_protocols(found: Mapping[str, Measured]) -> None:
+    """What each number means, if protocols were asked for, and what they took."""
+    if not found:
+        return
+    print("\nWhat the number means: accuracy and clean control in %, [95 % interval]; network calls per image")
+    for name, lines in shown.table(found).groupby(level="defence", sort=False):
+        print(f"\n{name}\n{lines.droplevel('defence').to_string()}")
+    print("\n" + "\n".join(shown.costs(found)))
 
 
 def show_checks(finished: Finished) -> None:

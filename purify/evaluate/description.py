@@ -17,10 +17,11 @@ import yaml
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
-from purify.checks import check_count, choose, nearest
+from purify.checks import check_count, check_unique, choose, nearest
 from purify.data import DATASETS, Dataset
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.protocols import AVERAGES, PROTOCOLS
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -31,6 +32,7 @@ from purify.options import (
     SIZE,
     TEXT,
     WHOLE,
+    WHOLES,
     convert,
     flags,
     option,
@@ -202,6 +204,13 @@ class Evaluation(Description):
         None, TEXT, BUDGET,
         f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
     )  # fmt: skip
+    protocol: tuple[str, ...] = option(
+        ("fresh",), NAMES, BUDGET, f"how purified defences are judged: {', '.join(PROTOCOLS)}; separated by commas"
+    )
+    averages: tuple[int, ...] | None = option(
+        None, WHOLES, BUDGET,
+        f"purifications per answer of the protocol averaged (default: {','.join(map(str, AVERAGES))})",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +223,21 @@ class Evaluation(Description):
             value = getattr(self, name)
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")
+
+        self._check_protocols()
+
+    def _check_protocols(self) -> None:
+        for name in self.protocol:
+            choose(name, PROTOCOLS, "--protocol")
+        if self.worst_only is not None and self.protocol != ("fresh",):
+            raise ValueError("--worst-only spares broken samples the attacks that --protocol needs; leave one out.")
+        if self.averages is None:
+            return
+        if "averaged" not in self.protocol:
+            raise ValueError("--averages is for --protocol averaged; add it, or leave --averages out.")
+        for k in self.averages:
+            check_count(k, "--averages")
+        check_unique(self.averages, "entries of --averages", "name each number once")
 
     def rows(self, device: torch.device) -> int:
         """Images times draws in the model at once."""
@@ -230,7 +254,7 @@ class Evaluation(Description):
         prepared = prepare(self)
         with prepared.open("from Python") as folder:
             prepared.attack(folder, progress)
-            return prepared.finish(folder, progress)
+            return prepared.finish(folder, progress, prepared.protocols(folder, progress))
 
 
 @dataclass(frozen=True, kw_only=True)

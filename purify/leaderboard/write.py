@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,16 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
         "seed": row.seed,
         "failed_checks": list(row.failed_checks),
         "exact_gradient": row.exact,
+        "protocols": [protocol_entry(line) for line in row.protocols],
         **origin(row, folder),
     }
+
+
+def protocol_entry(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A number of a protocol: accuracies as text, and as shares below ``estimates``."""
+    found = {name: Estimate(**line[name]) for name in ("accuracy", "clean")}
+    said = {name: line[name] for name in ("protocol", "number", "assumes", "calls")}
+    return {**said, **texts(found), "estimates": plain(found)}
 
 
 def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:

@@ -89,6 +89,13 @@ CASES = {
     "attack more": "Unrecognized arguments: more",
     "image odd.png": "--out",
     "calibrate": "--out",
+    "attack --protocol averages": "Unknown --protocol 'averages' (did you mean 'averaged'?)",
+    "attack --protocol in-loop --attacks random-noise,adaptive": "in-loop needs an attack that climbs the model's own",
+    "attack --protocol deterministic --worst-only majority": "--worst-only spares broken samples the attacks",
+    "attack --averages 8": "--averages is for --protocol averaged",
+    "attack --protocol averaged --averages 1,0": "--averages must be a whole number of at least 1",
+    "attack --protocol averaged --averages 8,8": "Two entries of --averages are called 8",
+    "attack --protocol averaged --averages many": "--averages takes whole numbers separated by commas, got 'many'",
     # no GPU
     "attack --device cuda:3": "There is no GPU 'cuda:3' here",
     "certify --device gpu": "Unknown device 'gpu'",
