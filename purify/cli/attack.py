@@ -19,6 +19,7 @@ from purify.evaluate.protocols import shown
 from purify.evaluate.protocols.measure import Measured, planned
 from purify.evaluate.protocols.measure import purified as with_purifier
 from purify.evaluate.ranks import leave
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples
 from purify.purification.calls import calls
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   %(prog)s --purifier diffpure,gdmp,agdm --noise-level constant,ssni-n --set gdmp.scale=300
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
   %(prog)s --data cifar10 --model Standard --score-model score-sde-cifar10 --budget paper --device cuda
+  %(prog)s --recipe lee-kim-cifar10-linf --score-model score-sde-cifar10 --device cuda
   %(prog)s --config runs/NAME/run.yaml         the same run again
 """
 
@@ -41,6 +43,9 @@ def parser(prog: str = "purify attack") -> Parser:
     p = describe_parser(
         Evaluation, prog, "Attack a purified classifier through exact gradients and report what holds.", EXAMPLES
     )
+    known = ", ".join(RECIPES)
+    p.add_argument("--recipe", metavar="NAME", help=f"a paper's evaluation; other options change parts of it: {known}")
+    p.recipes = {name: recipe.options for name, recipe in RECIPES.items()}
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, estimate time and memory, and stop before any attack"
     )
@@ -71,6 +76,7 @@ def run(args: Any, command: str) -> int:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
             show(prepared, folder, prepared.finish(folder, protocols=found), found)
+            show_published(args.recipe)
     leave()
     return 0
 
@@ -152,6 +158,17 @@ def show_protocols(found: Mapping[str, Measured]) -> None:
     for name, lines in shown.table(found).groupby(level="defence", sort=False):
         print(f"\n{name}\n{lines.droplevel('defence').to_string()}")
     print("\n" + "\n".join(shown.costs(found)))
+
+
+def show_published(recipe: str | None) -> None:
+    """The numbers of the paper whose recipe this is."""
+    if recipe is None:
+        return
+    chosen = RECIPES[recipe]
+    print(f"\nPublished, not re-measured ({recipe}; not as published: {chosen.differs}):")
+    for p in chosen.published:
+        clean = "" if p.clean is None else f", {p.clean:.2f} clean"
+        print(f"  {p.defence}, {p.classifier}: {p.robust:.2f}{clean}; {p.means} ({p.source})")
 
 
 def show_checks(finished: Finished) -> None:

@@ -22,6 +22,7 @@ from purify.data import DATASETS, Dataset
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
 from purify.evaluate.protocols import AVERAGES, PROTOCOLS
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -225,6 +226,15 @@ class Evaluation(Description):
                 check_count(value, f"--{name.replace('_', '-')}")
 
         self._check_protocols()
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Evaluation:
+        """The evaluation of a paper, see :mod:`purify.evaluate.recipes`, with some options changed.
+
+        Raises:
+            ValueError: there is no such recipe, or an option is unknown or cannot take its value.
+        """
+        return cls(**{**choose(name, RECIPES, "recipe").options, **changes})
 
     def _check_protocols(self) -> None:
         for name in self.protocol:

@@ -96,6 +96,9 @@ CASES = {
     "attack --protocol averaged --averages 1,0": "--averages must be a whole number of at least 1",
     "attack --protocol averaged --averages 8,8": "Two entries of --averages are called 8",
     "attack --protocol averaged --averages many": "--averages takes whole numbers separated by commas, got 'many'",
+    "attack --recipe diffpure-cifar10": "Unknown recipe 'diffpure-cifar10' (did you mean 'diffpure-cifar10-linf'?)",
+    "attack --recipe": "Argument --recipe: expected one argument",
+    "attack --recipe lee-kim-cifar10-linf --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     # no GPU
     "attack --device cuda:3": "There is no GPU 'cuda:3' here",
     "certify --device gpu": "Unknown device 'gpu'",
