@@ -75,7 +75,7 @@ def run(args: Any, command: str) -> int:
         if prepared.ranks.first:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
-            show(prepared, folder, prepared.finish(folder, protocols=found), found)
+            show(prepared, folder, prepared.finish(folder, protocols=found))
             show_published(args.recipe)
     leave()
     return 0
@@ -111,7 +111,7 @@ def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:
     return total
 
 
-def show(prepared: Prepared, folder: RunFolder, finished: Finished, protocols: Mapping[str, Measured]) -> None:
+def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     """Print the tables, and draw a picture for each purifier."""
     asked, samples, defences = prepared.request.asked, prepared.samples, prepared.defences
     criterion = asked.worst_only
@@ -126,11 +126,11 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished, protocols: M
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
         show_more(folder, finished.results, purified, samples)
-    show_protocols(protocols)
+    show_protocols(finished.protocols)
     show_checks(finished)
     show_budget(prepared, purified)
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
-    pictures += [shown.draw(folder.path, name, found.points) for name, found in protocols.items()]
+    pictures += [shown.draw(folder.path, name, found.points) for name, found in finished.protocols.items()]
     print(f"Wrote {', '.join(str(p) for p in (finished.file, *pictures) if p)}.")
 
 

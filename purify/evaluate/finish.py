@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,12 +61,14 @@ class Finished:
         checks: the self-checks of all defences.
         verdict: the worst case of each defence, in words.
         file: result.json.
+        protocols: what the protocols that were asked for came to, by purified defence.
     """
 
     results: dict[str, dict[str, Any]]
     checks: list[Check]
     verdict: str
     file: Path
+    protocols: Mapping[str, Measured] = field(default_factory=dict)
 
 
 def finish(
@@ -111,7 +113,7 @@ def finish(
                 warn_overshoot(d.model.purifier, samples.images[:OVERSHOT], seed)
             checks += self_checks(folder, d, samples, seed, criterion is None, max_rows, bar)
     report.write_result(file, found, defences, {**context, "self_checks": [plain(check) for check in checks]})
-    return Finished(found, checks, verdict, file)
+    return Finished(found, checks, verdict, file, protocols)
 
 
 def own_budget(defences: Sequence[Defence]) -> dict[str, Any]:

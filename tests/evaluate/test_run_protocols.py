@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from purify.attacks.pgd import margin_loss
 from purify.cli.attack import main
 from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
+from purify.evaluate.description import Evaluation
 from purify.evaluate.protocols import Effort, KnownNoise
 from purify.evaluate.protocols.averaged import WORDS, majority
 from purify.evaluate.protocols.measure import measure_protocols
@@ -295,6 +296,8 @@ def test_the_command_adds_protocols_to_a_run_that_has_ended(tmp_path, capsys):
     assert {row.name: len(row.protocols) for row in read_run(tmp_path / "run")} == {
         "undefended": 0, "diffpure": 10, "adversarial training": 0,
     }  # fmt: skip
+    again = Evaluation.from_yaml(tmp_path / "run" / "run.yaml").run(progress=False).protocols["diffpure"]
+    assert json.loads(json.dumps([asdict(line) for line in again.lines])) == stored
     write_leaderboard(read_run(tmp_path / "run"), tmp_path / "board")
     markdown, page = ((tmp_path / "board" / name).read_text() for name in ("leaderboard.md", "index.html"))
     for text in (markdown, page):
