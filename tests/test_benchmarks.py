@@ -419,3 +419,13 @@ def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
         (tmp_path / run.name).mkdir()
     assert script.main(["--keep", str(tmp_path), "--out", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none").exists()
+
+
+def test_protocols_cost(capsys):
+    """The run's gradients are those of its attack, and the protocols' of theirs."""
+    tiny = ["--n-examples", "2", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--steps", "2"]
+    assert load_script("protocols_cost").main([*tiny, "--attacks", "pgd-eot", "--threads", "1"]) == 0
+    run, protocols, total = capsys.readouterr().out.splitlines()[-3:]
+    # undefended and adversarially trained 2, purified 2 x 2; known noise 2 runs of 2, two aggregates of 1 step
+    assert (float(run.split()[1]), float(protocols.split()[1])) == (2 + 2 + 4, 4 + 2)
+    assert total.startswith("with all protocols 1.75 times the gradients")

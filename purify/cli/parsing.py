@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
-from purify.checks import nearest
+from purify.checks import choose, nearest
 from purify.evaluate.description import Description
 from purify.options import ASSIGNMENTS, Kind, flags, note, options, plain_value
 
@@ -29,6 +29,7 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, default_env=False, formatter_class=formatter, **settings)
+        self.recipes: Mapping[str, Mapping[str, Any]] = {}  # defaults of the options, by the names that --recipe takes
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = UNKNOWN.search(message)
@@ -50,7 +51,19 @@ class Parser(jsonargparse.ArgumentParser):
             first = word.partition("=")[0]
             if first.startswith("--") and first != "--" and first not in self._option_string_actions:
                 self.error(f"unknown option {first}{nearest(first, self._option_string_actions)}")
+        if self.recipes:
+            self._take_recipe(given)
         return super().parse_args(given, **settings)
+
+    def _take_recipe(self, given: Sequence[str]) -> None:
+        """What --recipe names becomes the default, wherever it stands: other options go before it."""
+        for word, after in zip(given, [*given[1:], ""], strict=True):
+            name = after if word == "--recipe" else word.removeprefix("--recipe=")
+            if word.partition("=")[0] == "--recipe" and name:
+                try:
+                    self.set_defaults(dict(choose(name, self.recipes, "recipe")))
+                except ValueError as error:
+                    self.error(str(error))
 
 
 class _Assign(argparse.Action):

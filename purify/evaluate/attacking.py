@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.precision import AUTO, choose_precision
+from purify.evaluate.protocols import AVERAGES, Effort, Fresh
+from purify.evaluate.protocols.measure import Measured, check_protocols, measure_protocols
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
@@ -129,9 +132,30 @@ class Prepared:
             folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part
         )
 
-    def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
-        """Accuracies, self-checks and result.json of a folder that is complete."""
-        return finish(folder, self.defences, self.samples, self.stated, self.request.max_rows, progress)
+    @property
+    def protocol_names(self) -> tuple[str, ...]:
+        """The protocols that were asked for, beside fresh purifications; none if only these were."""
+        others = [name for name in self.request.asked.protocol if name != Fresh.name]
+        return (Fresh.name, *others) if others else ()
+
+    @property
+    def effort(self) -> Effort:
+        """What protocols may spend."""
+        e = self.request.asked
+        return Effort(self.request.budget.steps, e.averages or AVERAGES, e.batch_size, self.request.max_rows)
+
+    def protocols(self, folder: RunFolder, progress: bool = True) -> dict[str, Measured]:
+        """What the protocols that were asked for come to, by purified defence, in a folder that is complete."""
+        if not self.protocol_names:
+            return {}
+        return measure_protocols(folder, self.defences, self.samples, self.protocol_names, self.effort, progress)
+
+    def finish(
+        self, folder: RunFolder, progress: bool = True, protocols: Mapping[str, Measured] | None = None
+    ) -> Finished:
+        """Accuracies, self-checks and result.json of a folder that is complete, with what its protocols came to."""
+        rows = self.request.max_rows
+        return finish(folder, self.defences, self.samples, self.stated, rows, progress, protocols or {})
 
     def dry_run(self) -> dict[str, Cost]:
         """What each defence would take.
@@ -165,6 +189,7 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
+    check_protocols(asked.protocol, defences)
     check_together(defences, samples, asked.seed, known_classes(asked, data))
     for defence in defences:
         check_gradient(defence, samples.images)

@@ -18,13 +18,15 @@ import yaml
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
-from purify.checks import check_count, choose, nearest
+from purify.checks import check_count, check_unique, choose, nearest
 from purify.data import DATASETS, Dataset
 from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
 from purify.evaluate.precision import AUTO, COSINE
+from purify.evaluate.protocols import AVERAGES, PROTOCOLS
 from purify.evaluate.ranks import Shard
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -36,6 +38,7 @@ from purify.options import (
     SIZE,
     TEXT,
     WHOLE,
+    WHOLES,
     convert,
     flags,
     note,
@@ -250,6 +253,13 @@ class Evaluation(Description):
         None, TEXT, BUDGET,
         f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
     )  # fmt: skip
+    protocol: tuple[str, ...] = option(
+        ("fresh",), NAMES, BUDGET, f"how purified defences are judged: {', '.join(PROTOCOLS)}; separated by commas"
+    )
+    averages: tuple[int, ...] | None = option(
+        None, WHOLES, BUDGET,
+        f"purifications per answer of the protocol averaged (default: {','.join(map(str, AVERAGES))})",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,6 +280,30 @@ class Evaluation(Description):
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")
 
+        self._check_protocols()
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Evaluation:
+        """The evaluation of a paper, see :mod:`purify.evaluate.recipes`, with some options changed.
+
+        Raises:
+            ValueError: there is no such recipe, or an option is unknown or cannot take its value.
+        """
+        return cls(**{**choose(name, RECIPES, "recipe").options, **changes})
+
+    def _check_protocols(self) -> None:
+        for name in self.protocol:
+            choose(name, PROTOCOLS, "--protocol")
+        if self.worst_only is not None and self.protocol != ("fresh",):
+            raise ValueError("--worst-only spares broken samples the attacks that --protocol needs; leave one out.")
+        if self.averages is None:
+            return
+        if "averaged" not in self.protocol:
+            raise ValueError("--averages is for --protocol averaged; add it, or leave --averages out.")
+        for k in self.averages:
+            check_count(k, "--averages")
+        check_unique(self.averages, "entries of --averages", "name each number once")
+
     def rows(self, device: torch.device) -> int:
         """Images times draws in the model at once."""
         return self.max_rows or (2048 if device.type == "cuda" else 256)  # what its caches like
@@ -286,7 +320,7 @@ class Evaluation(Description):
         prepared = prepare(self)
         with prepared.open("from Python") as folder:
             prepared.attack(folder, progress)
-            return prepared.finish(folder, progress)
+            return prepared.finish(folder, progress, prepared.protocols(folder, progress))
 
 
 @dataclass(frozen=True, kw_only=True)

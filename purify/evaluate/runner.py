@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, keyed, num_classes
+from purify.attacks.base import Attack, AttackResult, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
@@ -231,11 +231,11 @@ class _Stage:
 
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
-        adversarial, loss, calls = batch.images, torch.full((len(batch),), float("nan")), None
+        adversarial, loss, found = batch.images, torch.full((len(batch),), float("nan")), None
         if self.attack is not None:
             model, attack_seed = self.defence.attacked, derive_seed(self.seed, "attack")
-            result = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
-            adversarial, loss, calls = result.images, result.loss, result.calls
+            found = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
+            adversarial, loss = found.images, found.loss
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
@@ -249,12 +249,20 @@ class _Stage:
                 **{n: values[i] for n, values in distances.items()},
                 **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
-                **({} if calls is None else {"calls": int(calls[i])}),
+                **({} if found is None else counted(found, i)),
                 "seconds": round(seconds, 4),
             }
             image = None if self.attack is None else adversarial[i].cpu().numpy()
             self.folder.append(record, image)
             yield record
+
+
+def counted(found: AttackResult, i: int) -> dict[str, int]:
+    """What an attack counted on sample i: its network calls, the answers to its iterates, those that were wrong."""
+    calls = {} if found.calls is None else {"calls": int(found.calls[i])}
+    if found.submitted is None:
+        return calls
+    return {**calls, "submitted": int(found.submitted.asked[i]), "submitted_wrong": int(found.submitted.wrong[i])}
 
 
 @dataclass(frozen=True)

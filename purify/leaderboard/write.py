@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from purify.evaluate.metrics import Estimate
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import UNDEFENDED
 from purify.leaderboard.certified import CertifiedRow, read_certified
@@ -46,6 +47,8 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
 def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequence[CertifiedRow] = ()) -> None:
     """Write all files into ``folder``, the strongest defence of each data set first, those of reduced budgets last.
 
+    Numbers of papers stand apart, in ``published.json`` and in a list of their own.
+
     A system that several runs measured is ranked by the one on most images, of equally many by the lowest worst case;
     the other measurements follow it.
     ``leaderboard.json`` lists attacked defences; certified systems have a file of their own, ``certified.json``, so
@@ -68,6 +71,8 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
         content["rows"] = [row for group in content["groups"] for row in group]
         write_json(folder / "leaderboard.json", content["rows"])
         write_json(folder / "certified.json", content["certified"])
+        content["published"] = published()
+        write_json(folder / "published.json", content["published"])
         content["plots"], content["curves"] = draw_plots([g[0] for g in groups], folder), draw_curves(certified, folder)
         environment = Environment(
             loader=PackageLoader("purify.leaderboard"), autoescape=select_autoescape(), trim_blocks=True
@@ -113,8 +118,21 @@ def entry(row: Row, folder: Path, leader: Row) -> dict[str, Any]:
         "seed": row.seed,
         "failed_checks": list(row.failed_checks),
         "exact_gradient": row.exact,
+        "protocols": [protocol_entry(line) for line in row.protocols],
         **origin(row, folder),
     }
+
+
+def protocol_entry(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A number of a protocol: accuracies as text, and as shares below ``estimates``."""
+    found = {name: Estimate(**line[name]) for name in ("accuracy", "clean")}
+    said = {name: line[name] for name in ("protocol", "number", "assumes", "calls")}
+    return {**said, **texts(found), "estimates": plain(found)}
+
+
+def published() -> list[dict[str, Any]]:
+    """The numbers of papers, with their recipes and sources: references, which nobody measured here."""
+    return [{"recipe": name, **asdict(found)} for name, recipe in RECIPES.items() for found in recipe.published]
 
 
 def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:
