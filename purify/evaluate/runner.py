@@ -25,6 +25,7 @@ from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
 from purify.evaluate.steady import check_steady
+from purify.memory import Parts
 from purify.purification.defended import DefendedClassifier
 from purify.purification.outcomes import Trace
 
@@ -261,14 +262,17 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
-    rows = torch.arange(n, device=images.device).repeat_interleave(draws)
-    draw = torch.arange(draws, device=images.device).repeat(n)
-    parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
+    ids = ids.to(images.device)
+
+    def ask(part: Tensor) -> tuple[Tensor, Trace | None]:
+        return answer(defence.model, images[part // draws], ids[part // draws], part % draws, seed)
+
+    rows = torch.arange(n * draws, device=images.device)
+    answers = [found for _, found in Parts(max_rows).of(rows, ask)]
     lost = torch.cat([logits.isnan().any(1) | ~logits.amax(1).isfinite() for logits, _ in answers])
     if bool(lost.any()):
         raise ValueError(
-            f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "
+            f"{defence.name} answers NaN or infinity on sample {int(ids[rows[lost] // draws][0])}; check weights, "
             "precision and the guidance's scale."
         )
     predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
