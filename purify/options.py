@@ -97,7 +97,9 @@ def _whole(value: Any) -> int:
     return int(found)
 
 
-def _size(value: Any) -> int:
+def _size(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
     if not isinstance(value, str):
         return _whole(value)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
@@ -152,7 +154,7 @@ def _shard(value: Any) -> str:
 
 NUMBER = Kind(_number, "a number, as 0.03 or 8/255")
 WHOLE = Kind(_whole, "a whole number")
-SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G")
+SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G, or auto")
 TEXT = Kind(_text, "a name")
 SHARD = Kind(_shard, "a part of the whole, as 1/16 to 16/16")
 PATH = Kind(lambda value: Path(_text(value)), "a path")

@@ -27,6 +27,7 @@ from purify.checks import (
 )
 from purify.diffusion.noise import Noise
 from purify.diffusion.precision import float32_proper
+from purify.memory import Parts
 
 Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
 
@@ -70,11 +71,14 @@ class NoisyCounts:
         n, m, device = len(images), len(draws), images.device
         size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
         counts, first = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.full((), n * m, device=device)
-        for start in range(0, n * m, size):
-            rows = torch.arange(start, min(start + size, n * m), device=device)
+
+        def ask(rows: Tensor) -> Tensor:
             sample, draw = rows // m, draws.start + rows % m
             noisy = self.perturb(images[sample], Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id))
-            logits = self._logits(noisy)
+            return self._logits(noisy)
+
+        for rows, logits in Parts(size).of(torch.arange(n * m, device=device), ask):
+            sample = rows // m
             if counts.shape[1] == 0:
                 counts = counts.new_zeros(n, logits.shape[1])
             first = torch.minimum(first, torch.where(lost(logits), rows, n * m).amin())

@@ -226,9 +226,10 @@ class Evaluation(Description):
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
     )
     gradient: str = option("checkpoint", TEXT, THREAT, f"{', '.join(ENGINES)}; checkpoint is exact")
-    memory_budget: int | None = option(
+    memory_budget: int | str | None = option(
         None, SIZE, THREAT,
-        "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
+        "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M, or auto: what is free, less some "
+        "room (default: full all, others 1G)",
     )  # fmt: skip
     model_gradient: str = option(
         "exact", TEXT, THREAT,

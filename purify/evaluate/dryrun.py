@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.base import keyed
+from purify.checks import ran_out
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import seconds
+from purify.memory import free_bytes
 from purify.purification import cost
 from purify.purification.defended import DefendedClassifier
 
@@ -51,10 +52,9 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
         memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
-        full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
-        advice = "lower --max-rows or --memory-budget" if full else "check its networks"
+        advice = "lower --max-rows or --memory-budget" if ran_out(error) else "check its networks"
         raise ValueError(f"{defence.name} cannot take a gradient ({text}); {advice}.") from error
-    free = free_bytes(samples.images)
+    free = free_bytes(samples.images.device)
     if memory > free:
         raise ValueError(
             f"{defence.name} needs about {memory / 2**30:.1f} GiB for the graphs of {rows} rows, and "
@@ -122,17 +122,6 @@ def times(model: nn.Module, samples: Samples, rows: int, with_gradient: bool = T
         if size >= rows or sum(spent) > PATIENCE:
             return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)
-
-
-def free_bytes(x: Tensor) -> int:
-    """Memory that is free where x lives."""
-    if x.is_cuda:
-        return torch.cuda.mem_get_info(x.device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(costs: dict[str, Cost]) -> pd.DataFrame:

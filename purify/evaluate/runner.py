@@ -25,6 +25,7 @@ from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
 from purify.evaluate.steady import check_steady
+from purify.memory import Parts
 from purify.purification.defended import DefendedClassifier
 from purify.purification.outcomes import Trace
 
@@ -286,10 +287,13 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
-    rows = torch.arange(n, device=images.device).repeat_interleave(draws)
-    draw = torch.arange(draws, device=images.device).repeat(n)
-    parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed, defence.name) for r, d in parts]
+    ids = ids.to(images.device)
+
+    def ask(part: Tensor) -> tuple[Tensor, Trace | None]:
+        return answer(defence.model, images[part // draws], ids[part // draws], part % draws, seed, defence.name)
+
+    rows = torch.arange(n * draws, device=images.device)
+    answers = [found for _, found in Parts(max_rows).of(rows, ask)]
     predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
     values = means([trace for _, trace in answers if trace is not None])
     return Judgement(predictions, {name: v.reshape(n, draws).mean(1) for name, v in values.items()})

@@ -78,7 +78,7 @@ CASES = {
     # numbers
     "attack --eps 8/0": "--eps takes a number, as 0.03 or 8/255, got '8/0'",
     "attack --eps -0.1": "eps must be a number of at least 0",
-    "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G",
+    "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G, or auto",
     "attack --n-examples 0": "--n-examples must be a whole number of at least 1",
     "attack --seed 1.5": "--seed takes a whole number, got '1.5'",
     "attack --t-star 1.5": "t_star must lie in (0, 1], got 1.5",

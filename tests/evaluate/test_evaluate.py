@@ -167,10 +167,10 @@ def test_batches_are_groups_of_ids():
 
 def test_units_of_samples_are_shared_out_among_processes():
     ids = torch.arange(5, 75)
-    shares = [ids[share(ids, 8, Ranks(r, 3))].tolist() for r in range(3)]
+    shares = [ids[share(ids, 8, r, 3)].tolist() for r in range(3)]
     assert sorted(i for part in shares for i in part) == ids.tolist()
     assert not any({i // 8 for i in shares[a]} & {i // 8 for i in shares[b]} for a, b in [(0, 1), (0, 2), (1, 2)])
-    assert share(ids[:3], 8, Ranks(1, 3)).tolist() == []
+    assert share(ids[:3], 8, 1, 3).tolist() == []
     few = Samples(torch.rand(3, 1, 4, 4), torch.zeros(3).long(), ids[:3])
     with pytest.warns(UserWarning, match="2 of 3 processes have nothing to do, because samples are shared out by 8"):
         assert len(share_out(few, 8, Ranks(0, 3))) == 3
