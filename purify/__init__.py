@@ -8,11 +8,14 @@ from purify.diffusion.noise import Noise, derive_seed
 from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
+from purify.presets import PURIFIERS, agdm, diffap, diffpure, freqpure, gdmp, gns, heterogeneous, mimicdiffusion
 from purify.purification.defended import DefendedClassifier
+from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
+from purify.purification.heterogeneous import HeterogeneousNoise
 from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
 from purify.purification.plans import FixedDt, FixedSteps
+from purify.purification.pulled import ManhattanPull, MediatorPull
 from purify.purification.purifier import Purifier
 from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
@@ -47,7 +50,11 @@ __all__ = [
     "Evaluation",
     "FixedDt",
     "FixedSteps",
+    "FrequencyProjection",
+    "HeterogeneousNoise",
     "MSEGuidance",
+    "ManhattanPull",
+    "MediatorPull",
     "Noise",
     "Purifier",
     "SSIMGuidance",
@@ -58,9 +65,13 @@ __all__ = [
     "agdm",
     "calibrate",
     "derive_seed",
+    "diffap",
     "diffpure",
+    "freqpure",
     "gdmp",
     "gns",
+    "heterogeneous",
     "load_score_model",
+    "mimicdiffusion",
     "wrap",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -62,6 +63,11 @@ def convert(description: Any) -> None:
             object.__setattr__(description, field.name, kind.convert(value))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{flags(field)[0]} takes {kind.takes}, got {short(value)}.") from error
+
+
+def note(text: str) -> None:
+    """A sentence about an old name."""
+    print(f"note: {text}; the old name goes with version 0.3.", file=sys.stderr)
 
 
 def plain(description: Any) -> dict[str, Any]:

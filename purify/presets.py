@@ -10,6 +10,7 @@ from torch import nn
 
 from purify import registry, zoo
 from purify.checks import choose, nearest
+from purify.diffusion.reverse import DDIM
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.plugin import is_in_file, load_function
@@ -150,7 +151,122 @@ def gns(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, rounds=rounds)
 
 
-PURIFIERS: dict[str, Callable[..., Purifier]] = {"diffpure": diffpure, "gdmp": gdmp, "agdm": agdm, "gns": gns}
+def freqpure(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = DDIM(1.0),  # noqa: B008 - immutable
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = 1.0,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """FreqPure (Pei et al. 2025): the estimate's low frequencies follow those of the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: share of the way to the projected estimate; 0 is DiffPure.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.frequency.FrequencyProjection` (``amplitude_radius``, ``phase_radius``,
+            ``delta``, ``reference``, ``reference_t``, ``t_min``, ``t_max``).
+    """
+    settings = {"kind": "frequency", "scale": scale, "second_order": second_order, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of FreqPure")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+DIFFAP_SCALE = 30_000 / 16  # the program's, whose mean goes over its batch of 16, too
+
+
+def diffap(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 5,
+    reverse: Any = "random",
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = DIFFAP_SCALE,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """DiffAP (Zhang et al. 2024): random sampling, its estimates pulled towards the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: of the pull; of images of d values about 1875 d / 3072, see docs/pulled.md.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.pulled.MediatorPull` (``t_min``, ``t_max``).
+    """
+    settings = {"kind": "mediator", "scale": scale, "second_order": second_order, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of DiffAP")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+MIMIC_SCALE = 3_000 / 16  # the program's, whose mean goes over its batch of 16, too
+
+
+def mimicdiffusion(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = DDIM(1.0),  # noqa: B008 - immutable
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = MIMIC_SCALE,
+    t_min: float = 0.1,
+    t_max: float = 0.79,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """MimicDiffusion (Song et al. 2024): guided by long- and short-range Manhattan distances to the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: of the guidance; of images of n pixels about 187.5 n / 1024.
+        t_min, t_max: only steps that start in (t_min, t_max] are guided; the program's.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.pulled.ManhattanPull` (``factor``, ``softness``).
+    """
+    window = {"t_min": t_min, "t_max": t_max}
+    settings = {"kind": "manhattan", "scale": scale, "second_order": second_order, **window, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of MimicDiffusion")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+def heterogeneous(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.2,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = "ddim",
+    gradient: Any = DEFAULT_ENGINE,
+    auxiliary: nn.Module | str | None = None,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """Heterogeneous noise (Pei et al. 2025): t* where a network looks, less noise elsewhere.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        auxiliary: the network whose attention counts, or the name or path of one of the zoo's; published: the
+            classifier that is defended.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.heterogeneous.HeterogeneousNoise` (``threshold``, ``t_weak``,
+            ``resample``, ``layers``, ``scale``, ``t_min``, ``t_max``).
+    """
+    network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
+    settings = {"kind": "heterogeneous", "second_order": second_order, "auxiliary": network, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of heterogeneous noise")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+PURIFIERS: dict[str, Callable[..., Purifier]] = {
+    "diffpure": diffpure,
+    "gdmp": gdmp,
+    "agdm": agdm,
+    "gns": gns,
+    "freqpure": freqpure,
+    "diffap": diffap,
+    "mimicdiffusion": mimicdiffusion,
+    "heterogeneous": heterogeneous,
+}
 SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters that every preset takes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,25 @@ import pandas as pd
 import torch
 
 from purify.certify.metrics import certified_accuracy
-from purify.cli.parsing import Parser, describe_parser, described
+from purify.cli.parsing import Parser, describe_parser, described, taking
 from purify.cli.shell import guarded, note_data
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary
-from purify.evaluate.description import Certification
+from purify.evaluate.description import OLD, Certification
 from purify.evaluate.ranks import leave
-from purify.evaluate.records import RunFolder, curve_picture, writing
-from purify.evaluate.systems import Ready, prepare
+from purify.evaluate.recompute import recompute
+from purify.evaluate.records import SCHEMA, RunFolder, curve_picture, write_json, writing
+from purify.evaluate.systems import Ready, prepare, summed
+from purify.options import PATH, flags, options, plain
 
+INSIDE = "changed by PGD inside"
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
   %(prog)s --method cohen,multiscale --budget standard
+  %(prog)s --sigma 0.25 --radii 0.25,0.5 --draws 10000 --sampling anytime
   %(prog)s --data fashion_mnist --method multiscale --sigma 0.25,0.5,1 --draws 10000
   %(prog)s --method dssn --model runs/train/digits-dssn.safetensors
+  %(prog)s --recompute runs/digits-certified-cohen-quick --alpha 0.0001
   torchrun --nproc-per-node=4 %(prog)s --threads 1 --budget standard
 """
 
@@ -30,7 +36,12 @@ EXAMPLES = """examples:
 def parser(prog: str = "purify certify") -> Parser:
     """All options of :class:`Certification`, in groups."""
     text = "Certify smoothed classifiers, attack them inside the certified radii, and report what holds."
-    return describe_parser(Certification, prog, text, EXAMPLES)
+    p = describe_parser(Certification, prog, text, EXAMPLES)
+    text = "finished run whose radii are computed anew for --alpha and --radii, from its records; nothing is drawn"
+    p.add_argument("--recompute", type=taking(PATH), metavar="RUN_DIR", help=text)
+    for name in OLD:
+        p.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
+    return p
 
 
 def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
@@ -40,7 +51,9 @@ def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
 
 def run(args: Any, command: str) -> int:
     """Check everything, then certify, attack and report."""
-    asked = described(Certification, args)
+    asked = described(Certification, args, OLD)
+    if args.recompute is not None:
+        return show_recomputed(args.recompute, asked)
     ready = prepare(asked)
     draws = ready.order.draws
     with ready.open(command) as folder:
@@ -54,6 +67,25 @@ def run(args: Any, command: str) -> int:
             if ready.drawn:
                 small(draws.n)
     leave()
+    return 0
+
+
+def show_recomputed(folder: Path, asked: Certification) -> int:
+    """Print the tables of a finished run at another alpha, and write them beside its result.json."""
+    changed = plain(asked.replace(alpha=Certification().alpha, radii=None))
+    other = [flags(f)[0] for f in options(Certification) if changed.get(f.name) != plain(Certification()).get(f.name)]
+    if other:
+        raise ValueError(f"--recompute takes --alpha and --radii, all else is the run's; leave {other[0]} out.")
+    found = recompute(folder, asked.alpha, asked.radii)
+    for norm in dict.fromkeys(r.norm for r in found.values()):
+        part = {name: r.summary for name, r in found.items() if r.norm == norm}
+        rest = further(part, {name: r.reachable for name, r in found.items()}).drop(columns=INSIDE)
+        print(f"\n{norm}, alpha {asked.alpha:g}: certified accuracy in % at radii, [95 % interval]")
+        print(f"{table(part).to_string()}\n\n{rest.to_string()}")
+    path = folder / f"result-alpha-{asked.alpha:g}.json"
+    results = {name: {"norm": r.norm, **summed(r.summary)} for name, r in found.items()}
+    write_json(path, {"schema": SCHEMA, "alpha": asked.alpha, "results": results})
+    print(f"\nWrote {path}.")
     return 0
 
 
@@ -98,7 +130,7 @@ def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFr
             "reachable": f"{reachable[name]:.3f}",
             "abstained %": str(s.abstained),
             "draws per image": f"{s.draws:.0f}",
-            "changed by PGD inside": f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),
+            INSIDE: f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),
         }
         for name, s in found.items()
     }

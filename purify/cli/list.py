@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from purify import zoo
+from purify import registry, zoo
 from purify.attacks import ATTACKS
 from purify.attacks import PUBLISHED as PUBLISHED_ATTACKS
 from purify.checkpoints.public import PUBLIC
@@ -14,6 +14,7 @@ from purify.checks import choose
 from purify.cli.parsing import Parser
 from purify.cli.shell import guarded
 from purify.data import DATASETS
+from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.protocols import PROTOCOLS
 from purify.evaluate.recipes import RECIPES
 from purify.presets import PURIFIERS
@@ -50,13 +51,15 @@ def purifiers() -> Lines:
     yield from first_sentences(PURIFIERS)
     for (purifier, dataset), s in SETTINGS.items():
         if purifier:
+            steps = f"{s.steps} steps" if isinstance(s.steps, int) else f"{s.steps.dt} per step"
+            rule = s.reverse if isinstance(s.reverse, str) else named(registry.describe(s.reverse, REVERSE_RULES))
             own = "".join(f", {key} {value}" for key, value in s.own.items())
-            where = f"{purifier} on {dataset or 'other data'}"
-            yield (
-                f"  {where}",
-                f"t* {s.t_star:g}, {s.steps if isinstance(s.steps, int) else s.steps.dt} "
-                + (f"{'steps' if isinstance(s.steps, int) else 'per step'}, {s.reverse}{own} ({s.source})"),
-            )
+            yield f"  {purifier} on {dataset or 'other data'}", f"t* {s.t_star:g}, {steps}, {rule}{own} ({s.source})"
+
+
+def named(part: Mapping[str, Any]) -> str:
+    """A part's config in words: its name, then its parameters."""
+    return " ".join([part["kind"], *(f"{key} {value}" for key, value in part.items() if key != "kind")])
 
 
 def datasets() -> Lines:

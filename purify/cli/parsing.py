@@ -16,9 +16,10 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 
 from purify.checks import choose, nearest
-from purify.options import ASSIGNMENTS, Kind, flags, options, plain_value
+from purify.evaluate.description import Description
+from purify.options import ASSIGNMENTS, Kind, flags, note, options, plain_value
 
-T = TypeVar("T")
+D = TypeVar("D", bound=Description)
 UNKNOWN = re.compile(r"(?:Option|Key) '([^']+)' is not accepted|does not accept.*option '([^']+)'")
 
 
@@ -94,11 +95,6 @@ class _NowSet(argparse.Action):
         namespace.settings = {**(namespace.settings or {}), name: plain_value(values)}
 
 
-def note(text: str) -> None:
-    """A sentence about an old name."""
-    print(f"note: {text}; the old name goes with version 0.3.", file=sys.stderr)
-
-
 def describe_parser(cls: type, prog: str, text: str, examples: str) -> Parser:
     """The command line of a description: an option for each of its fields, and ``--config`` for all of them."""
     p = Parser(prog=prog, description=text, epilog=examples)
@@ -129,14 +125,14 @@ def add_option(group: Any, field: dataclasses.Field[Any]) -> None:
     group.add_argument(*names, dest=field.name, default=default, metavar=metavar, help=text, **action)
 
 
-def described(cls: type[T], args: Any) -> T:
-    """The description that was parsed.
+def described(cls: type[D], args: Any, old: Sequence[str] = ()) -> D:
+    """The description that was parsed; ``old`` are names that its options had.
 
     Raises:
         ValueError: a value that an option cannot take; names the option.
     """
-    values = {field.name: getattr(args, field.name) for field in options(cls)}
-    return cls(**{name: value for name, value in values.items() if value is not None})
+    values = {name: getattr(args, name) for name in [*(field.name for field in options(cls)), *old]}
+    return cls(**cls.renamed({name: value for name, value in values.items() if value is not None}))
 
 
 def taking(kind: Kind) -> Any:

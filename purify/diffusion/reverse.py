@@ -94,7 +94,7 @@ class EulerMaruyama(GaussianRule):
     ) -> tuple[Tensor, Tensor]:
         rate = model.schedule.beta(t) * (t - s)
         pull = per_sample(rate / model.schedule.sigma(t), u)
-        mean = u + per_sample(0.5 * rate, u) * u - pull * prediction.eps
+        mean = u + per_sample(0.5 * rate, u) * u - pull * model.noise(prediction, t)
         return mean, per_sample(safe_sqrt(rate), u)
 
 
@@ -125,7 +125,7 @@ class Ancestral(GaussianRule):
         var_t, var_s = schedule.variance(t), schedule.variance(s)
         log_ratio = schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s)  # log(1 - beta) of this step
         beta = -torch.expm1(log_ratio)
-        u0 = model.denoised(prediction.eps, u, t)
+        u0 = model.clean(prediction, u, t)
         if self.clip_denoised:
             u0 = u0.clamp(-1, 1)
         mean = per_sample(schedule.alpha(s) * beta / var_t, u) * u0
@@ -169,7 +169,7 @@ class DDIM(GaussianRule):
         var_t, var_s = schedule.variance(t), schedule.variance(s)
         beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
         noise_var = self.eta**2 * beta * var_s / var_t
-        u0 = model.denoised(prediction.eps, u, t)
+        u0 = model.clean(prediction, u, t)
         mean = per_sample(schedule.alpha(s), u) * u0
         mean = mean + per_sample(safe_sqrt(var_s - noise_var), u) * prediction.eps
         return mean, per_sample(safe_sqrt(noise_var), u)
@@ -178,6 +178,31 @@ class DDIM(GaussianRule):
         self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
     ) -> Tensor:
         return super().__call__(model, u, t, s, z, lambda *at: (bent(model, *look(*at), t), None))
+
+
+@dataclass(frozen=True)
+class RandomSampling(GaussianRule):
+    """u_s = alpha(s) u0_hat + std z: what the last noise was is forgotten (DiffAP, Zhang et al. 2024).
+
+    Args:
+        variance: std^2 is that of the DDPM ``posterior`` (the released program of DiffAP), or ``marginal``, sigma(s)^2,
+            which diffuses the estimate anew: multistep consistency sampling (Song et al. 2023, algorithm 1).
+    """
+
+    variance: str = "posterior"
+
+    def __post_init__(self) -> None:
+        choose(self.variance, {"posterior": 0, "marginal": 0}, "variance of random sampling")
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = model.schedule
+        variance = schedule.variance(s)
+        if self.variance == "posterior":
+            beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
+            variance = beta * variance / schedule.variance(t)
+        return per_sample(schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(safe_sqrt(variance), u)
 
 
 # torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
@@ -228,7 +253,7 @@ class ProbabilityFlow(ReverseRule):
         """du/dt at (u, t): (N, C, H, W) and (N,). Guidance bends the score."""
         t = t.clamp_min(self.t_min)
         half_beta = 0.5 * model.schedule.beta(t)
-        eps = bent(model, *look(model, u, t), t).eps
+        eps = model.noise(bent(model, *look(model, u, t), t), t)
         return per_sample(half_beta / model.schedule.sigma(t), u) * eps - per_sample(half_beta, u) * u
 
     def __call__(
@@ -266,7 +291,7 @@ class OneShot(ReverseRule):
     def __call__(
         self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
     ) -> Tensor:
-        return model.denoised(bent(model, *look(model, u, t), t).eps, u, t)
+        return model.clean(bent(model, *look(model, u, t), t), u, t)
 
 
 REVERSE_RULES: dict[str, type[ReverseRule]] = {
@@ -275,4 +300,5 @@ REVERSE_RULES: dict[str, type[ReverseRule]] = {
     "ddim": DDIM,
     "ode": ProbabilityFlow,
     "one-shot": OneShot,
+    "random": RandomSampling,
 }

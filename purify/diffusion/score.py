@@ -33,10 +33,12 @@ class Prediction:
         eps: predicted noise, (N, C, H, W).
         variance: the network's v in [-1, 1] that interpolates log-variances (Nichol & Dhariwal 2021,
             eq. 15), or None if the network does not learn the variance.
+        added: what a correction adds to the clean estimate u0_hat that eps gives, (N, C, H, W), or None.
     """
 
     eps: Tensor
     variance: Tensor | None = None
+    added: Tensor | None = None
 
 
 def _from_eps(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -131,10 +133,15 @@ class ScoreModel(nn.Module):
         if self.time_scale <= 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
         self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
-        self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
-        if self.autocast is not None:
-            choose(self.autocast, AUTOCAST, "autocast type")
-            check_autocast(network, self.autocast)
+        self.set_autocast(autocast)
+
+    def set_autocast(self, autocast: str | torch.dtype | None) -> None:
+        """Run the network from now on in this type, as the argument of this name says; None: in its own."""
+        name = None if autocast is None else str(autocast).removeprefix("torch.")
+        if name is not None:
+            choose(name, AUTOCAST, "autocast type")
+            check_autocast(self.network, name)
+        self.autocast = name
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -194,6 +201,16 @@ class ScoreModel(nn.Module):
         """u0_hat from a prediction already made."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def clean(self, prediction: Prediction, u: Tensor, t: Tensor) -> Tensor:
+        """u0_hat of a prediction, with what was added to it."""
+        u0 = self.denoised(prediction.eps, u, t)
+        return u0 if prediction.added is None else u0 + prediction.added
+
+    def noise(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The eps that gives the u0_hat of :meth:`clean`."""
+        eps, added = prediction.eps, prediction.added
+        return eps if added is None else eps - per_sample(self.schedule.alpha(t) / self.schedule.sigma(t), eps) * added
 
     def check(
         self, images: Tensor, n: int = 32, levels: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), seed: int = 0

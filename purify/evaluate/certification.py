@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from purify.attacks import PGD
 from purify.attacks.norms import BALLS
-from purify.certify.base import ABSTAIN, Certifier, Draws
+from purify.certify.base import ABSTAIN, Certifier
 from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
+from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, bounded, wilson
@@ -23,6 +24,7 @@ from purify.evaluate.runner import Samples, batches, share_out
 from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"
+FLOAT32 = "float32"  # the precision that manifests and records do not state
 CHECK_DRAWS = 1000  # draws that judge an image attacked inside its radius, at most
 
 
@@ -62,6 +64,11 @@ class System:
     draws: Draws
     attack: Inside
     config: dict[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """Of the denoiser: another one is another function, with other certificates."""
+        return str(self.config.get("precision", FLOAT32))
 
     def stages(self) -> list[str]:
         """What is recorded: the certificates, then an attack on each noisy model."""
@@ -159,7 +166,11 @@ def certificates(system: System, batch: Samples, seed: int) -> Iterator[dict[str
             "radius": float(found.radii[i]),
             "counts": found.counts[i].tolist(),
             "draws": int(found.draws[i]),
+            "selected": int(found.selected[i]),
+            **({} if found.hits is None else {"hits": found.hits[i][found.hits[i] >= 0].tolist()}),
             **({} if found.stages is None else {"stage": int(found.stages[i])}),
+            **({"passed": found.passed[i]} if found.passed and found.passed[i] else {}),
+            **({} if system.precision == FLOAT32 else {"precision": system.precision}),
             "seconds": round(seconds, 4),
         }
 
@@ -234,6 +245,12 @@ def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequen
         if record["label"] != label or "radius" not in record:
             what = f"sample {record['sample']} ({system.name})"
             raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
+        if record.get("precision", FLOAT32) != system.precision:
+            was = record.get("precision", FLOAT32)
+            raise ValueError(
+                f"Sample {record['sample']} was certified with a denoiser of {was}, and {system.name} has one of "
+                f"{system.precision}, which is another function; remove its line to have it certified."
+            )
     stages, ids = system.stages()[1:], attacked(samples, system).ids.tolist()
     return sum_up(records, [folder.get(system.name, stage, i) for stage in stages for i in ids], radii)
 

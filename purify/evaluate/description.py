@@ -7,6 +7,7 @@ repeats it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from purify.options import (
     WHOLES,
     convert,
     flags,
+    note,
     option,
     options,
     plain,
@@ -61,6 +63,9 @@ SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (defau
 WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
 GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
+DENOISER_PRECISIONS = {"float32": None, "bf16": "bfloat16"}  # of certificates, with the autocast of each
+SAMPLING = ("fixed", "anytime")
+OLD = ("stop_radius", "looks")  # options of certificates until 0.2
 EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
@@ -113,11 +118,16 @@ class Description:
             raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold NAME: VALUE lines, the options of a run.")
-        known = {f.name for f in options(cls)}
+        known, found = {f.name for f in options(cls)}, cls.renamed(found)
         for name in found:
             if name not in known:
                 raise ValueError(f"{path} has an unknown option {name!r}{nearest(name, known)}.")
         return cls(**found)
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options by the names they have today; notes what had an old one."""
+        return dict(given)
 
     def to_yaml(self) -> str:
         """The options that are set, as :meth:`from_yaml` takes them."""
@@ -281,6 +291,9 @@ class Certification(Description):
     score_model: tuple[str, ...] | None = option(
         None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
     )
+    precision: str = option(
+        "float32", TEXT, GAUSSIAN, f"of the denoiser, part of what is certified: {', '.join(DENOISER_PRECISIONS)}"
+    )
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
     lam: float | None = option(
@@ -290,21 +303,33 @@ class Certification(Description):
     selection_draws: int | None = option(None, WHOLE, BUDGET, "n0, draws that choose the class")
     draws: int | None = option(None, WHOLE, BUDGET, "n, draws that bound its probability")
     alpha: float = option(0.001, NUMBER, BUDGET, "probability of failure")
-    stop_radius: float | None = option(
-        None, NUMBER, BUDGET, "stop drawing once it is settled whether this radius holds"
-    )
-    looks: int = option(4, WHOLE, BUDGET, "looks at the bound under --stop-radius")
+    sampling: str = option(
+        "fixed", TEXT, BUDGET,
+        f"{' or '.join(SAMPLING)}: all draws, or for each image until it is settled which of --radii hold",
+    )  # fmt: skip
     attack_examples: int | None = option(None, WHOLE, BUDGET, "images attacked inside their radius")
     attack_steps: int = option(20, WHOLE, BUDGET, "steps of that PGD")
     eot: int = option(16, WHOLE, BUDGET, "draws per gradient of that PGD")
     radii: tuple[float, ...] | None = option(
-        None, NUMBERS, RUN, "radii of the table, separated by commas (default: L2 up to 2, L1 shares of lambda)"
-    )
+        None, NUMBERS, RUN,
+        "radii of the table and of anytime sampling, separated by commas (default: L2 up to 2, L1 shares of lambda)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose("mode", MODES)
         self._choose("budget", DRAWS)
+        self._choose("sampling", SAMPLING)
+        self._choose("precision", DENOISER_PRECISIONS)
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in given.items() if name not in OLD}
+        if given.get("stop_radius") is not None:
+            radius = given["stop_radius"]
+            note(f"--stop-radius {radius} is now called --sampling anytime --radii {radius}, and needs no --looks")
+            found.update(sampling="anytime", radii=radius)
+        return found
 
     def run(self) -> dict[str, Summary]:
         """Certify and attack inside the radii, resuming what is in the run's folder: a summary for each system.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
+from purify.certify import DSSN, SSN, Anytime, Cascade, Certifier, Draws, Smooth, denoised_smoothing, to_grid
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
 from purify.evaluate.attacking import RECORD, begin, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
-from purify.evaluate.description import Certification
+from purify.evaluate.certification import FLOAT32, Inside, Summary, System, certify_all, summarize
+from purify.evaluate.description import DENOISER_PRECISIONS, Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import SCHEMA, RunFolder, write_json
@@ -35,14 +35,14 @@ SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius 
 READ_BY = {
     "sigma": ("cohen", "multiscale"),
     "score_model": ("cohen", "multiscale"),
+    "precision": ("cohen", "multiscale"),
     "p0": ("multiscale",),
     "mode": ("multiscale",),
     "lam": ("ssn", "dssn"),
     "selection_draws": ("cohen", "multiscale", "ssn"),
     "draws": ("cohen", "multiscale", "ssn"),
     "alpha": ("cohen", "multiscale", "ssn"),
-    "stop_radius": ("cohen", "ssn"),
-    "looks": ("cohen", "ssn"),
+    "sampling": ("cohen", "ssn"),
 }
 
 
@@ -69,8 +69,7 @@ def build_budget(c: Certification) -> tuple[Draws, Inside, int]:
     asked = (c.selection_draws, c.draws, c.n_examples, c.attack_examples)
     n0, n, samples, attacked = (u if a is None else a for a, u in zip(asked, DRAWS[c.budget], strict=True))
     check_count(samples, "n-examples")
-    stop = None if c.stop_radius is None else EarlyStop(c.stop_radius, c.looks)
-    return Draws(n0, n, c.alpha, stop), Inside(attacked, c.attack_steps, c.eot), samples
+    return Draws(n0, n, c.alpha), Inside(attacked, c.attack_steps, c.eot), samples
 
 
 def check_meant(c: Certification) -> None:
@@ -104,10 +103,15 @@ def gaussian(order: Order) -> list[Denoised]:
     for name in names:
         networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
         if name == "none":
+            if c.precision != FLOAT32:
+                raise ValueError(f"--precision {c.precision} is the denoiser's; there is none with --score-model none.")
             scales = [Smooth(classifier, s, max_rows=c.max_rows) for s in c.sigma]
         else:
             score = load_score(name, known).to(order.device)
             networks["score_model"] = score.fingerprint()
+            if c.precision != FLOAT32:
+                score.set_autocast(DENOISER_PRECISIONS[c.precision])
+                networks["precision"] = c.precision
             scales = [denoised_smoothing(classifier, score, s, c.max_rows) for s in c.sigma]
         found.append(Denoised(tuple(scales), suffix, networks))
     return found
@@ -130,8 +134,8 @@ def cohen(order: Order) -> list[System]:
 
 def multiscale(order: Order) -> list[System]:
     """The cascade over all sigmas."""
-    if order.draws.stop is not None:
-        raise ValueError("A cascade makes all its draws; leave --stop-radius out.")
+    if order.asked.sampling == "anytime":
+        raise ValueError("A cascade makes all its draws; leave --sampling anytime out.")
     systems = []
     for d in gaussian(order):
         cascade = Cascade(d.scales, order.asked.p0, order.asked.mode)
@@ -198,8 +202,6 @@ def build_systems(order: Order) -> list[System]:
     systems = [system for build in builders for system in build(order)]
     advice = "name each method and sigma once, and give each denoiser a file name of its own"
     check_unique([s.name for s in systems], "systems", advice)
-    for s in systems:
-        s.certifier.reachable(s.draws)  # says so if there is none
     return systems
 
 
@@ -217,6 +219,20 @@ def build_radii(c: Certification, systems: Sequence[System]) -> dict[str, list[f
         if not all(math.isfinite(r) and r >= 0 for r in found[norm]):
             raise ValueError(f"--radii takes numbers of at least 0, got {', '.join(map(str, found[norm]))}.")
     return found
+
+
+def set_sampling(systems: Sequence[System], sampling: str, radii: Mapping[str, Sequence[float]]) -> list[System]:
+    """The systems with draws that are fixed, or stop for each image once the radii of their norm are settled.
+
+    Raises:
+        ValueError: no image can get any of these radii, or any at all.
+    """
+    if sampling == "anytime":
+        anytime = {norm: Anytime(tuple(values)) for norm, values in radii.items()}
+        systems = [replace(s, draws=replace(s.draws, stop=anytime[s.certifier.norm])) for s in systems]
+    for s in systems:
+        s.certifier.reachable(s.draws)  # says so
+    return list(systems)
 
 
 @dataclass(frozen=True)
@@ -269,13 +285,13 @@ class Ready:
     def finish(self, folder: RunFolder) -> dict[str, Summary]:
         """Sum up a folder that is complete, by system, and write its result.json."""
         found = {s.name: summarize(folder, s, self.samples, self.radii[s.certifier.norm]) for s in self.systems}
-        body = {s.name: {"norm": s.certifier.norm, **plain(found[s.name])} for s in self.systems}
+        body = {s.name: {"norm": s.certifier.norm, **summed(found[s.name])} for s in self.systems}
         context = {"schema": SCHEMA, "config": folder.config, "preset": self.order.asked.budget}
         write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
         return found
 
 
-def plain(summary: Summary) -> dict[str, Any]:
+def summed(summary: Summary) -> dict[str, Any]:
     """A summary for result.json, without what the records hold."""
     return {k: v for k, v in asdict(summary).items() if k != "correct"}
 
@@ -291,6 +307,7 @@ def prepare(asked: Certification) -> Ready:
     order = Order(asked, asked.known(data), device, draws, inside)
     systems = build_systems(order)
     radii = build_radii(asked, systems)
+    systems = set_sampling(systems, asked.sampling, radii)
     samples = load_samples(asked, data, n, device)
     if any(s.certifier.norm == "L1" for s in systems):
         samples = replace(samples, images=to_grid(samples.images))

@@ -49,7 +49,8 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
 
     Numbers of papers stand apart, in ``published.json`` and in a list of their own.
 
-    A system that several runs measured is ranked by its lowest worst case; the other measurements follow it.
+    A system that several runs measured is ranked by the one on most images, of equally many by the lowest worst case;
+    the other measurements follow it.
     ``leaderboard.json`` lists attacked defences; certified systems have a file of their own, ``certified.json``, so
     that all entries of a file have the same fields.
 
@@ -83,10 +84,10 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out.") from error
 
 
-def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
+def entry(row: Row, folder: Path, leader: Row) -> dict[str, Any]:
     """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours.
 
-    ``lowest``: the row of the same system with the lowest worst case; unless it is this one, its manifest is named.
+    ``leader``: the row that stands for the same system; unless it is this one, its manifest is named.
     """
     return {
         "name": row.title,
@@ -101,7 +102,7 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
         "external": None,
         "unreliable": row.marked,
         "reduced": row.reduced,
-        "stronger": None if row is lowest else manifest(lowest, folder),
+        "stronger": None if row is leader else manifest(leader, folder),
         "robust_acc": f"{100 * row.worst['mean'].value:.1f}",
         "strongest_attack": row.strongest,
         "clean": texts(row.clean),

@@ -43,10 +43,10 @@ def rebuilt_bytes(purifier: Purifier, x: Tensor) -> int:
     step, u = _first_step(purifier, x)
     guidance = purifier.guidance
     assert guidance is not None
-    assert isinstance(step.look, Guide)
     of_input = saved_bytes(guidance.bind, u)[1]
-    second_order = guidance.exact and guidance.scale != 0
-    return of_input + (saved_bytes(step.look.rebuilt(purifier.score_model, step.t), u)[1] if second_order else 0)
+    if not (isinstance(step.look, Guide) and guidance.second_order and guidance.scale != 0):
+        return of_input
+    return of_input + saved_bytes(step.look.rebuilt(purifier.score_model, step.t), u)[1]
 
 
 def _first_step(purifier: Purifier, x: Tensor) -> tuple[ReverseStep, Tensor]:

@@ -15,7 +15,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import ReverseRule
 from purify.diffusion.schedule import Schedule
 from purify.diffusion.score import ScoreModel
-from purify.purification.guidance import Guidance, Guide
+from purify.purification.conditioning import Conditioning
 from purify.purification.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
 
 
@@ -37,7 +37,7 @@ class StepFactory:
     forward_schedule: Schedule
     t_end: float = 0.0
     first_index: int = 0
-    guidance: Guidance | None = None
+    guidance: Conditioning | None = None
     bound: Tensor | None = None
 
     def diffuse(self, t_star: Tensor) -> DiffuseStep:
@@ -50,7 +50,9 @@ class StepFactory:
             return ReverseStep(self.rule, self.model, t, s, noise, index)
         assert self.bound is not None
         bound = self.bound if rows is None else self.bound[rows]
-        return ReverseStep(self.rule, self.model, t, s, noise, index, Guide(self.guidance, bound, noise, index))
+        look = self.guidance.look(bound, noise, index)
+        enter = self.guidance.enter(self.model, s, bound, noise, index)
+        return ReverseStep(self.rule, self.model, t, s, noise, index, look, enter)
 
 
 class Plan(ABC):

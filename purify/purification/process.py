@@ -15,6 +15,7 @@ from purify.diffusion.score import ScoreModel, per_sample
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
+Enter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what becomes of u_t and t before a step is taken
 Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and the state after it
 
 
@@ -44,7 +45,7 @@ class DiffuseStep:
 class ReverseStep:
     """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation.
 
-    ``look``: what guides the step.
+    ``look``: what guides the step. ``enter``: what is done to the state and its time first.
     """
 
     rule: ReverseRule
@@ -54,10 +55,12 @@ class ReverseStep:
     noise: Noise
     index: int | Tensor
     look: Look = unguided
+    enter: Enter | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
         z = self.noise.normal(self.index, u.shape[1:], u.dtype) if self.rule.stochastic else None
-        return self.rule(self.model, u, self.t, self.s, z, self.look)
+        u, t = (u, self.t) if self.enter is None else self.enter(u, self.t)
+        return self.rule(self.model, u, t, self.s, z, self.look)
 
     def __len__(self) -> int:
         return len(self.t)

@@ -20,6 +20,7 @@ from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
+from purify.purification.conditioning import Conditioning
 from purify.purification.gradients import (
     DEFAULT_BUDGET,
     ENGINES,
@@ -28,7 +29,7 @@ from purify.purification.gradients import (
     Shorter,
     Task,
 )
-from purify.purification.guidance import GUIDANCES, Guidance
+from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
 from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
@@ -57,8 +58,9 @@ class Purifier(nn.Module):
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
-        guidance: what bends the reverse steps towards the image that came in, a
-            :class:`~purify.purification.guidance.Guidance`, or its config if it has no network; default: nothing.
+        guidance: what ties the reverse steps to the image that came in, a
+            :class:`~purify.purification.conditioning.Conditioning` (:class:`~purify.purification.guidance.Guidance` or
+            a correction), or its config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
         resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
@@ -81,7 +83,7 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | str | None = None,
         clip: bool = True,
         through_level: bool = True,
-        guidance: Guidance | Mapping[str, Any] | None = None,
+        guidance: Conditioning | Mapping[str, Any] | None = None,
         rounds: int | Sequence[float] = 1,
         resize: bool = False,
     ) -> None:
@@ -101,7 +103,7 @@ class Purifier(nn.Module):
         self.rounds = _rounds(rounds)
         self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
         self.rule.check(score_model)
-        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
+        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Conditioning, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
             self.auxiliary = self.guidance.network.eval().requires_grad_(False)
@@ -166,7 +168,7 @@ class Purifier(nn.Module):
             ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
                 guidance in inference mode.
         """
-        if self.guidance is not None and torch.is_inference_mode_enabled():
+        if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from purify.__main__ import COMMANDS, main
+from purify.__main__ import main
+from purify.cli import COMMANDS
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ CASES = {
     "leaderboard flat --out text.txt": "flat",
     # what attack and certify refuse besides
     "attack --dataset mnist": "Unknown data set 'mnist'; known: cifar10, cifar100, digits",
-    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffpure",
+    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffap, diffpure",
     "attack --attacks pgd-eot,fgsm": "Unknown attack 'fgsm'; known: adaptive, apgd-margin-eot",
     "attack --model resnet": "Unknown model 'resnet' for digits; known: digits-at, digits-dssn, digits-guide",
     "attack --model nowhere.py:make": "no file nowhere.py",
@@ -164,6 +165,11 @@ CASES = {
     "attack --dataset fashion_mnist --data-dir /nonexistent": "Fashion-MNIST is not in",
     "attack --out /proc/nothing": "cannot be written",
     "attack --score-model nowhere.py:make": "There is no file nowhere.py; a part of your own is file.py:function",
+    "attack --purifier freqpure --set delta=4": "delta must be an angle in [0, pi], got 4",
+    "attack --purifier freqpure --set amplitude_radius=-1": "amplitude_radius must be a number of at least 0",
+    "attack --purifier diffap --set scale=-1": "The guidance scale must be a number of at least 0",
+    "attack --purifier mimicdiffusion --set factor=3": "choose a factor that divides both",
+    "attack --purifier heterogeneous --set threshold=2": "threshold of heterogeneous noise must lie in [0, 1], got 2",
     "attack --purifier agdm --set auxiliary=nowhere.py:make": "There is no file nowhere.py",
     "attack --purifier agdm --set auxiliary=magic": "Unknown model 'magic' for digits; known: digits-at",
     "attack --purifier agdm --set auxiliary=fashion_mnist-guide": "was trained on fashion_mnist",
@@ -180,7 +186,12 @@ CASES = {
     "certify --sigma x": "--sigma takes numbers separated by commas",
     "certify --method multiscale --p0 0.4": "p0 must lie in [1/2, 1)",
     "certify --method multiscale --mode lax": "Unknown --mode 'lax'",
-    "certify --method cohen,multiscale --stop-radius 0": "leave --stop-radius out",
+    "certify --method cohen,multiscale --sampling anytime": "leave --sampling anytime out",
+    "certify --precision bf8": "Unknown --precision 'bf8'; known: bf16, float32",
+    "certify --score-model none --precision bf16": "--precision bf16 is the denoiser's; there is none with",
+    "certify --method ssn --precision bf16": "--precision says nothing about ssn",
+    "certify --sampling always": "Unknown --sampling 'always'; known: anytime, fixed",
+    "certify --sigma 0.25 --sampling anytime --radii 2": "certify at most 0.5442 under this noise (gaussian 0.25)",
     "certify --method ssn --model digits-standard": "does not say for which lambda it was trained; pass --lam",
     "certify --method cohen,ssn --model digits-standard": "One --model cannot serve",
     "certify --method dssn --model digits-standard --lam 0.001": "lambda must lie in [0.00196",
@@ -190,7 +201,8 @@ CASES = {
     "certify --radii nan": "--radii takes numbers separated by commas, got 'nan'",
     "certify --batch-size 0": "--batch-size must be a whole number",
     "certify --p0 0.6": "--p0 says nothing about cohen; it is for multiscale",
-    "certify --method dssn --stop-radius 1": "--stop-radius says nothing about dssn",
+    "certify --method dssn --sampling anytime": "--sampling says nothing about dssn",
+    "certify --stop-radius a": "--radii takes numbers separated by commas, got 'a'",
     "certify --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist; take a network of digits",
     "certify --model fashion_mnist-standard": "was trained on fashion_mnist",
     "certify --method dssn --model fashion_mnist-dssn": "was trained on fashion_mnist",

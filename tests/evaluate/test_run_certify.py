@@ -186,15 +186,18 @@ def test_the_command_prints_tables_and_draws_curves(tmp_path, capsys):
     assert "differs in seed" in capsys.readouterr().err
 
 
-def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_path, capsys):
+def test_several_denoisers_anytime_sampling_and_a_classifier_for_splitting_noise(tmp_path, capsys):
     small = ["--n-examples", "3", "--selection-draws", "10", "--draws", "64", "--threads", "1"]
     small += ["--attack-examples", "0"]
-    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--sampling", "anytime", "--radii", "0"]
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
     assert "cohen 0.1, digits" in text
     assert "cohen 0.1, none" in text
-    assert {r["draws"] for r in lines(tmp_path / "a")} <= {26, 42, 74}
+    assert all(r["draws"] == sum(r["counts"]) + 8 or r["draws"] < 74 for r in lines(tmp_path / "a"))
+    old = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    assert main([*old, "--out", str(tmp_path / "a")]) == 0  # the same run
+    assert "note: --stop-radius 0 is now called --sampling anytime --radii 0, and needs" in capsys.readouterr().err
     model = ["--method", "ssn,dssn", "--model", "digits-standard"]
     assert main([*small, *model, "--lam", "0.05", "--out", str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
@@ -206,6 +209,26 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
     assert "REDUCED" not in text  # it draws nothing
     assert "3 samples, no draws, exact;" in text
     assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
+
+
+def test_the_denoisers_precision_is_part_of_what_is_certified(tmp_path, capsys):
+    """bfloat16 is certified, attacked and judged as bfloat16; a run, and a record, of another precision is refused."""
+    few = [*TINY, "--method", "cohen,multiscale", "--n-examples", "3", "--attack-examples", "1"]
+    half = [*few, "--precision", "bf16", "--out", str(tmp_path / "half")]
+    assert main(half) == 0
+    score = zoo.score_model("digits")
+    score.set_autocast("bfloat16")
+    smooth = denoised_smoothing(zoo.classifier("digits-standard"), score, 0.25)
+    expected = smooth.certify(digits(3).images, Draws(10, 50), sample_ids=torch.arange(3))
+    records = [r for r in lines(tmp_path / "half") if r["attack"] == CERTIFICATE]
+    assert {r["precision"] for r in records} == {"bf16"}
+    assert [r["counts"] for r in records if r["defence"] == "cohen 0.25"] == expected.counts.tolist()
+    assert main([*few, "--out", str(tmp_path / "half")]) == 2
+    assert "holds another run, which differs in systems.cohen 0.1.precision" in capsys.readouterr().err
+    file = tmp_path / "half" / "records.jsonl"
+    file.write_text(file.read_text().replace('"precision": "bf16"', '"precision": "float32"'))
+    assert main(half) == 2
+    assert "was certified with a denoiser of float32, and cohen 0.1 has one of bf16, which" in capsys.readouterr().err
 
 
 def test_denoisers_from_a_file(tmp_path, capsys):
