@@ -3,10 +3,12 @@
 
     python benchmarks/protocols_cost.py                     # the demo's attacks on DiffPure, at its budget
     python benchmarks/protocols_cost.py --attacks pgd-eot   # beside a single attack
+    python benchmarks/protocols_cost.py --planned --budget standard  # nothing is run
 
 Gradients are counted as attacks tell them (purify/attacks/counting.py). Calls are rows of the score network's forward
-passes, by a hook, a pass that is differentiated at the price of a gradient. Answers of 32 and 128 purifications are
-left out, as by default. All other options are those of `purify attack`.
+passes, by a hook, a pass that is differentiated at the price of a gradient. What is planned is more: attacks that stop
+early spend less. Answers of 32 and 128 purifications are left out, as by default. All other options are those of
+`purify attack`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from purify.cli.attack import parser
 from purify.cli.parsing import described
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.description import Evaluation
+from purify.evaluate.progress import weight
 from purify.evaluate.protocols import PROTOCOLS
+from purify.evaluate.protocols.measure import planned, purified
 from purify.purification.calls import GRADIENT
 from purify.purification.defended import DefendedClassifier
 
@@ -67,11 +71,25 @@ def measure(asked: Evaluation) -> dict[str, tuple[int, int]]:
     return {"run": run, "protocols": meter.read()}
 
 
+def plan(asked: Evaluation) -> tuple[float, float]:
+    """Calls for one image, of all networks, that a run and its protocols plan."""
+    prepared = prepare(asked)
+    run = sum(weight(d, attack) for d in prepared.defences for attack in d.stages())
+    names, effort = prepared.protocol_names, prepared.effort
+    return run, sum(planned(names, d, effort) for d in purified(prepared.defences))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print counts per image, and ratios."""
     # The engine full recomputes nothing, so that every pass is seen once.
     defaults = ["--n-examples", str(IMAGES), "--gradient", "full", "--noise-level", "constant"]
-    args = parser("protocols_cost.py").parse_args([*defaults, *(sys.argv[1:] if argv is None else argv)])
+    p = parser("protocols_cost.py")
+    p.add_argument("--planned", action="store_true", help="say what is planned, and run nothing")
+    args = p.parse_args([*defaults, *(sys.argv[1:] if argv is None else argv)])
+    run, more = plan(described(Evaluation, args).replace(protocol=tuple(PROTOCOLS)))
+    print(f"planned: {run:.0f} calls per image for the run, {1 + more / run:.2f} times that with all protocols")
+    if args.planned:
+        return 0
     with tempfile.TemporaryDirectory() as place:
         asked = described(Evaluation, args).replace(protocol=tuple(PROTOCOLS), out=Path(place) / "run")
         found = measure(asked)
