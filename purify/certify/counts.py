@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from purify.certify.protocols import Classifier
+from purify.certify.protocols import Classifier, KeyedClassifier
 from purify.checks import (
     check_count,
     check_eval,
@@ -21,6 +21,7 @@ from purify.checks import (
     check_logits,
     check_weights,
     fitting,
+    has,
     sample_keys,
     short,
 )
@@ -42,14 +43,15 @@ class NoisyCounts:
     """Counts the classes that ``classifier`` gives to noisy copies of images.
 
     Args:
-        classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode.
+        classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode; one that accepts keys (``sample_ids``,
+            ``draw``, ``seed``) gets those of the draw for its own randomness.
         perturb: makes noisy images from images and their keyed noise.
         max_rows: noisy images in the classifier at once; default 256 on a CPU, 8192 on a GPU.
         referee: the classifier in float64 (see :func:`float64_twin`). If given, it decides rows that are nearly tied
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """
 
-    classifier: Classifier
+    classifier: Classifier | KeyedClassifier
     perturb: Perturbation
     max_rows: int | None = None
     referee: Classifier | None = None
@@ -72,8 +74,8 @@ class NoisyCounts:
         for start in range(0, n * m, size):
             rows = torch.arange(start, min(start + size, n * m), device=device)
             sample, draw = rows // m, draws.start + rows % m
-            noisy = self.perturb(images[sample], Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id))
-            logits = self._logits(noisy)
+            own = Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id)
+            logits = self._logits(self.perturb(images[sample], own), own)
             if counts.shape[1] == 0:
                 counts = counts.new_zeros(n, logits.shape[1])
             unclear |= (logits.isnan() | logits.isposinf()).any()
@@ -82,10 +84,10 @@ class NoisyCounts:
             raise ValueError("The classifier returned NaN or infinity on noisy images; check precision and weights.")
         return counts
 
-    def _logits(self, noisy: Tensor) -> Tensor:
+    def _logits(self, noisy: Tensor, noise: Noise) -> Tensor:
         proper = nullcontext() if self.referee is None else float32_proper()  # TF32 errs by more than a near tie
         with proper, fitting(noisy, "The classifier"):
-            logits = self.classifier(noisy)
+            logits = answer(self.classifier, noisy, noise)
         check_logits(logits, len(noisy))
         if self.referee is None:
             return logits
@@ -95,6 +97,13 @@ class NoisyCounts:
             logits = logits.double()
             logits[close] = self.referee(noisy[close].double())
         return logits
+
+
+def answer(classifier: Classifier | KeyedClassifier, noisy: Tensor, noise: Noise) -> Tensor:
+    """Logits of noisy images; a classifier with randomness of its own draws it under the same keys."""
+    if has(classifier, KeyedClassifier) and classifier.accepts_keys:
+        return classifier(noisy, sample_ids=noise.sample_ids, draw=noise.draws, seed=noise.seed)
+    return classifier(noisy)  # type: ignore[call-arg]
 
 
 class NoisyModel(nn.Module):
@@ -120,7 +129,7 @@ class NoisyModel(nn.Module):
     ) -> Tensor:
         """Logits (N, K) of a noisy copy of each image (N, C, H, W) in [0, 1]; keys as in ``Purifier.forward``."""
         noise = Noise.fresh(len(x), x.device) if sample_ids is None else Noise.keyed(seed, sample_ids, draw)
-        return self.classifier(self.perturb(x, noise))
+        return answer(self.classifier, self.perturb(x, noise), noise)
 
 
 def float64_twin(classifier: nn.Module) -> nn.Module:
