@@ -15,7 +15,7 @@ from purify.attacks import PGD
 from purify.attacks.base import num_classes
 from purify.attacks.norms import BALLS
 from purify.certify.base import ABSTAIN, Certifier
-from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
+from purify.certify.metrics import abstentions, certified_accuracy, correct_radii, linf_share
 from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
@@ -226,6 +226,17 @@ def attack(
     return record, image[0].cpu().numpy()
 
 
+def estimates(correct: np.ndarray, radii: Sequence[float] | np.ndarray) -> list[Estimate]:
+    """Certified accuracy at each radius, with Wilson's 95 % intervals; ``correct`` (N,) as in a Summary."""
+    n = len(correct)
+    return [wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)]
+
+
+def mean_radius(correct: np.ndarray) -> Estimate:
+    """Average certified radius with its interval."""
+    return bounded(np.maximum(correct, 0), 0.0, np.inf, spread=max(float(correct.max()), 0.0))
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a system's certificates are worth, over N samples.
@@ -249,6 +260,16 @@ class Summary:
     refuted: int
     unsure: int
     correct: np.ndarray
+
+
+def in_linf(summary: Summary, norm: str, dimension: int, radii: Sequence[float]) -> Summary:
+    """What a summary's certificates say in L_inf, at other radii; ``dimension``: values of an image.
+
+    Every image within eps of another in L_inf is within eps sqrt(d) of it in L2, and within eps d in L1.
+    """
+    correct = np.where(summary.correct > 0, summary.correct * linf_share(norm, dimension), summary.correct)
+    certified = estimates(correct, radii)
+    return replace(summary, radii=list(radii), certified=certified, acr=mean_radius(correct), correct=correct)
 
 
 def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequence[float]) -> Summary:
@@ -282,8 +303,8 @@ def sum_up(
     correct, n = correct_radii(classes, np.array([r["radius"] for r in certificates]), labels), len(certificates)
     return Summary(
         radii=list(radii),
-        certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
-        acr=bounded(np.maximum(correct, 0), 0.0, np.inf, spread=max(float(correct.max()), 0.0)),
+        certified=estimates(correct, radii),
+        acr=mean_radius(correct),
         abstained=wilson(round(abstentions(classes) * n), n),
         draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),

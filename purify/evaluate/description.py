@@ -65,7 +65,7 @@ MODEL = (
 )
 SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
 WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
-GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
+GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
 DENOISER_PRECISIONS = {"float32": None, "bf16": "bfloat16"}  # of certificates, with the autocast of each
 SAMPLING = ("fixed", "anytime")
@@ -333,7 +333,9 @@ class Certification(Description):
     """
 
     batch_size: int = option(16, WHOLE, RUN, "samples at once")
-    method: tuple[str, ...] = option(("cohen",), NAMES, WHAT, "cohen, multiscale, ssn, dssn; separated by commas")
+    method: tuple[str, ...] = option(
+        ("cohen",), NAMES, WHAT, "cohen, multiscale, densepure, ssn, dssn; separated by commas"
+    )
     sigma: tuple[float, ...] = option((0.25, 0.5, 1.0), NUMBERS, GAUSSIAN, "scales, separated by commas")
     score_model: tuple[str, ...] | None = option(
         None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
@@ -343,6 +345,8 @@ class Certification(Description):
     )
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
+    votes: int = option(5, WHOLE, GAUSSIAN, "reverse processes of densepure for each noisy image")
+    reverse_steps: int = option(5, WHOLE, GAUSSIAN, "reverse steps of each")
     lam: float | None = option(
         None, NUMBER, SPLITTING, "lambda (default: the one that the classifier was trained with)"
     )
@@ -361,6 +365,10 @@ class Certification(Description):
         None, NUMBERS, RUN,
         "radii of the table and of anytime sampling, separated by commas (default: L2 up to 2, L1 shares of lambda)",
     )  # fmt: skip
+
+    linf_radii: tuple[float, ...] | None = option(
+        None, NUMBERS, RUN, "also a table and curve in L_inf at these radii, which follow from each system's own"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
