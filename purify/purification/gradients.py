@@ -26,6 +26,7 @@ from purify.diffusion.reverse import OneShot, ProbabilityFlow
 from purify.memory import free_bytes
 from purify.purification.plans import FixedSteps, Plan
 from purify.purification.process import Evaluate, Process, ReverseStep, Round, Step
+from purify.purification.rebuilt import Straight
 from purify.purification.scorenorm import plain_total
 
 DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
@@ -349,17 +350,7 @@ def _forward(build: Build, u: Tensor) -> Tensor:
 
 def with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
     """``value`` forward, bit for bit; the gradient of ``proxy`` backward."""
-    return _Straight.apply(proxy, value)
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, proxy: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    return Straight.apply(proxy, value)
 
 
 ENGINES: dict[str, type[GradientEngine]] = {

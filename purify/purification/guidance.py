@@ -22,7 +22,7 @@ from purify.checks import choose, is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
 from purify.purification.conditioning import Conditioning, check_true_or_false
-from purify.purification.rebuilt import Rebuilt, gradient_of
+from purify.purification.rebuilt import Rebuilt, check_frozen, gradient_of
 
 # s_t in units of ``scale``.
 GROWTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -140,7 +140,7 @@ class Guide:
         if not bool((strength != 0).any()):
             return model.predict(u, t), None
         through = self.guidance.point == "u0_hat" and self.guidance.through_score
-        self._check_frozen(model, u)
+        check_frozen((model.network, self.guidance.network), u)
         if through and (self.guidance.second_order or not torch.is_grad_enabled()):
             gradient, *parts = Rebuilt.apply(partial(self._through_score, model), u, self.bound, t)
             return Prediction(*parts), per_sample(strength, u) * gradient
@@ -169,15 +169,6 @@ class Guide:
                 return torch.zeros_like(u)
             (turned,) = torch.autograd.grad(gradient, w, v)
         return per_sample(strength, u) * turned
-
-    def _check_frozen(self, model: ScoreModel, u: Tensor) -> None:
-        if not (torch.is_grad_enabled() and u.requires_grad):
-            return
-        networks = [n for n in (model.network, self.guidance.network) if n is not None]
-        if any(p.requires_grad for network in networks for p in network.parameters()):
-            raise ValueError(
-                "Gradients of guided steps do not reach weights; freeze all networks (requires_grad_(False))."
-            )
 
     def _through_score(self, model: ScoreModel, u: Tensor, bound: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """grad_{u_t} D through the score network, and what that said."""

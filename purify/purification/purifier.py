@@ -35,7 +35,7 @@ from purify.purification.gradients import (
 from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
-from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
+from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
@@ -53,7 +53,8 @@ class Purifier(nn.Module):
         level: noise level t* in (0, 1], or a :class:`~purify.purification.levels.NoiseLevel` rule.
         reverse: name of a reverse rule (``purify.diffusion.reverse.REVERSE_RULES``), a rule, or its config.
         steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.purification.plans.PLANS``):
-            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run.
+            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run; for
+            rules that hold their time ``Held(n)``, there what a number stands for.
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
@@ -102,9 +103,9 @@ class Purifier(nn.Module):
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)
         self.level.check(score_model)
-        self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
         self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.plan = _plan(steps, self.rule)
         self.rule.check(score_model)
         self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Conditioning, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
@@ -127,6 +128,9 @@ class Purifier(nn.Module):
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
+        if self.rule.held != isinstance(self.plan, Held):
+            kind = "stays at its time" if self.rule.held else "steps down in time"
+            raise ValueError(f"The rule {type(self.rule).__name__} {kind}, which {self.plan} does not; give a number.")
         if self.resize and self.score_model.image_shape is None:
             raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
         self.engine.check(self.task)
@@ -312,7 +316,7 @@ class Purifier(nn.Module):
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""
-        return self._with(plan=_plan(steps))
+        return self._with(plan=_plan(steps, self.rule))
 
     def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) with another rule for its noise level."""
@@ -332,8 +336,8 @@ class Purifier(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether gradients are those of the purification that runs."""
-        guided = self.guidance is None or self.guidance.exact
-        return self.engine.exact and guided and (self.through_level or not self.level.varies)
+        steps = self.rule.exact and (self.guidance is None or self.guidance.exact)
+        return self.engine.exact and steps and (self.through_level or not self.level.varies)
 
     def with_resize(self, resize: bool = True) -> Purifier:
         """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
@@ -418,12 +422,12 @@ def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
     return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
-def _plan(steps: Any) -> Plan:
-    """A plan given as itself, by its config, or as a number of steps."""
+def _plan(steps: Any, rule: ReverseRule) -> Plan:
+    """A plan given as itself, by its config, or as a number of steps of ``rule``."""
     if isinstance(steps, (Plan, Mapping)):
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
-    return FixedSteps(steps)
+    return Held(steps) if rule.held else FixedSteps(steps)
 
 
 def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:

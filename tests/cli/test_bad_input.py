@@ -204,6 +204,8 @@ CASES = {
     "attack --purifier diffap --set scale=-1": "The guidance scale must be a number of at least 0",
     "attack --purifier mimicdiffusion --set factor=3": "choose a factor that divides both",
     "attack --purifier heterogeneous --set threshold=2": "threshold of heterogeneous noise must lie in [0, 1], got 2",
+    "attack --purifier likelihood --set rate=0": "The rate of likelihood ascent must be a number above 0",
+    "attack --purifier langevin --dt 0.01": "Langevin stays at its time, which FixedDt",
     "attack --purifier agdm --set auxiliary=nowhere.py:make": "There is no file nowhere.py",
     "attack --purifier agdm --set auxiliary=magic": "Unknown model 'magic' for digits; known: digits-at",
     "attack --purifier agdm --set auxiliary=fashion_mnist-guide": "was trained on fashion_mnist",
