@@ -17,6 +17,7 @@ from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
+from purify.transforms import set_mode
 
 if TYPE_CHECKING:
     from purify.diffusion.health import Health
@@ -184,6 +185,13 @@ class ScoreModel(nn.Module):
             choose(name, AUTOCAST, "autocast type")
             check_autocast(self.network, name)
         self.autocast = name
+
+    def train(self, mode: bool = True) -> ScoreModel:
+        """As usual; an exported network keeps the mode of its export."""
+        self.training = mode
+        for network in self.children():
+            set_mode(network, mode)
+        return self
 
     @property
     def dtype(self) -> torch.dtype | None:
