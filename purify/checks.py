@@ -136,6 +136,11 @@ _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multip
 _KINDS = re.compile("same device|dtype|input type|scalar type|same type|to be on", re.IGNORECASE)
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether this is torch's word for no memory left: on CPUs it has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error)
+
+
 @contextmanager
 def fitting(x: Tensor, what: str) -> Iterator[None]:
     """Turns torch's words for images x (N, C, H, W) that ``what``, called within, cannot take into a ValueError."""
@@ -143,7 +148,7 @@ def fitting(x: Tensor, what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        if isinstance(error, torch.OutOfMemoryError) or "allocat" in reason:
+        if ran_out(error):
             raise
         if _KINDS.search(reason):
             kind = f"images of {x.dtype} on {x.device}"

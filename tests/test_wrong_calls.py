@@ -234,7 +234,7 @@ CASES = {
         lambda: Smooth(Convolutions(), 0.25).certify(COLOUR.permute(0, 2, 3, 1), FEW),
         CHANNELS_LAST,
     ),
-    "stop": (lambda: Draws(stop=0.5), r"stop must be a purify.certify.EarlyStop\(radius\)"),
+    "stop": (lambda: Draws(stop=0.5), r"stop must be a purify.certify.Anytime\(radii\)"),
     "denoiser": (lambda: OneShotDenoised(TinyClassifier(), SmoothNet(), 0.5), "must be a purify.ScoreModel"),
     "denoiser's sigma": (lambda: OneShotDenoised(TinyClassifier(), smooth_model(), "a"), "sigma must be .*, got 'a'"),
     "denoiser's images": (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from purify.answers import ask, remark_probabilities
 from purify.attacks.counting import bar
 from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature, HasDetails
+from purify.attacks.submitted import Submitted
 from purify.checks import (
     check_count,
     check_eval,
@@ -41,11 +42,13 @@ class AttackResult:
         images: adversarial images (N, C, H, W) in [0, 1], within eps of the originals.
         loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
         calls: network calls that each image took, (N,); None where the attack does not count them.
+        submitted: the judged model's answers to all iterates; None where the attack does not see them.
     """
 
     images: Tensor
     loss: Tensor
     calls: Tensor | None = None
+    submitted: Submitted | None = None
 
 
 @dataclass(frozen=True)

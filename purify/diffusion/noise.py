@@ -22,7 +22,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 STREAM_BITS = 24  # the upper byte of the step word names the stream, the rest counts steps
-STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4, "guidance": 5}
+STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4, "guidance": 5, "time": 6}
 
 
 def derive_seed(seed: int, *names: object) -> int:
@@ -38,11 +38,11 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
     for _ in range(10):
         # The 64-bit product wraps in int64, but its upper and lower 32 bits survive masking.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & MASK) ^ c1 ^ k0,
-            p1 & MASK,
-            ((p0 >> 32) & MASK) ^ c3 ^ k1,
-            p0 & MASK,
+        c0, c1, c2, c3 = (  # in place, which saves memory and time
+            ((p1 >> 32).bitwise_and_(MASK) ^ c1).bitwise_xor_(k0),
+            p1.bitwise_and_(MASK),
+            ((p0 >> 32).bitwise_and_(MASK) ^ c3).bitwise_xor_(k1),
+            p0.bitwise_and_(MASK),
         )
         k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
     return c0, c1, c2, c3
@@ -138,8 +138,8 @@ class Noise:
         The float32 and the float64 run of a purifier thus see the same noise up to rounding.
         """
         size = math.prod(shape)
-        u = (self._words(step, -(-size // 4)).double() + 0.5) * 2.0**-32
-        radius = (-2 * u[:, :2].log()).sqrt()
-        angle = 2 * math.pi * u[:, 2:]
-        z = torch.cat([radius * angle.cos(), radius * angle.sin()], 1).flatten(1)[:, :size]
+        u = self._words(step, -(-size // 4)).double().add_(0.5).mul_(2.0**-32)
+        radius = u[:, :2].log().mul_(-2).sqrt_()
+        angle = u[:, 2:].mul_(2 * math.pi)
+        z = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], 1).flatten(1)[:, :size]
         return z.to(dtype).reshape(len(self), *shape)

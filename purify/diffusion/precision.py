@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from purify.diffusion.classes import call
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT32 = "float32"
+PRECISIONS = {FLOAT32: None, "bf16": "bfloat16", "fp16": "float16"}  # of attacks, as the command line has them
 
 
 def evaluate(

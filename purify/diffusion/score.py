@@ -36,10 +36,12 @@ class Prediction:
         eps: predicted noise, (N, C, H, W).
         variance: the network's v in [-1, 1] that interpolates log-variances (Nichol & Dhariwal 2021,
             eq. 15), or None if the network does not learn the variance.
+        added: what a correction adds to the clean estimate u0_hat that eps gives, (N, C, H, W), or None.
     """
 
     eps: Tensor
     variance: Tensor | None = None
+    added: Tensor | None = None
 
 
 def _from_eps(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -117,8 +119,9 @@ class ScoreModel(nn.Module):
     """One interface over diffusion networks of every parametrisation.
 
     Args:
-        network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels
-            (N,); returns a tensor or an object with ``.sample`` (diffusers).
+        network: called as ``network(u_t, labels)`` with u_t (N, C, H, W) in diffusion space and float labels (N,), of
+            float32 also where the network and its images are of half precision; returns a tensor or an object with
+            ``.sample`` (diffusers).
         schedule: the VP schedule that the network was trained on: a :class:`~purify.ContinuousVP`, for networks trained
             as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
             ``cosine``.
@@ -165,10 +168,6 @@ class ScoreModel(nn.Module):
         if self.time_scale <= 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
         self.time_offset = offset if time_offset is None else _number(time_offset, "time_offset")
-        self.autocast = None if autocast is None else str(autocast).removeprefix("torch.")
-        if self.autocast is not None:
-            choose(self.autocast, AUTOCAST, "autocast type")
-            check_autocast(network, self.autocast)
         self.classes = None if classes is None else as_rule(classes)
         if self.classes is None:
             check_told(network)
@@ -177,6 +176,15 @@ class ScoreModel(nn.Module):
         # Registered here, so that it moves with the network.
         self.labeller = self.classes.classifier if isinstance(self.classes, Predicted) else None
         self._bound: Tensor | None = None
+        self.set_autocast(autocast)
+
+    def set_autocast(self, autocast: str | torch.dtype | None) -> None:
+        """Run the network from now on in this type, as the argument of this name says; None: in its own."""
+        name = None if autocast is None else str(autocast).removeprefix("torch.")
+        if name is not None:
+            choose(name, AUTOCAST, "autocast type")
+            check_autocast(self.network, name)
+        self.autocast = name
 
     def train(self, mode: bool = True) -> ScoreModel:
         """As usual; an exported network keeps the mode of its export."""
@@ -207,7 +215,8 @@ class ScoreModel(nn.Module):
             given = f"{short(u)} and {short(t)}"
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
         with fitting(u, "The score network"):
-            output = evaluate(self.network, u, self.labels(t).to(u.dtype), self.autocast, self.classes_for(u))
+            labels = self.labels(t).to(torch.promote_types(u.dtype, torch.float32))  # bfloat16 would make 1000 of 999
+            output = evaluate(self.network, u, labels, self.autocast, self.classes_for(u))
         self.check_output(output, u)
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
@@ -270,6 +279,16 @@ class ScoreModel(nn.Module):
         """u0_hat from a prediction already made."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return (u - per_sample(sigma, u) * eps) / per_sample(alpha, u)
+
+    def clean(self, prediction: Prediction, u: Tensor, t: Tensor) -> Tensor:
+        """u0_hat of a prediction, with what was added to it."""
+        u0 = self.denoised(prediction.eps, u, t)
+        return u0 if prediction.added is None else u0 + prediction.added
+
+    def noise(self, prediction: Prediction, t: Tensor) -> Tensor:
+        """The eps that gives the u0_hat of :meth:`clean`."""
+        eps, added = prediction.eps, prediction.added
+        return eps if added is None else eps - per_sample(self.schedule.alpha(t) / self.schedule.sigma(t), eps) * added
 
     def check(
         self, images: Tensor, n: int = 32, levels: Sequence[float] = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2), seed: int = 0

@@ -17,9 +17,11 @@ from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, N
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
 from purify.diffusion.classes import Predicted
+from purify.diffusion.precision import FLOAT32
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
 from purify.evaluate.description import Evaluation
+from purify.evaluate.precision import AUTO
 from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
 from purify.plugin import is_in_file
@@ -212,7 +214,8 @@ def build_purified(
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
     weights = {**described(model_name(request), bare), "score_model": built.score_model.fingerprint()}
     config = {**model.config(), **weights, "exact": built.exact, **gradient_facts(bare)}
-    return Defence(title, model, applicable, request.budget.judge_draws, config)
+    precision = FLOAT32 if e.precision == AUTO else e.precision  # which is chosen once all are built
+    return Defence(title, model, applicable, request.budget.judge_draws, config, precision)
 
 
 def model_name(request: Request) -> str:

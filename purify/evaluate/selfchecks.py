@@ -182,7 +182,7 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress
     """The gradient in use against full backpropagation in float64, at its worst sample, and its share of zeros."""
     bar = bar or Progress(0, shown=False)
     with bar.work(defence, _gradients_work(defence, samples)):
-        used = input_gradient(defence.model, samples, samples.images.dtype, seed)
+        used = input_gradient(defence.attacked, samples, samples.images.dtype, seed)
         whole = reference(defence.model)  # with the hooks of its original
         # One by one: the graphs of a network of ImageNet's size fill a GPU.
         each = torch.arange(len(samples)).split(1)
@@ -321,7 +321,7 @@ def convergence_checks(
 def accuracy(defence: Defence, attack: Attack, samples: Samples, seed: int, max_rows: int = 2048) -> float:
     """Mean over the judges' draws, as the runner would find it."""
     attack_seed = derive_seed(seed, "attack")
-    found = attack(defence.model, samples.images, samples.labels, sample_ids=samples.ids, seed=attack_seed)
+    found = attack(defence.attacked, samples.images, samples.labels, sample_ids=samples.ids, seed=attack_seed)
     judged = judge(defence, found.images, samples.ids, seed, max_rows)
     return share_right(judged.predictions.cpu().numpy(), samples)
 

@@ -38,7 +38,7 @@ class EDMDenoiser(nn.Module):
         """u0_hat at u_t (N, C, H, W) and labels 1000 t (N,); ``classes``: int64 (N,) or weights (N, K), None: none."""
         t = labels.double() / 1000
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        inputs = u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(u.dtype)
+        inputs = u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(labels.dtype)
         if classes is None:
             return self.denoiser(*inputs)
         if not classes.is_floating_point():

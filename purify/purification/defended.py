@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,14 @@ def mean_logits(logits: Tensor) -> Tensor:
     return logits.mean(1)
 
 
+def log_mean_softmax(logits: Tensor) -> Tensor:
+    """Logarithm of the mean softmax over purifications: (N, M, K) -> (N, K).
+
+    The same answers as the mean softmax, whose own gradient fades where every purification is sure.
+    """
+    return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+
+
 def vote_shares(logits: Tensor) -> Tensor:
     """Share of votes per class: (N, M, K) -> (N, K), whose gradient is that of the mean softmax.
 
@@ -43,7 +52,11 @@ def vote_shares(logits: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": mean_logits,
+    "softmax": log_mean_softmax,
+    "votes": vote_shares,
+}
 
 
 class Auxiliary(nn.Module):
@@ -70,7 +83,8 @@ class DefendedClassifier(nn.Module):
         classifier: any module from images in [0, 1] to logits (a RobustBench model, say), in eval mode.
         purifier: the purifier in front of it.
         purifications: independent purifications per call.
-        aggregate: ``logits`` (their mean) or ``votes`` (shares of votes; see :func:`vote_shares`).
+        aggregate: ``logits`` (their mean), ``softmax`` (the log of their mean softmax) or ``votes`` (shares of votes;
+            see :func:`vote_shares`).
         image_shape: (C, H, W) of the images, checked when given; None: what the purifier takes.
 
     Raises:
@@ -196,9 +210,23 @@ class DefendedClassifier(nn.Module):
         """The same model (sharing all weights) with its purifier at this share, in (0, 1], of its noise level."""
         return self.with_purifier(self.purifier.at_share(share))
 
+    def with_precision(self, precision: str) -> DefendedClassifier:
+        """The same model (sharing all weights) with its score network in ``float32``, ``bf16`` or ``fp16``.
+
+        For attacks: what they find is to be judged by the model itself. The classifier keeps its type. See
+        :meth:`Purifier.with_precision`.
+        """
+        return self.with_purifier(self.purifier.with_precision(precision))
+
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""
         return twin(self, purifier=purifier)
+
+    def with_purifications(self, purifications: int, aggregate: str = "logits") -> DefendedClassifier:
+        """The same model (sharing all weights) with another number of purifications per call, combined like this."""
+        check_count(purifications, "purifications")
+        combine = choose(aggregate, AGGREGATES, "aggregate")
+        return twin(self, purifications=purifications, aggregate=aggregate, _aggregate=combine)
 
     def config(self) -> dict[str, Any]:
         """Plain data: the purifier's config and how its purifications are combined."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_flag, check_images, check_weights, is_number, short, whole_numbers
+from purify.checks import check_count, check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
+from purify.diffusion.precision import PRECISIONS
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
@@ -22,6 +23,7 @@ from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
 from purify.finite import broken
 from purify.purification import faults
+from purify.purification.conditioning import Conditioning
 from purify.purification.gradients import (
     DEFAULT_BUDGET,
     ENGINES,
@@ -30,10 +32,10 @@ from purify.purification.gradients import (
     Shorter,
     Task,
 )
-from purify.purification.guidance import GUIDANCES, Guidance
+from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
-from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
+from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
 from purify.transforms import func_in_words, readable, run_eagerly
 
@@ -52,7 +54,8 @@ class Purifier(nn.Module):
         level: noise level t* in (0, 1], or a :class:`~purify.purification.levels.NoiseLevel` rule.
         reverse: name of a reverse rule (``purify.diffusion.reverse.REVERSE_RULES``), a rule, or its config.
         steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.purification.plans.PLANS``):
-            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run.
+            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run; for
+            rules that hold their time ``Held(n)``, there what a number stands for.
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
@@ -60,8 +63,9 @@ class Purifier(nn.Module):
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
-        guidance: what bends the reverse steps towards the image that came in, a
-            :class:`~purify.purification.guidance.Guidance`, or its config if it has no network; default: nothing.
+        guidance: what ties the reverse steps to the image that came in, a
+            :class:`~purify.purification.conditioning.Conditioning` (:class:`~purify.purification.guidance.Guidance` or
+            a correction), or its config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
         resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
@@ -84,7 +88,7 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | str | None = None,
         clip: bool = True,
         through_level: bool = True,
-        guidance: Guidance | Mapping[str, Any] | None = None,
+        guidance: Conditioning | Mapping[str, Any] | None = None,
         rounds: int | Sequence[float] = 1,
         resize: bool = False,
     ) -> None:
@@ -100,11 +104,11 @@ class Purifier(nn.Module):
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)
         self.level.check(score_model)
-        self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
         self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.plan = _plan(steps, self.rule)
         self.rule.check(score_model)
-        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
+        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Conditioning, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
             self.auxiliary = self.guidance.network.eval().requires_grad_(False)
@@ -125,6 +129,9 @@ class Purifier(nn.Module):
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
+        if self.rule.held != isinstance(self.plan, Held):
+            kind = "stays at its time" if self.rule.held else "steps down in time"
+            raise ValueError(f"The rule {type(self.rule).__name__} {kind}, which {self.plan} does not; give a number.")
         if self.resize and self.score_model.image_shape is None:
             raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
         self.engine.check(self.task)
@@ -174,7 +181,7 @@ class Purifier(nn.Module):
     def _purify(
         self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
     ) -> Purified:
-        if self.guidance is not None and torch.is_inference_mode_enabled():
+        if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
@@ -296,9 +303,27 @@ class Purifier(nn.Module):
             changed["guidance"] = replace(self.guidance, second_order=second_order)
         return self._with(**changed)
 
+    def with_precision(self, precision: str) -> Purifier:
+        """The same purifier (sharing its weights) with its score network under autocast to one of ``PRECISIONS``.
+
+        ``bf16`` or ``fp16``: the network computes in it, and everything between its calls in float32 (times, the
+        labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``float32``: the
+        purifier as it is.
+
+        Raises:
+            ValueError: an unknown precision; ``fp16`` where guidance takes second derivatives of the network, which
+                vanish in it; a float64 network.
+        """
+        autocast = choose(precision, PRECISIONS, "precision")
+        if autocast is None:
+            return self
+        if autocast == "float16" and self.guidance is not None and self.guidance.twice:
+            raise ValueError("This guidance takes second derivatives, which vanish in fp16; use the precision bf16.")
+        return twin(self, score_model=self.score_model.with_settings(autocast=autocast).eval())
+
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""
-        return self._with(plan=_plan(steps))
+        return self._with(plan=_plan(steps, self.rule))
 
     def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) with another rule for its noise level."""
@@ -318,8 +343,8 @@ class Purifier(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether gradients are those of the purification that runs."""
-        guided = self.guidance is None or self.guidance.exact
-        return self.engine.exact and guided and (self.through_level or not self.level.varies)
+        steps = self.rule.exact and (self.guidance is None or self.guidance.exact)
+        return self.engine.exact and steps and (self.through_level or not self.level.varies)
 
     def with_resize(self, resize: bool = True) -> Purifier:
         """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
@@ -404,12 +429,12 @@ def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
     return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
-def _plan(steps: Any) -> Plan:
-    """A plan given as itself, by its config, or as a number of steps."""
+def _plan(steps: Any, rule: ReverseRule) -> Plan:
+    """A plan given as itself, by its config, or as a number of steps of ``rule``."""
     if isinstance(steps, (Plan, Mapping)):
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
-    return FixedSteps(steps)
+    return Held(steps) if rule.held else FixedSteps(steps)
 
 
 def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:

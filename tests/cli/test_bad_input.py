@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from purify.__main__ import COMMANDS, main
+from purify.__main__ import main
+from purify.cli import COMMANDS
 
 
 @pytest.fixture
@@ -63,6 +64,7 @@ CASES = {
     "attack --model digits-standrd": "(did you mean 'digits-standard'?)",
     "attack --budget standart": "Unknown --budget 'standart' (did you mean 'standard'?)",
     "attack --gradient ful": "(did you mean 'full'?)",
+    "attack --precision bf8": "Unknown --precision 'bf8'; known: auto, bf16, float32, fp16",
     "attack --step 5": "Unknown option --step (did you mean '--steps'?)",
     "certify --method cohn": "Unknown method 'cohn' (did you mean 'cohen'?)",
     "certify --mode lax": "Unknown --mode 'lax'",
@@ -76,7 +78,7 @@ CASES = {
     # numbers
     "attack --eps 8/0": "--eps takes a number, as 0.03 or 8/255, got '8/0'",
     "attack --eps -0.1": "eps must be a number of at least 0",
-    "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G",
+    "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G, or auto",
     "attack --n-examples 0": "--n-examples must be a whole number of at least 1",
     "attack --seed 1.5": "--seed takes a whole number, got '1.5'",
     "attack --t-star 1.5": "t_star must lie in (0, 1], got 1.5",
@@ -91,6 +93,10 @@ CASES = {
     # options that contradict each other, or lack something
     "attack --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     "attack --gradient bpda --memory-budget 1G": "--memory-budget is for --gradient full, checkpoint or surrogate",
+    "attack --purifier gdmp --set point=u0_hat --set through_score=true --precision fp16": "which vanish in fp16; use",
+    "attack --shard 17/16": "--shard takes a part of the whole, as 1/16 to 16/16, got '17/16'",
+    "certify --shard 3": "--shard takes a part of the whole",
+    "attack --shard 1/2 --precision auto": "Each shard might choose another precision",
     "attack --set scale": "--set takes NAME=VALUE or PART.NAME=VALUE, got 'scale'",
     "attack --set scale=3": "None of diffpure, constant, ssni-l has a parameter 'scale'",
     "attack --purifier gdmp --set gdmp.scael=3": "(did you mean 'scale'?)",
@@ -99,6 +105,16 @@ CASES = {
     "attack more": "Unrecognized arguments: more",
     "image odd.png": "--out",
     "calibrate": "--out",
+    "attack --protocol averages": "Unknown --protocol 'averages' (did you mean 'averaged'?)",
+    "attack --protocol in-loop --attacks random-noise,adaptive": "in-loop needs an attack that climbs the model's own",
+    "attack --protocol deterministic --worst-only majority": "--worst-only spares broken samples the attacks",
+    "attack --averages 8": "--averages is for --protocol averaged",
+    "attack --protocol averaged --averages 1,0": "--averages must be a whole number of at least 1",
+    "attack --protocol averaged --averages 8,8": "Two entries of --averages are called 8",
+    "attack --protocol averaged --averages many": "--averages takes whole numbers separated by commas, got 'many'",
+    "attack --recipe diffpure-cifar10": "Unknown recipe 'diffpure-cifar10' (did you mean 'diffpure-cifar10-linf'?)",
+    "attack --recipe": "Argument --recipe: expected one argument",
+    "attack --recipe lee-kim-cifar10-linf --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     # no GPU
     "attack --device cuda:3": "There is no GPU 'cuda:3' here",
     "certify --device gpu": "Unknown device 'gpu'",
@@ -147,6 +163,8 @@ CASES = {
     "image odd.png --out out": "--resize",
     "compare empty empty": "empty",
     "leaderboard empty": "empty",
+    "merge empty": "empty holds no run and no shards of one",
+    "merge flat empty": "say into which by --out",
     "leaderboard absent": "absent",
     # where results cannot go
     "attack --n-examples 2 --attacks random-noise --noise-level constant --out flat": "flat",
@@ -157,7 +175,7 @@ CASES = {
     "leaderboard flat --out text.txt": "flat",
     # what attack and certify refuse besides
     "attack --dataset mnist": "Unknown data set 'mnist'; known: cifar10, cifar100, digits",
-    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffpure",
+    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffap, diffpure",
     "attack --attacks pgd-eot,fgsm": "Unknown attack 'fgsm'; known: adaptive, apgd-margin-eot",
     "attack --model resnet": "Unknown model 'resnet' for digits; known: digits-at, digits-dssn, digits-guide",
     "attack --model nowhere.py:make": "no file nowhere.py",
@@ -181,6 +199,13 @@ CASES = {
     "attack --dataset fashion_mnist --data-dir /nonexistent": "Fashion-MNIST is not in",
     "attack --out /proc/nothing": "cannot be written",
     "attack --score-model nowhere.py:make": "There is no file nowhere.py; a part of your own is file.py:function",
+    "attack --purifier freqpure --set delta=4": "delta must be an angle in [0, pi], got 4",
+    "attack --purifier freqpure --set amplitude_radius=-1": "amplitude_radius must be a number of at least 0",
+    "attack --purifier diffap --set scale=-1": "The guidance scale must be a number of at least 0",
+    "attack --purifier mimicdiffusion --set factor=3": "choose a factor that divides both",
+    "attack --purifier heterogeneous --set threshold=2": "threshold of heterogeneous noise must lie in [0, 1], got 2",
+    "attack --purifier likelihood --set rate=0": "The rate of likelihood ascent must be a number above 0",
+    "attack --purifier langevin --dt 0.01": "Langevin stays at its time, which FixedDt",
     "attack --purifier agdm --set auxiliary=nowhere.py:make": "There is no file nowhere.py",
     "attack --purifier agdm --set auxiliary=magic": "Unknown model 'magic' for digits; known: digits-at",
     "attack --purifier agdm --set auxiliary=fashion_mnist-guide": "was trained on fashion_mnist",
@@ -190,14 +215,24 @@ CASES = {
     "attack --set variant": "--set takes NAME=VALUE",
     "attack --set steps=2": "None of diffpure, constant, ssni-l has a parameter 'steps' for --set; known",
     "attack --noise-level magic": "Unknown noise level 'magic'; known: constant, ssni-l, ssni-n",
-    "certify --method magic": "Unknown method 'magic'; known: cohen, dssn, multiscale, ssn",
+    "certify --method magic": "Unknown method 'magic'; known: cohen, densepure, dssn, multiscale, ssn",
     "certify --dataset mnist": "Unknown data set 'mnist'",
     "certify --budget huge": "Unknown --budget 'huge'; known: paper, quick, standard",
     "certify --sigma 0": "sigma must be a positive number",
     "certify --sigma x": "--sigma takes numbers separated by commas",
     "certify --method multiscale --p0 0.4": "p0 must lie in [1/2, 1)",
     "certify --method multiscale --mode lax": "Unknown --mode 'lax'",
-    "certify --method cohen,multiscale --stop-radius 0": "leave --stop-radius out",
+    "certify --method cohen,multiscale --sampling anytime": "leave --sampling anytime out",
+    "certify --linf-radii 0,-1": "--linf-radii takes numbers of at least 0",
+    "certify --votes 3": "--votes says nothing about cohen; it is for densepure",
+    "certify --method densepure --votes 0": "votes must be a whole number of at least 1",
+    "certify --method densepure --reverse-steps 0": "steps must be a whole number of at least 1",
+    "certify --method densepure --score-model none": "densepure votes over reverse processes of a diffusion model",
+    "certify --precision bf8": "Unknown --precision 'bf8'; known: bf16, float32",
+    "certify --score-model none --precision bf16": "--precision bf16 is the denoiser's; there is none with",
+    "certify --method ssn --precision bf16": "--precision says nothing about ssn",
+    "certify --sampling always": "Unknown --sampling 'always'; known: anytime, fixed",
+    "certify --sigma 0.25 --sampling anytime --radii 2": "certify at most 0.5442 under this noise (gaussian 0.25)",
     "certify --method ssn --model digits-standard": "does not say for which lambda it was trained; pass --lam",
     "certify --method cohen,ssn --model digits-standard": "One --model cannot serve",
     "certify --method dssn --model digits-standard --lam 0.001": "lambda must lie in [0.00196",
@@ -207,7 +242,8 @@ CASES = {
     "certify --radii nan": "--radii takes numbers separated by commas, got 'nan'",
     "certify --batch-size 0": "--batch-size must be a whole number",
     "certify --p0 0.6": "--p0 says nothing about cohen; it is for multiscale",
-    "certify --method dssn --stop-radius 1": "--stop-radius says nothing about dssn",
+    "certify --method dssn --sampling anytime": "--sampling says nothing about dssn",
+    "certify --stop-radius a": "--radii takes numbers separated by commas, got 'a'",
     "certify --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist; take a network of digits",
     "certify --model fashion_mnist-standard": "was trained on fashion_mnist",
     "certify --method dssn --model fashion_mnist-dssn": "was trained on fashion_mnist",
