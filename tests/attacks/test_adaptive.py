@@ -356,3 +356,22 @@ def test_progress_and_convergence_know_it(images, labels):
     assert attack.budget() == {"attack": "adaptive", "norm": "Linf", "eps": 0.1, "calls": 600}
     with pytest.raises(ValueError, match="network calls"):
         Adaptive("Linf", 0.1, calls=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "mse", "rounds"])
+def test_answers_of_the_whole_process_are_counted(name, images, labels):
+    """Against a hook that sees every model's answers, those of the shorter process among them."""
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    seen = torch.zeros(7, 2, dtype=torch.long)
+
+    def see(module, args, kwargs, logits):
+        if module.purifier.plan == model.purifier.plan:
+            for i, answer in zip(kwargs["sample_ids"].tolist(), logits.argmax(1).tolist(), strict=True):
+                seen[i] += torch.tensor([1, int(answer != labels[i])])
+
+    model.register_forward_hook(see, with_kwargs=True)
+    attack = Adaptive("Linf", 0.2, calls=2500)
+    found = attack.run(model, images, labels, IDS, 3).submitted
+    assert found.asked.tolist() == seen[:, 0].tolist()
+    assert found.wrong.tolist() == seen[:, 1].tolist()
+    assert 0 < found.asked.max() <= attack.answers(model)

@@ -91,7 +91,7 @@ CASES = {
     "image odd.png": "--out",
     "calibrate": "--out",
     "attack --protocol averages": "Unknown --protocol 'averages' (did you mean 'averaged'?)",
-    "attack --protocol in-loop --attacks random-noise,adaptive": "in-loop needs an attack that climbs the model's own",
+    "attack --protocol in-loop --attacks random-noise,transfer": "in-loop needs an attack that climbs the model's own",
     "attack --protocol deterministic --worst-only majority": "--worst-only spares broken samples the attacks",
     "attack --averages 8": "--averages is for --protocol averaged",
     "attack --protocol averaged --averages 1,0": "--averages must be a whole number of at least 1",
