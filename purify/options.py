@@ -97,7 +97,9 @@ def _whole(value: Any) -> int:
     return int(found)
 
 
-def _size(value: Any) -> int:
+def _size(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
     if not isinstance(value, str):
         return _whole(value)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
@@ -143,10 +145,18 @@ def plain_value(text: str) -> Any:
         return text
 
 
+def _shard(value: Any) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError
+    return f"{int(found[1])}/{int(found[2])}"
+
+
 NUMBER = Kind(_number, "a number, as 0.03 or 8/255")
 WHOLE = Kind(_whole, "a whole number")
-SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G")
+SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G, or auto")
 TEXT = Kind(_text, "a name")
+SHARD = Kind(_shard, "a part of the whole, as 1/16 to 16/16")
 PATH = Kind(lambda value: Path(_text(value)), "a path")
 NAMES = Kind(_listed(_text), "names separated by commas")
 WHOLES = Kind(_listed(_whole), "whole numbers separated by commas")

@@ -10,13 +10,15 @@ from torch import nn
 
 from purify import registry, zoo
 from purify.checks import choose, nearest
+from purify.diffusion.langevin import Langevin
 from purify.diffusion.reverse import DDIM
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.plugin import is_in_file, load_function
 from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, NoiseLevel
-from purify.purification.plans import FixedDt, Plan
+from purify.purification.likelihood import LikelihoodAscent
+from purify.purification.plans import FixedDt, Held, Plan
 from purify.purification.purifier import DEFAULT_ENGINE, Purifier
 
 # DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network,
@@ -257,6 +259,53 @@ def heterogeneous(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
+LIKELIHOOD_STEPS = Held(5, spread=0.185)  # noise-to-signal 0.4 to 0.6 about 0.5
+
+
+def likelihood(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.145,
+    steps: int | Plan | Mapping[str, Any] = LIKELIHOOD_STEPS,
+    reverse: Any = "likelihood",
+    gradient: Any = DEFAULT_ENGINE,
+    rate: float = 0.1,
+    softness: float = 0.0,
+) -> Purifier:
+    """Score optimisation (Zhang et al. 2023; Chen et al. 2024): Adam steps of the image down its diffusion loss.
+
+    Args:
+        score_model, gradient: as for :func:`diffpure`.
+        t_star: where the loss is taken.
+        steps: how many, all at t*, or :class:`~purify.purification.plans.Held` with a spread; published: 5.
+        reverse: the rule ``likelihood``, or one of one's own.
+        rate, softness: of :class:`~purify.purification.likelihood.LikelihoodAscent`.
+    """
+    rule = LikelihoodAscent(rate, softness) if reverse == "likelihood" else reverse
+    return Purifier(score_model, t_star, rule, steps, gradient=gradient)
+
+
+def langevin(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.01,
+    steps: int | Plan | Mapping[str, Any] = 1500,
+    reverse: Any = "langevin",
+    gradient: Any = DEFAULT_ENGINE,
+    step: float = 0.01,
+    temperature: float = 1.0,
+) -> Purifier:
+    """Langevin purification (Hill et al. 2021): many noisy steps along the score, from the image as it came.
+
+    Args:
+        score_model, gradient: as for :func:`diffpure`; an energy is a score model, too.
+        t_star: at which the score is asked (ours: an energy has no time).
+        steps: how many; published: 1500.
+        reverse: the rule ``langevin``, or one of one's own.
+        step, temperature: of :class:`~purify.diffusion.langevin.Langevin`.
+    """
+    rule = Langevin(step, temperature) if reverse == "langevin" else reverse
+    return Purifier(score_model, t_star, rule, steps, gradient=gradient)
+
+
 PURIFIERS: dict[str, Callable[..., Purifier]] = {
     "diffpure": diffpure,
     "gdmp": gdmp,
@@ -266,6 +315,8 @@ PURIFIERS: dict[str, Callable[..., Purifier]] = {
     "diffap": diffap,
     "mimicdiffusion": mimicdiffusion,
     "heterogeneous": heterogeneous,
+    "likelihood": likelihood,
+    "langevin": langevin,
 }
 SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters that every preset takes
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from purify.diffusion.reverse import DDIM, ReverseRule
-from purify.purification.plans import FixedDt
+from purify.purification.plans import FixedDt, Held, Plan
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Setting:
 
     Attributes:
         t_star: noise level in (0, 1]; the base level of a rule that varies it.
-        steps: reverse steps, or the length of one.
+        steps: reverse steps, or their plan.
         reverse: the reverse rule, by name where its parameters are the usual ones.
         source: where the numbers come from.
         own: the purifier's other parameters.
     """
 
     t_star: float
-    steps: int | FixedDt
+    steps: int | Plan
     reverse: str | ReverseRule
     source: str
     own: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +41,8 @@ LEE = "Lee & Kim 2023"
 PEI = "program of Pei et al. 2025"
 ZHANG = "program of Zhang et al. 2024"
 PEI_25 = "program of Pei et al. 2025 (heterogeneous noise)"
+CHEN = "program of Chen et al. 2024"
+HILL = "Hill et al. 2021"
 SONG = "program of Song et al. 2024"
 STOCHASTIC = DDIM(1.0)
 
@@ -70,6 +72,10 @@ SETTINGS: dict[tuple[str, str], Setting] = {
         0.2, 10, "ddim", f"{PEI_25}, fewer steps", {"auxiliary": "fashion_mnist-standard"}
     ),
     ("heterogeneous", ""): Setting(0.2, 100, "ddim", f"{PEI_25}, CIFAR-10"),
+    ("likelihood", "digits"): Setting(0.145, Held(10, spread=0.185), "likelihood", TUNED),
+    ("likelihood", ""): Setting(0.145, Held(5, spread=0.185), "likelihood", f"{CHEN}, CIFAR-10"),
+    ("langevin", "digits"): Setting(0.05, 20, "langevin", TUNED, {"step": 0.1}),
+    ("langevin", ""): Setting(0.01, 1500, "langevin", f"{HILL}, CIFAR-10; t* ours"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 

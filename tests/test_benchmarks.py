@@ -369,6 +369,20 @@ def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     assert "not asked" in (tmp_path / "gpu.md").read_text()
 
 
+def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script, out = load_script("precision_speed"), tmp_path / "p.json"
+    assert script.main(["--toy", "--systems", "digits", "--repeats", "1", "--out", str(out)]) == 0
+    whole, half = json.loads(out.read_text())["rows"]
+    assert (whole["precision"], half["precision"]) == ("float32", "bf16")
+    for what in ("cosine", "cosine, purification"):
+        assert 0.99 < half[what] < 1 - 1e-6 < whole[what]
+    assert whole["time to float32"] == 1
+    assert "ok   digits, bf16: cosine 0.9" in capsys.readouterr().out
+    row = {"system": "fashion_mnist", "precision": "bf16", "time to float32": 0.8, "cosine": 0.9}
+    assert [line[:4] for line in script.verdicts([row])] == ["MISS", "MISS"]
+
+
 def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     script = load_script("attack_budget")
     options = ["--systems", "diffpure", "--images", "2", "--steps", "2", "--eot", "1", "--judge-draws", "10"]

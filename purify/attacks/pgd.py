@@ -17,8 +17,9 @@ from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
 from purify.attacks.submitted import SIGNED, Submitted
-from purify.checks import check_count, choose, is_number
+from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
+from purify.memory import Parts
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 
 
@@ -66,6 +67,7 @@ class Target:
         seed: keys random starts.
         inside: which samples have their gradients taken inside [0, 1].
         submitted: what was answered to the iterates.
+        parts: how many images times draws go through the model at once.
     """
 
     evaluate: Evaluator
@@ -75,6 +77,7 @@ class Target:
     seed: int
     inside: Inside
     submitted: Submitted
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ class PGD(Attack):
     def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
         """What iterates are asked of."""
         n, device = len(x), x.device
-        return Target(self.evaluator(model, seed), x, y, ids, seed, Inside(n, device), Submitted(n, device))
+        own = Inside(n, device), Submitted(n, device), Parts(self.max_rows)
+        return Target(self.evaluator(model, seed), x, y, ids, seed, *own)
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others."""
@@ -226,34 +230,38 @@ class PGD(Attack):
         self, target: Target, z: Tensor, first_draw: int, with_gradient: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
-        evaluate, y, ids, inside = target.evaluate, target.y, target.ids, target.inside
+        y, ids, inside = target.y, target.ids, target.inside
         place = inside.place(z) if with_gradient else z
-        losses, gradients = self._draws(evaluate, place, y, ids, first_draw, with_gradient)
+        losses, gradients = self._draws(target, place, y, ids, first_draw, with_gradient)
         target.submitted.add(losses)
         asked = inside.ask(z, gradients[0]) if with_gradient else y[:0]
         if len(asked):
-            _, inner = self._draws(evaluate, moved(z[asked]), y[asked], ids[asked], first_draw, True)
+            _, inner = self._draws(target, moved(z[asked]), y[asked], ids[asked], first_draw, True)
             better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
             for gradient, other in zip(gradients, inner, strict=True):
                 gradient[asked[better]] = other[better]
         return losses.mean(1), gradients
 
     def _draws(
-        self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
+        self, target: Target, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss of each draw (N, R) and the mean gradient of each term, ``max_rows`` rows at a time."""
+        """Loss of each draw (N, R) and the mean gradient of each term, ``max_rows`` rows at a time, if they fit."""
         n = len(z)
-        draws = torch.arange(first_draw, first_draw + self.eot, device=z.device).repeat(n)
-        rows = torch.arange(n, device=z.device).repeat_interleave(self.eot)
-        losses, gradients = [], []
-        for part in torch.arange(n * self.eot, device=z.device).split(self.max_rows):
-            r = rows[part]
+
+        def ask(part: Tensor) -> tuple[Tensor, Tensor]:
+            r = part // self.eot
             with torch.set_grad_enabled(with_gradient):
                 images = z[r].requires_grad_(with_gradient)
-                terms = evaluate(images, y[r], ids[r], draws[part])
-            losses.append(terms[0].detach())
+                terms = target.evaluate(images, y[r], ids[r], first_draw + part % self.eot)
+            if not with_gradient:
+                return terms[0], z[:0]
+            return terms[0].detach(), torch.stack(_gradients(terms, images))
+
+        losses, gradients = [], []
+        for part, (own, gradient) in target.parts.of(torch.arange(n * self.eot, device=z.device), ask):
+            losses.append(own)
             if with_gradient:
-                gradients.append(torch.stack(_gradients(terms, images)))
+                gradients.append(gradient)
                 count(len(part))
         loss = _finite(torch.cat(losses).reshape(n, self.eot), ids)
         if not with_gradient:
@@ -269,8 +277,7 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         more = i < len(terms) - 1
         own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
         if not isinstance(own, Tensor):
-            advice = "do not detach them in it, or use square"
-            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+            raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
         found.append(own)
     return found
 

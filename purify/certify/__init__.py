@@ -5,6 +5,7 @@ A certificate sees only a function that maps noisy images to class counts.
 
 from purify.certify.base import ABSTAIN, Certificate, Certifier
 from purify.certify.counts import NoisyCounts, NoisyModel
+from purify.certify.densepure import DensePure, dense_smoothing
 from purify.certify.gaussian import OneShotDenoised, Smooth, denoised_smoothing
 from purify.certify.multiscale import Cascade
 from purify.certify.sampling import Anytime, Draws, EarlyStop
@@ -18,6 +19,7 @@ __all__ = [
     "Cascade",
     "Certificate",
     "Certifier",
+    "DensePure",
     "Draws",
     "EarlyStop",
     "NoisyCounts",
@@ -25,5 +27,6 @@ __all__ = [
     "OneShotDenoised",
     "Smooth",
     "denoised_smoothing",
+    "dense_smoothing",
     "to_grid",
 ]

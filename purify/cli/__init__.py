@@ -5,6 +5,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "attack": ("purify.cli.attack", "attack a purified classifier and report what holds"),
     "certify": ("purify.cli.certify", "certify smoothed classifiers, and attack them inside their radii"),
     "image": ("purify.cli.image", "purify pictures of your own"),
+    "merge": ("purify.cli.merge", "shards of a run, run by independent processes, to the whole run"),
     "leaderboard": ("purify.cli.leaderboard", "finished runs to a page, Markdown, JSON and plots"),
     "compare": ("purify.cli.compare", "by how much defences of finished runs differ, image by image"),
     "list": ("purify.cli.list", "models, score models, purifiers, noise levels, attacks and data sets by name"),

@@ -7,7 +7,8 @@ from typing import Any
 
 from purify.attacks import Attack
 from purify.cli.parsing import Parser, describe_parser, described
-from purify.cli.shell import guarded, note_data
+from purify.cli.shell import guarded, note_data, note_shard
+from purify.diffusion.precision import FLOAT32
 from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.budgets import reduced
@@ -64,6 +65,8 @@ def run(args: Any, command: str) -> int:
     request = prepared.request
     if prepared.ranks.first:
         note_data(asked, request.data)
+        if prepared.chosen:
+            print(f"precision auto: {prepared.chosen}")
     if args.dry_run:
         return show_dry_run(prepared)
     with prepared.open(command) as folder:
@@ -71,8 +74,10 @@ def run(args: Any, command: str) -> int:
             threat = f"{asked.threat_model} eps {request.eps:g}"
             print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
         new = prepared.attack(folder)
-        found = prepared.protocols(folder)
-        if prepared.ranks.first:
+        if prepared.ranks.first and asked.part:
+            note_shard(asked.part, folder)
+        found = {} if asked.part else prepared.protocols(folder)
+        if prepared.ranks.first and not asked.part:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
             show(prepared, folder, prepared.finish(folder, protocols=found))
@@ -188,7 +193,8 @@ def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
     exact = all(d.model.purifier.exact for d in purified if isinstance(d.model, DefendedClassifier))
     gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
-    print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}.")
+    half = "" if asked.precision == FLOAT32 else f", in {asked.precision}; judged in float32"
+    print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}{half}.")
     if reduced(prepared.stated, prepared.request.known):
         print(
             "This is a REDUCED budget: a stronger attack may bring these numbers lower. Use --budget standard or "

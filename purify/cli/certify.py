@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
-from purify.certify.metrics import certified_accuracy
 from purify.cli.parsing import Parser, describe_parser, described, taking
-from purify.cli.shell import guarded, note_data
+from purify.cli.shell import guarded, note_data, note_shard
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import Summary
+from purify.evaluate.certification import Summary, estimates
 from purify.evaluate.description import OLD, Certification
 from purify.evaluate.ranks import leave
 from purify.evaluate.recompute import recompute
@@ -62,7 +62,9 @@ def run(args: Any, command: str) -> int:
             budget = f"n0 {draws.n0}, n {draws.n}, alpha {draws.alpha:g}" if ready.drawn else "no draws, exact"
             print(f"{asked.dataset}, {len(ready.samples)} samples, {budget}; records in {folder.path}")
         ready.certify(folder)
-        if ready.ranks.first:
+        if ready.ranks.first and asked.part:
+            note_shard(asked.part, folder)
+        elif ready.ranks.first:
             show(ready, folder)
             if ready.drawn:
                 small(draws.n)
@@ -109,6 +111,11 @@ def show(ready: Ready, folder: RunFolder) -> None:
         print(f"\n{norm}: certified accuracy in % at radii, [95 % interval]\n{table(part).to_string()}")
         print(f"\n{further(part, reachable).to_string()}")
         written.append(curve(curve_picture(folder.path, norm), part, norm))
+    linf = ready.linf(found)
+    if linf:
+        print("\nL_inf: certified accuracy in % at radii, from those above, [95 % interval]")
+        print(table(linf).to_string())
+        written.append(curve(curve_picture(folder.path, "Linf"), linf, "L_inf"))
     for name, summary in found.items():
         if summary.refuted:
             changed = f"{summary.refuted} of {summary.attacked} attacks inside the radius changed the answer"
@@ -138,7 +145,7 @@ def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFr
 
 
 def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
-    """PNG of certified accuracy over the radius."""
+    """PNG of certified accuracy over the radius, with bands of Wilson's 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,8 +155,11 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     top = max(max(float(s.correct.max()) for s in found.values()), 1e-3)
     grid = torch.linspace(0, 1.05 * top, 400).numpy()
     for name, summary in found.items():
-        shares = 100 * certified_accuracy(summary.correct, grid)
-        ax.step(grid, shares, where="post", label=f"{name} (ACR {summary.acr.value:.3f})")
+        points = estimates(summary.correct, grid)
+        low, high = (100 * np.array([getattr(p, side) for p in points]) for side in ("low", "high"))
+        shares, label = [100 * p.value for p in points], f"{name} (ACR {summary.acr.value:.3f})"
+        (line,) = ax.step(grid, shares, where="post", label=label)
+        ax.fill_between(grid, low, high, step="post", color=line.get_color(), alpha=0.12, linewidth=0)
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)
     fig.legend(loc="outside lower center", ncols=2, fontsize=8)

@@ -19,6 +19,7 @@ from purify.evaluate.protocols import PROTOCOLS
 from purify.evaluate.recipes import RECIPES
 from purify.presets import PURIFIERS
 from purify.purification.levels import LEVELS
+from purify.purification.plans import PLANS
 from purify.settings import SETTINGS
 
 Lines = Iterable[tuple[str, str]]
@@ -51,7 +52,7 @@ def purifiers() -> Lines:
     yield from first_sentences(PURIFIERS)
     for (purifier, dataset), s in SETTINGS.items():
         if purifier:
-            steps = f"{s.steps} steps" if isinstance(s.steps, int) else f"{s.steps.dt} per step"
+            steps = f"{s.steps} steps" if isinstance(s.steps, int) else named(registry.describe(s.steps, PLANS))
             rule = s.reverse if isinstance(s.reverse, str) else named(registry.describe(s.reverse, REVERSE_RULES))
             own = "".join(f", {key} {value}" for key, value in s.own.items())
             yield f"  {purifier} on {dataset or 'other data'}", f"t* {s.t_star:g}, {steps}, {rule}{own} ({s.source})"
@@ -59,7 +60,8 @@ def purifiers() -> Lines:
 
 def named(part: Mapping[str, Any]) -> str:
     """A part's config in words: its name, then its parameters."""
-    return " ".join([part["kind"], *(f"{key} {value}" for key, value in part.items() if key != "kind")])
+    given = (f"{key} {value}" for key, value in part.items() if key != "kind" and value is not None)
+    return " ".join([part["kind"], *given])
 
 
 def datasets() -> Lines:

@@ -11,6 +11,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
@@ -57,7 +58,7 @@ class Parser(jsonargparse.ArgumentParser):
 
     def _take_recipe(self, given: Sequence[str]) -> None:
         """What --recipe names becomes the default, wherever it stands: other options go before it."""
-        for word, after in zip(given, [*given[1:], ""], strict=True):
+        for word, after in pairwise([*given, ""]):
             name = after if word == "--recipe" else word.removeprefix("--recipe=")
             if word.partition("=")[0] == "--recipe" and name:
                 try:

@@ -7,7 +7,7 @@ checkpointing, mixed noise levels in a batch and bit-equal recomputation possibl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torchdiffeq import odeint
 
 from purify.checks import choose, is_number
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
+from purify.finite import clamped
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -57,8 +58,34 @@ class ReverseRule(ABC):
         """Network calls per step, or None where an adaptive solver decides."""
         return 1
 
+    @property
+    def held(self) -> bool:
+        """Whether its steps stay at their time: t = s, from the image as it came. The others step down in time."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """Whether autograd's derivative of a step is that of the step."""
+        return True
+
     def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
         """Raise ValueError if the rule cannot drive ``model``."""
+
+    def begin(self, u: Tensor) -> Tensor:
+        """The state that a held rule steps from, of images u (N, C, H, W): (N, C', H, W)."""
+        return u
+
+    def finish(self, state: Tensor) -> Tensor:
+        """The images (N, C, H, W) of a held rule's last state."""
+        return state
+
+    def drawn(self, shape: Sequence[int]) -> Sequence[int]:
+        """The shape of z for states of ``shape`` (C', H, W)."""
+        return shape
+
+    def rebuilt(self, model: ScoreModel, t: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What the backward pass of a step at ``t`` builds beyond what the step keeps, as a function of the state."""
+        return None
 
     @abstractmethod
     def __call__(
@@ -127,7 +154,7 @@ class Ancestral(GaussianRule):
         beta = -torch.expm1(log_ratio)
         u0 = model.clean(prediction, u, t)
         if self.clip_denoised:
-            u0 = u0.clamp(-1, 1)
+            u0 = clamped(u0, -1, 1)
         mean = per_sample(schedule.alpha(s) * beta / var_t, u) * u0
         mean = mean + per_sample((0.5 * log_ratio).exp() * var_s / var_t, u) * u
         posterior = beta * var_s / var_t

@@ -20,9 +20,12 @@ from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
 from purify.checks import check_count, check_unique, choose, nearest
 from purify.data import DATASETS, Dataset
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.precision import AUTO, COSINE
 from purify.evaluate.protocols import AVERAGES, PROTOCOLS
+from purify.evaluate.ranks import Shard
 from purify.evaluate.recipes import RECIPES
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
@@ -31,6 +34,7 @@ from purify.options import (
     NUMBER,
     NUMBERS,
     PATH,
+    SHARD,
     SIZE,
     TEXT,
     WHOLE,
@@ -61,7 +65,7 @@ MODEL = (
 )
 SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
 WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
-GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
+GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
 DENOISER_PRECISIONS = {"float32": None, "bf16": "bfloat16"}  # of certificates, with the autocast of each
 SAMPLING = ("fixed", "anytime")
@@ -70,6 +74,9 @@ EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
+
+
+MODEL_GRADIENTS = ("exact", "bpda", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,9 @@ class Description:
     max_rows: int | None = option(None, WHOLE, RUN, "images times draws in the model at once (default: CPU 256)")
     threads: int | None = option(None, WHOLE, RUN, "CPU threads for torch")
     out: Path | None = option(None, PATH, RUN, "folder of the run; the same command resumes (default: below runs/)")
+    shard: str | None = option(
+        None, SHARD, RUN, "part of the images, as 3/16: the third of 16 independent processes; see `purify merge`"
+    )
 
     def __new__(cls, *args: Any, **given: Any) -> Any:
         """Names the option that was meant by a name that is none."""
@@ -133,6 +143,18 @@ class Description:
         """The options that are set, as :meth:`from_yaml` takes them."""
         return yaml.safe_dump(plain(self), sort_keys=False, width=120)
 
+    @property
+    def part(self) -> Shard | None:
+        """The shard that was asked for."""
+        return None if self.shard is None else Shard.parse(self.shard)
+
+    def check_whole(self) -> None:
+        """Raise ValueError for a shard, which has no results before it is merged with the others."""
+        if self.shard is not None:
+            raise ValueError(
+                "A shard has no results of its own; run it by `purify attack` or `purify certify`, then `purify merge`."
+            )
+
     def replace(self, **changes: Any) -> Any:
         """The same with some options changed."""
         return dataclasses.replace(self, **changes)
@@ -174,6 +196,10 @@ class Evaluation(Description):
         "gdmp.rounds=2 or ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated", "--set",
     )  # fmt: skip
     score_model: str | None = option(None, TEXT, DEFENCE, SCORE_MODEL)
+    score_classes: str | None = option(
+        None, TEXT, DEFENCE,
+        "what a class-conditional score network is told: unconditional, predicted (what --model says), or a class",
+    )  # fmt: skip
     t_star: float | None = option(None, NUMBER, DEFENCE, "noise level in (0, 1]")
     noise_level: tuple[str, ...] | None = option(
         None, NAMES, DEFENCE,
@@ -200,9 +226,22 @@ class Evaluation(Description):
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
     )
     gradient: str = option("checkpoint", TEXT, THREAT, f"{', '.join(ENGINES)}; checkpoint is exact")
-    memory_budget: int | None = option(
+    memory_budget: int | str | None = option(
         None, SIZE, THREAT,
-        "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M (default: full all, others 1G)",
+        "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M, or auto: what is free, less some "
+        "room (default: full all, others 1G)",
+    )  # fmt: skip
+    model_gradient: str = option(
+        "exact", TEXT, THREAT,
+        "backward pass of the classifier: exact; bpda, that of --model-surrogate; none, attacks without gradients only",
+    )  # fmt: skip
+    model_surrogate: str | None = option(
+        None, TEXT, THREAT, "network of --model-gradient bpda; as --model (default: DATASET-standard)"
+    )
+    precision: str = option(
+        FLOAT32, TEXT, THREAT,
+        f"of the score network under attack: {', '.join(PRECISIONS)}, or {AUTO}, the fastest of them whose gradient "
+        f"has a cosine of at least {COSINE} with float32's; judges see float32",
     )  # fmt: skip
     surrogate_steps: int = option(5, WHOLE, THREAT, "steps of surrogate gradients")
     budget: str = option("quick", TEXT, BUDGET, f"effort of the attacks: {', '.join(BUDGETS)}", "--budget", "--preset")
@@ -225,11 +264,18 @@ class Evaluation(Description):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
-        for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
+        known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known |= {"worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        known["precision"] = (*PRECISIONS, AUTO)
+        for name, names in known.items():
             self._choose(name, names)
+        if self.model_surrogate is not None and self.model_gradient != "bpda":
+            raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
+        if self.shard is not None and self.precision == AUTO:
+            advice = "`--precision auto --dry-run` says which"
+            raise ValueError(f"Each shard might choose another precision; name the one that all shall take ({advice}).")
         for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):
             value = getattr(self, name)
             if value is not None:
@@ -269,6 +315,7 @@ class Evaluation(Description):
         Raises:
             ValueError: what does not fit together; before any attack.
         """
+        self.check_whole()
         from purify.evaluate.attacking import prepare  # builds networks from this description
 
         prepared = prepare(self)
@@ -286,7 +333,9 @@ class Certification(Description):
     """
 
     batch_size: int = option(16, WHOLE, RUN, "samples at once")
-    method: tuple[str, ...] = option(("cohen",), NAMES, WHAT, "cohen, multiscale, ssn, dssn; separated by commas")
+    method: tuple[str, ...] = option(
+        ("cohen",), NAMES, WHAT, "cohen, multiscale, densepure, ssn, dssn; separated by commas"
+    )
     sigma: tuple[float, ...] = option((0.25, 0.5, 1.0), NUMBERS, GAUSSIAN, "scales, separated by commas")
     score_model: tuple[str, ...] | None = option(
         None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
@@ -296,6 +345,8 @@ class Certification(Description):
     )
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
+    votes: int = option(5, WHOLE, GAUSSIAN, "reverse processes of densepure for each noisy image")
+    reverse_steps: int = option(5, WHOLE, GAUSSIAN, "reverse steps of each")
     lam: float | None = option(
         None, NUMBER, SPLITTING, "lambda (default: the one that the classifier was trained with)"
     )
@@ -314,6 +365,10 @@ class Certification(Description):
         None, NUMBERS, RUN,
         "radii of the table and of anytime sampling, separated by commas (default: L2 up to 2, L1 shares of lambda)",
     )  # fmt: skip
+
+    linf_radii: tuple[float, ...] | None = option(
+        None, NUMBERS, RUN, "also a table and curve in L_inf at these radii, which follow from each system's own"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -337,6 +392,7 @@ class Certification(Description):
         Raises:
             ValueError: what does not fit together; before anything is drawn.
         """
+        self.check_whole()
         from purify.evaluate.systems import prepare  # builds networks from this description
 
         ready = prepare(self)

@@ -41,7 +41,7 @@ def run_config(
         "seed": seed,
         "batch_size": batch_size,
         "worst_only": worst_only,
-        "defences": {d.name: {**d.config, "draws": d.draws} for d in defences},
+        "defences": {d.name: d.described() for d in defences},
         "attacks": {d.name: [a.budget() for a in d.attacks] for d in defences},
     }
 

@@ -199,6 +199,7 @@ def _row(
     attacks = {stage: value for stage, value in accuracies.items() if stage not in (CLEAN, NOISE)}
     strongest = min(attacks, key=lambda a: attacks[a]["mean"].value)
     draws = predictions[CLEAN].shape[1]
+    half = f"; attacks in {defence['precision']}" if "precision" in defence else ""
     return Row(
         name=name,
         classifier=defence.get("model", "unknown"),  # manifests of old did not name it
@@ -213,7 +214,7 @@ def _row(
         t_star=_levels(records[name, CLEAN], records[name, strongest]),
         network_calls=_mean(records[name, CLEAN], "network_calls"),
         budget=f"{'; '.join(_stated(b) for b in budgets)}; {n} images judged by {draws} "
-        f"purification{'s' * (draws != 1)}",
+        f"purification{'s' * (draws != 1)}{half}",
         samples=n,
         draws=draws,
         seed=config["seed"],

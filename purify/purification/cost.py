@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from purify.purification.gradients import saved_bytes
+from purify.purification.gradients import fillable, saved_bytes
 from purify.purification.guidance import Guide
 from purify.purification.process import ReverseStep
 from purify.purification.purifier import Purifier, twin
@@ -29,8 +29,8 @@ def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:
     steps = sum(purifier.most_steps_by_round(purifier.engine.shorter(len(purifier.rounds))))
     if steps == 0:
         return 0
-    held = purifier.engine.held(rows * graph_bytes(purifier, x), steps)
-    return held + (rows * rebuilt_bytes(purifier, x) if purifier.guidance is not None else 0)
+    held = purifier.engine.held(rows * graph_bytes(purifier, x), steps, fillable(x.device))
+    return held + rows * rebuilt_bytes(purifier, x)
 
 
 def graph_bytes(purifier: Purifier, x: Tensor) -> int:
@@ -39,14 +39,14 @@ def graph_bytes(purifier: Purifier, x: Tensor) -> int:
 
 
 def rebuilt_bytes(purifier: Purifier, x: Tensor) -> int:
-    """Bytes of graph that guidance holds on top: of what came in, and of one grad D in the backward pass."""
-    step, u = _first_step(purifier, x)
-    guidance = purifier.guidance
-    assert guidance is not None
-    of_input = saved_bytes(guidance.bind, u)[1]
-    if not (isinstance(step.look, Guide) and guidance.second_order and guidance.scale != 0):
-        return of_input
-    return of_input + saved_bytes(step.look.rebuilt(purifier.score_model, step.t), u)[1]
+    """Bytes of graph on top: of what guidance keeps of the input, and of what one step's backward pass builds."""
+    step, state = _first_step(purifier, x)
+    guidance, model = purifier.guidance, purifier.score_model
+    of_input = 0 if guidance is None else saved_bytes(guidance.bind, (2 * x - 1).requires_grad_())[1]
+    built = [step.rule.rebuilt(model, step.t)]
+    if isinstance(step.look, Guide) and step.look.guidance.second_order and step.look.guidance.scale != 0:
+        built.append(step.look.rebuilt(model, step.t))
+    return of_input + max((saved_bytes(build, state)[1] for build in built if build is not None), default=0)
 
 
 def _first_step(purifier: Purifier, x: Tensor) -> tuple[ReverseStep, Tensor]:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from purify.answers import ask
 from purify.checks import (
     check_count,
     check_eval,
     check_images,
-    check_logits,
     check_shape,
     check_weights,
     choose,
-    fitting,
     sample_keys,
     whole_numbers,
 )
@@ -27,6 +26,7 @@ from purify.purification.gradients import GradientEngine
 from purify.purification.outcomes import Details
 from purify.purification.plans import FixedSteps
 from purify.purification.purifier import Purifier, twin
+from purify.transforms import run_eagerly, set_mode
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Auxiliary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to the network's logits."""
         assert self.purifier.auxiliary is not None
-        return self.purifier.auxiliary(self.purifier.resized(x))
+        return ask(self.purifier.auxiliary, self.purifier.resized(x), "The auxiliary network")
 
 
 class DefendedClassifier(nn.Module):
@@ -89,7 +89,8 @@ class DefendedClassifier(nn.Module):
 
     Raises:
         ValueError: classifier or purifier of another type, classifier in train mode or with NaN in its weights, unknown
-            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take.
+            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take, answers
+            that are no logits, NaN, infinite or all equal.
     """
 
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
@@ -119,6 +120,13 @@ class DefendedClassifier(nn.Module):
         self.image_shape = None if image_shape is None else check_shape(image_shape)
         self.eval()
 
+    def train(self, mode: bool = True) -> DefendedClassifier:
+        """As usual; an exported classifier keeps the mode of its export."""
+        self.training = mode
+        for part in (self.classifier, self.purifier):
+            set_mode(part, mode)
+        return self
+
     def forward(
         self,
         x: Tensor,
@@ -143,6 +151,11 @@ class DefendedClassifier(nn.Module):
         deviation: bool = False,
     ) -> Details:
         """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
+        return run_eagerly(self._details, x, sample_ids, draw, seed, deviation)
+
+    def _details(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Details:
         check_eval(self.classifier, "attacking it")
         check_images(x)
         if self.image_shape is not None and tuple(x.shape[1:]) != self.image_shape:
@@ -160,9 +173,8 @@ class DefendedClassifier(nn.Module):
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
         purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
-        with fitting(purified.images, "The classifier"):
-            logits = self.classifier(purified.images)
-        check_logits(logits, len(rows))
+        ids = None if sample_ids is None else sample_keys(sample_ids, rows)
+        logits = ask(self.classifier, purified.images, ids=ids)
         return Details.of(self._aggregate(logits.unflatten(0, (len(x), m))), purified, m)
 
     @property
@@ -197,6 +209,14 @@ class DefendedClassifier(nn.Module):
     def at_share(self, share: float) -> DefendedClassifier:
         """The same model (sharing all weights) with its purifier at this share, in (0, 1], of its noise level."""
         return self.with_purifier(self.purifier.at_share(share))
+
+    def with_precision(self, precision: str) -> DefendedClassifier:
+        """The same model (sharing all weights) with its score network in ``float32``, ``bf16`` or ``fp16``.
+
+        For attacks: what they find is to be judged by the model itself. The classifier keeps its type. See
+        :meth:`Purifier.with_precision`.
+        """
+        return self.with_purifier(self.purifier.with_precision(precision))
 
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""

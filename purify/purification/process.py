@@ -12,6 +12,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Look, ReverseRule, unguided
 from purify.diffusion.schedule import Schedule
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.finite import clamped
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
@@ -58,7 +59,8 @@ class ReverseStep:
     enter: Enter | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
-        z = self.noise.normal(self.index, u.shape[1:], u.dtype) if self.rule.stochastic else None
+        shape = self.rule.drawn(u.shape[1:])
+        z = self.noise.normal(self.index, shape, u.dtype) if self.rule.stochastic else None
         u, t = (u, self.t) if self.enter is None else self.enter(u, self.t)
         return self.rule(self.model, u, t, self.s, z, self.look)
 
@@ -68,10 +70,14 @@ class ReverseStep:
 
 @dataclass(frozen=True)
 class Round:
-    """One diffusion and the reverse steps that undo it, all samples in step."""
+    """One diffusion and the reverse steps that undo it, all samples in step.
 
-    diffuse: DiffuseStep
+    Where the rule holds its time, ``diffuse`` makes its state of the image as it came, and ``finish`` the image of it.
+    """
+
+    diffuse: Step
     reverse: tuple[ReverseStep, ...]
+    finish: Step | None = None
 
     def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = unwatched) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``."""
@@ -79,7 +85,7 @@ class Round:
         for step in self.reverse:
             u = evaluate(step, u)
             watch(step, u)
-        return u
+        return u if self.finish is None else self.finish(u)
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Process:
 
     def finish(self, u: Tensor) -> Tensor:
         """What is done to the last state."""
-        return u.clamp(-1, 1) if self.clip else u
+        return clamped(u, -1, 1) if self.clip else u
 
     def batch_sizes(self) -> list[int]:
         """Samples in each reverse step."""

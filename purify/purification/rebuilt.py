@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_frozen(networks: Sequence[nn.Module | None], u: Tensor) -> None:
+    """Raise ValueError if a gradient through ``u`` would be wanted by weights, which :class:`Rebuilt` gives none."""
+    if not (torch.is_grad_enabled() and u.requires_grad):
+        return
+    if any(p.requires_grad for network in networks if network is not None for p in network.parameters()):
+        raise ValueError("Gradients of guided steps do not reach weights; freeze all networks (requires_grad_(False)).")
 
 
 def gradient_of(distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
@@ -66,3 +74,15 @@ class Rebuilt(torch.autograd.Function):
 
 def itself(x: Tensor) -> Tensor:
     return x
+
+
+class Straight(torch.autograd.Function):
+    """``value`` forward, bit for bit; the gradient of ``proxy`` backward."""
+
+    @staticmethod
+    def forward(ctx: Any, proxy: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

@@ -128,7 +128,8 @@ def test_nan_and_bad_input_are_refused(images):
             return super().forward(x).abs() * torch.where(x.sum((1, 2, 3)) > 9, self.value, 1.0)[:, None]
 
     for Broken.value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="NaN or infinity on noisy images"):
+        sentence = "On noise draw 1 the classifier answers NaN or infinity for sample 0, first in Broken"
+        with pytest.raises(ValueError, match=sentence):
             Smooth(Broken(), 0.5).certify(images, Draws(10, 50))
     with pytest.raises(ValueError, match="at least two classes"):
         Smooth(TinyClassifier(classes=1), 0.5).certify(images, Draws(10, 50))

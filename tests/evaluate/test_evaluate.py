@@ -122,19 +122,23 @@ def test_an_answer_that_is_not_a_number_is_no_class(tmp_path):
             logits = super().forward(x)
             return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.9, torch.nan, logits)
 
-    images = torch.full((3, 1, 4, 4), 0.5)
-    images[1] = 0.95
-    samples = Samples(images, torch.zeros(3).long(), torch.tensor([4, 7, 9]))
+    images = torch.full((6, 1, 4, 4), 0.5)
+    images[4] = 0.95  # not among those that are asked before a run
+    samples = Samples(images, torch.zeros(6).long(), torch.tensor([4, 7, 9, 10, 12, 14]))
     folder = RunFolder(tmp_path / "run", {}, {})
-    with pytest.raises(ValueError, match="broken answers NaN or infinity on sample 7"):
-        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, progress=False)
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12, first in Broken; check"):
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, batch_size=4, progress=False)
+    assert [r["sample"] for r in lines(tmp_path / "run")] == [4, 7, 9, 10]  # what was computed before stays
+    assert evaluate(folder, [Defence("broken", TinyClassifier(), [], 2, {})], samples, progress=False) == 2
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12"):  # asked before
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples[torch.tensor([4, 5])], progress=False)
 
     class Masked(TinyClassifier):
         def forward(self, x):
             return super().forward(x).index_fill(1, torch.tensor([2]), -torch.inf)
 
     evaluate(folder, [Defence("masked", Masked(), [], 2, {})], samples, progress=False)
-    answers = {p for i in (4, 7, 9) for p in folder.get("masked", "clean", i)["predictions"]}
+    answers = {p for i in (4, 7, 14) for p in folder.get("masked", "clean", i)["predictions"]}
     assert answers <= {0, 1, 3, 4}
 
 
@@ -163,10 +167,10 @@ def test_batches_are_groups_of_ids():
 
 def test_units_of_samples_are_shared_out_among_processes():
     ids = torch.arange(5, 75)
-    shares = [ids[share(ids, 8, Ranks(r, 3))].tolist() for r in range(3)]
+    shares = [ids[share(ids, 8, r, 3)].tolist() for r in range(3)]
     assert sorted(i for part in shares for i in part) == ids.tolist()
     assert not any({i // 8 for i in shares[a]} & {i // 8 for i in shares[b]} for a, b in [(0, 1), (0, 2), (1, 2)])
-    assert share(ids[:3], 8, Ranks(1, 3)).tolist() == []
+    assert share(ids[:3], 8, 1, 3).tolist() == []
     few = Samples(torch.rand(3, 1, 4, 4), torch.zeros(3).long(), ids[:3])
     with pytest.warns(UserWarning, match="2 of 3 processes have nothing to do, because samples are shared out by 8"):
         assert len(share_out(few, 8, Ranks(0, 3))) == 3

@@ -71,8 +71,8 @@ class InLoop(Protocol):
         found = _counts(attacked, attack, batch)
         spent = 0.0
         if any("submitted" not in record for record in found):
-            seed = derive_seed(attacked.seed, "attack")
-            again = attack(attacked.model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed)
+            model, seed = attacked.defence.attacked, derive_seed(attacked.seed, "attack")  # as the run attacked it
+            again = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed)
             found, spent = [counted(again, i) for i in range(len(batch))], _spent(attack, attacked)
         wrong = torch.tensor([record["submitted_wrong"] for record in found])
         survivors = torch.where(wrong == 0, batch.labels.cpu(), -1)

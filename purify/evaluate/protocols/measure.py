@@ -115,7 +115,7 @@ def _defence(attacked: Attacked, protocols: Sequence[Protocol], bar: Progress) -
 def _measure(attacked: Attacked, stage: Stage, bar: Progress) -> None:
     """Store what a stage says of every sample of this process, batch by batch."""
     folder, defence, size = attacked.folder, attacked.defence, attacked.effort.batch_size
-    samples = attacked.samples[share(attacked.samples.ids, size, folder.ranks)]
+    samples = attacked.samples[share(attacked.samples.ids, size, folder.ranks.rank, folder.ranks.world)]
     for rows in batches(samples.ids, size):
         batch = samples[rows]
         wanted = [i for i, s in enumerate(batch.ids.tolist()) if (defence.name, stage.name, s) not in folder]
