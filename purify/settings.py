@@ -68,7 +68,7 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("diffap", ""): Setting(1.0, 5, "random", f"{ZHANG}, CIFAR-10"),
     ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TRIED, {"scale": 1.0, "t_min": 0.0, "t_max": 1.0}),
     ("mimicdiffusion", ""): Setting(1.0, 100, STOCHASTIC, f"{SONG}, CIFAR-10"),
-    ("heterogeneous", "digits"): Setting(0.25, 10, "ddim", TUNED, {"threshold": 0.6, "auxiliary": "digits-standard"}),
+    ("heterogeneous", "digits"): Setting(0.25, 10, "ddim", TRIED, {"threshold": 0.6, "auxiliary": "digits-standard"}),
     ("heterogeneous", "fashion_mnist"): Setting(
         0.2, 10, "ddim", f"{PEI_25}, fewer steps", {"auxiliary": "fashion_mnist-standard"}
     ),
