@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from purify.checks import check_count, check_writable
-from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import share
 
 BENCHMARK = Path(__file__).parent / "run_autoattack.py"
@@ -33,7 +32,7 @@ def busy(folder: Path, processes: int) -> float:
     records = [r for r in map(json.loads, lines) if r["defence"] == "diffpure"]
     spent = {s: sum(r["seconds"] for r in records if r["sample"] == s) for s in {r["sample"] for r in records}}
     ids = torch.tensor(sorted(spent))
-    return max(sum(spent[int(i)] for i in ids[share(ids, BATCH, Ranks(rank, processes))]) for rank in range(processes))
+    return max(sum(spent[int(i)] for i in ids[share(ids, BATCH, rank, processes)]) for rank in range(processes))
 
 
 def measure(processes: int, threads: int, n: int, folder: Path) -> float:

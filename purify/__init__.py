@@ -22,6 +22,7 @@ from purify.presets import (
     likelihood,
     mimicdiffusion,
 )
+from purify.purification.blackbox import BlackBox, BPDAClassifier
 from purify.purification.defended import DefendedClassifier
 from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
@@ -54,6 +55,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PURIFIERS",
     "AdversarialGuidance",
+    "BPDAClassifier",
+    "BlackBox",
     "Calibration",
     "Certification",
     "Constant",

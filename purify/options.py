@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -64,6 +65,11 @@ def convert(description: Any) -> None:
             raise ValueError(f"{flags(field)[0]} takes {kind.takes}, got {short(value)}.") from error
 
 
+def note(text: str) -> None:
+    """A sentence about an old name."""
+    print(f"note: {text}; the old name goes with version 0.3.", file=sys.stderr)
+
+
 def plain(description: Any) -> dict[str, Any]:
     """The options that are set, as YAML and JSON can hold them; building from it gives an equal description."""
     values = {f.name: getattr(description, f.name) for f in options(type(description))}
@@ -91,7 +97,9 @@ def _whole(value: Any) -> int:
     return int(found)
 
 
-def _size(value: Any) -> int:
+def _size(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
     if not isinstance(value, str):
         return _whole(value)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
@@ -137,11 +145,20 @@ def plain_value(text: str) -> Any:
         return text
 
 
+def _shard(value: Any) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value).strip())
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError
+    return f"{int(found[1])}/{int(found[2])}"
+
+
 NUMBER = Kind(_number, "a number, as 0.03 or 8/255")
 WHOLE = Kind(_whole, "a whole number")
-SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G")
+SIZE = Kind(_size, "bytes, as 1000000, 512M or 1.5G, or auto")
 TEXT = Kind(_text, "a name")
+SHARD = Kind(_shard, "a part of the whole, as 1/16 to 16/16")
 PATH = Kind(lambda value: Path(_text(value)), "a path")
 NAMES = Kind(_listed(_text), "names separated by commas")
+WHOLES = Kind(_listed(_whole), "whole numbers separated by commas")
 NUMBERS = Kind(_listed(_number), "numbers separated by commas")
 ASSIGNMENTS = Kind(_assignments, "NAME=VALUE or PART.NAME=VALUE")

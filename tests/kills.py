@@ -26,16 +26,19 @@ def lines(path: Path):
     )
 
 
-def kill_again_and_again(main: Callable, module: str, arguments: list[str], folder: Path, times: int) -> None:
-    """Run the command in ``folder`` and SIGKILL it at random moments, ``times`` times."""
+def kill_again_and_again(
+    main: Callable, module: str, arguments: list[str], folder: Path, times: int, records: Path | None = None
+) -> None:
+    """Run the command in ``folder``, its records in ``records``, and SIGKILL it at random moments, ``times`` times."""
+    records = records or folder
     context = get_context("forkserver")  # children that need not import everything again
     context.set_forkserver_preload([module])
     g = np.random.default_rng(0)
     for _ in range(times):
         process = context.Process(target=main, args=([*arguments, "--out", str(folder)],))
         process.start()
-        aim = count(folder) + int(g.integers(0, 9))
-        while count(folder) < aim and process.is_alive():
+        aim = count(records) + int(g.integers(0, 9))
+        while count(records) < aim and process.is_alive():
             time.sleep(0.001)
         time.sleep(g.random() / 100)
         assert process.is_alive()  # there is work left

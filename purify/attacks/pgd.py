@@ -16,8 +16,10 @@ from purify.attacks.counting import count
 from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
-from purify.checks import check_count, choose, is_number
+from purify.attacks.submitted import SIGNED, Submitted
+from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
+from purify.memory import Parts
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 
 
@@ -64,6 +66,8 @@ class Target:
         x, y, ids: clean images (N, C, H, W), labels (N,) and sample ids (N,).
         seed: keys random starts.
         inside: which samples have their gradients taken inside [0, 1].
+        submitted: what was answered to the iterates.
+        parts: how many images times draws go through the model at once.
     """
 
     evaluate: Evaluator
@@ -72,6 +76,8 @@ class Target:
     ids: Tensor
     seed: int
     inside: Inside
+    submitted: Submitted
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -134,11 +140,13 @@ class PGD(Attack):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
-        return AttackResult(best, best_loss)
+        return AttackResult(best, best_loss, submitted=target.submitted if self.submits else None)
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
         """What iterates are asked of."""
-        return Target(self.evaluator(model, seed), x, y, ids, seed, Inside(len(x), x.device))
+        n, device = len(x), x.device
+        own = Inside(n, device), Submitted(n, device), Parts(self.max_rows)
+        return Target(self.evaluator(model, seed), x, y, ids, seed, *own)
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others."""
@@ -178,6 +186,11 @@ class PGD(Attack):
     def forwards(self) -> int:
         return self.restarts * self.eot
 
+    @property
+    def submits(self) -> bool:
+        """Whether the losses of its iterates say how the judged model answers them."""
+        return self.loss in SIGNED and not self.black_box
+
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1, sparsity=None)
 
@@ -214,36 +227,40 @@ class PGD(Attack):
         self, target: Target, z: Tensor, first_draw: int, with_gradient: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
-        evaluate, y, ids, inside = target.evaluate, target.y, target.ids, target.inside
-        if not with_gradient:
-            return self._mean(evaluate, z, y, ids, first_draw, False)
-        loss, gradients = self._mean(evaluate, inside.place(z), y, ids, first_draw, True)
-        asked = inside.ask(z, gradients[0])
+        y, ids, inside = target.y, target.ids, target.inside
+        place = inside.place(z) if with_gradient else z
+        losses, gradients = self._draws(target, place, y, ids, first_draw, with_gradient)
+        target.submitted.add(losses)
+        asked = inside.ask(z, gradients[0]) if with_gradient else y[:0]
         if len(asked):
-            _, inner = self._mean(evaluate, moved(z[asked]), y[asked], ids[asked], first_draw, True)
+            _, inner = self._draws(target, moved(z[asked]), y[asked], ids[asked], first_draw, True)
             better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
             for gradient, other in zip(gradients, inner, strict=True):
                 gradient[asked[better]] = other[better]
-        return loss, gradients
+        return losses.mean(1), gradients
 
-    def _mean(
-        self, evaluate: Evaluator, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
+    def _draws(
+        self, target: Target, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss (N,) over the draws and the gradient of each term, ``max_rows`` rows at a time."""
+        """Loss of each draw (N, R) and the mean gradient of each term, ``max_rows`` rows at a time, if they fit."""
         n = len(z)
-        draws = torch.arange(first_draw, first_draw + self.eot, device=z.device).repeat(n)
-        rows = torch.arange(n, device=z.device).repeat_interleave(self.eot)
-        losses, gradients = [], []
-        for part in torch.arange(n * self.eot, device=z.device).split(self.max_rows):
-            r = rows[part]
+
+        def ask(part: Tensor) -> tuple[Tensor, Tensor]:
+            r = part // self.eot
             with torch.set_grad_enabled(with_gradient):
                 images = z[r].requires_grad_(with_gradient)
-                terms = evaluate(images, y[r], ids[r], draws[part])
-            losses.append(terms[0].detach())
+                terms = target.evaluate(images, y[r], ids[r], first_draw + part % self.eot)
+            if not with_gradient:
+                return terms[0], z[:0]
+            return terms[0].detach(), torch.stack(_gradients(terms, images))
+
+        losses, gradients = [], []
+        for part, (own, gradient) in target.parts.of(torch.arange(n * self.eot, device=z.device), ask):
+            losses.append(own)
             if with_gradient:
-                gradients.append(torch.stack(_gradients(terms, images)))
+                gradients.append(gradient)
                 count(len(part))
-        loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
+        loss = _finite(torch.cat(losses).reshape(n, self.eot), ids)
         if not with_gradient:
             return loss, []
         means = self.average(torch.cat(gradients, 1).unflatten(1, (n, self.eot)))
@@ -257,8 +274,7 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         more = i < len(terms) - 1
         own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
         if not isinstance(own, Tensor):
-            advice = "do not detach them in it, or use square"
-            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+            raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
         found.append(own)
     return found
 

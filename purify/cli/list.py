@@ -8,12 +8,15 @@ from typing import Any
 
 from purify import registry, zoo
 from purify.attacks import ATTACKS
+from purify.attacks import PUBLISHED as PUBLISHED_ATTACKS
 from purify.checkpoints.public import PUBLIC
 from purify.checks import choose
 from purify.cli.parsing import Parser
 from purify.cli.shell import guarded
 from purify.data import DATASETS
 from purify.diffusion.reverse import REVERSE_RULES
+from purify.evaluate.protocols import PROTOCOLS
+from purify.evaluate.recipes import RECIPES
 from purify.presets import PURIFIERS
 from purify.purification.levels import LEVELS
 from purify.purification.plans import PLANS, FixedDt
@@ -74,7 +77,9 @@ KINDS: dict[str, Callable[[], Lines]] = {
     "score-models": score_models,
     "purifiers": purifiers,
     "levels": lambda: first_sentences(LEVELS),
-    "attacks": lambda: first_sentences(ATTACKS),
+    "attacks": lambda: first_sentences(ATTACKS | PUBLISHED_ATTACKS),
+    "protocols": lambda: first_sentences({name: type(protocol) for name, protocol in PROTOCOLS.items()}),
+    "recipes": lambda: ((name, recipe.about) for name, recipe in RECIPES.items()),
     "datasets": datasets,
 }
 

@@ -13,6 +13,8 @@ import torch
 
 from purify.data import DATASETS, Dataset
 from purify.evaluate.description import Description
+from purify.evaluate.ranks import Shard
+from purify.evaluate.records import RunFolder
 
 Run = Callable[[Any, str], int]  # arguments and the command -> exit status
 
@@ -45,6 +47,11 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
     except KeyboardInterrupt:
         print("\nstopped; what was finished is on disk, the same command resumes", file=sys.stderr)
         return 130
+
+
+def note_shard(shard: Shard, folder: RunFolder) -> None:
+    """Say what to do with a shard that is finished."""
+    print(f"Shard {shard} is finished, {len(folder)} records; once all are: purify merge {folder.path.parent}")
 
 
 def note_data(asked: Description, data: Dataset) -> None:

@@ -16,6 +16,7 @@ from torchdiffeq import odeint
 
 from purify.checks import choose, is_number
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
+from purify.finite import clamped
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Ancestral(GaussianRule):
         beta = -torch.expm1(log_ratio)
         u0 = model.clean(prediction, u, t)
         if self.clip_denoised:
-            u0 = u0.clamp(-1, 1)
+            u0 = clamped(u0, -1, 1)
         mean = per_sample(schedule.alpha(s) * beta / var_t, u) * u0
         mean = mean + per_sample((0.5 * log_ratio).exp() * var_s / var_t, u) * u
         posterior = beta * var_s / var_t

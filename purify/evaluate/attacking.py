@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from purify.attacks import Attack
 from purify.checks import check_unique
 from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
+from purify.diffusion.precision import PRECISIONS
 from purify.evaluate.build import Request, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
+from purify.evaluate.precision import AUTO, choose_precision
+from purify.evaluate.protocols import AVERAGES, Effort, Fresh
+from purify.evaluate.protocols.measure import Measured, check_protocols, measure_protocols
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
-from purify.evaluate.records import RunFolder, check_folder, check_space, writing
+from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
 from purify.evaluate.runner import Defence, Samples, check_together, evaluate
 from purify.evaluate.selfchecks import health
 from purify.machine import set_threads
@@ -51,11 +57,16 @@ def load_samples(asked: Description, data: Dataset, n: int, device: torch.device
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
 
 
+def known_classes(asked: Description, data: Dataset) -> int | None:
+    """Classes of a built-in data set; data of one's own may hold images of some only."""
+    return data.num_classes if asked.dataset in DATASETS else None
+
+
 def open_folder(
     asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks, needed: int
 ) -> RunFolder:
     """The run's folder, which may grow by ``needed`` bytes, with the ``run.yaml`` that repeats it."""
-    path = asked.out or default_folder(name, config)
+    path = folder_path(asked, name, config)
     if ranks.first:
         check_folder(path, config)
         check_space(path, needed)
@@ -64,6 +75,12 @@ def open_folder(
         with writing(folder.path / "run.yaml") as partial:
             partial.write_text(asked.to_yaml())
     return folder
+
+
+def folder_path(asked: Description, name: str, config: dict[str, Any]) -> Path:
+    """Where a run goes: where it was told to, or below runs/; a shard of it to a folder in there."""
+    whole = asked.out or default_folder(name, config)
+    return whole / asked.part.folder if asked.part else whole
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,7 @@ class Prepared:
         samples: what is attacked.
         config: what decides the results.
         ranks: this process among those of the run.
+        chosen: what ``--precision auto`` chose, in words, where it did.
     """
 
     request: Request
@@ -85,6 +103,7 @@ class Prepared:
     samples: Samples
     config: dict[str, Any]
     ranks: Ranks
+    chosen: str | None = None
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -96,25 +115,45 @@ class Prepared:
         """What records and adversarial images take on disk, about."""
         image = 4 * self.samples.images[0].numel() + 128
         records = [(image + RECORD + 4 * d.draws) * len(d.stages()) for d in self.defences]
-        return len(self.samples) * sum(records)
+        part = self.request.asked.part
+        return len(self.samples) * sum(records) // (part.count if part else 1)
 
     def open(self, command: str) -> RunFolder:
         """The run's folder, which says that ``command`` made it."""
         e = self.request.asked
-        name = f"{e.title}-{'+'.join(map(_short, e.purifier))}-{e.budget}"
         session = environment(self.request.device, command, self.ranks)
-        return open_folder(e, name, self.config, session, self.ranks, self.bytes)
+        return open_folder(e, folder_name(e), self.config, session, self.ranks, self.bytes)
 
     def attack(self, folder: RunFolder, progress: bool = True) -> int:
         """Attack and judge what the folder does not hold; returns how many records were added."""
         e = self.request.asked
-        return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, self.request.max_rows, progress, e.worst_only
-        )
+        rows = self.request.max_rows
+        return evaluate(folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part)
 
-    def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
-        """Accuracies, self-checks and result.json of a folder that is complete."""
-        return finish(folder, self.defences, self.samples, self.stated, self.request.max_rows, progress)
+    @property
+    def protocol_names(self) -> tuple[str, ...]:
+        """The protocols that were asked for, beside fresh purifications; none if only these were."""
+        others = [name for name in self.request.asked.protocol if name != Fresh.name]
+        return (Fresh.name, *others) if others else ()
+
+    @property
+    def effort(self) -> Effort:
+        """What protocols may spend."""
+        e = self.request.asked
+        return Effort(self.request.budget.steps, e.averages or AVERAGES, e.batch_size, self.request.max_rows)
+
+    def protocols(self, folder: RunFolder, progress: bool = True) -> dict[str, Measured]:
+        """What the protocols that were asked for come to, by purified defence, in a folder that is complete."""
+        if not self.protocol_names:
+            return {}
+        return measure_protocols(folder, self.defences, self.samples, self.protocol_names, self.effort, progress)
+
+    def finish(
+        self, folder: RunFolder, progress: bool = True, protocols: Mapping[str, Measured] | None = None
+    ) -> Finished:
+        """Accuracies, self-checks and result.json of a folder that is complete, with what its protocols came to."""
+        rows = self.request.max_rows
+        return finish(folder, self.defences, self.samples, self.stated, rows, progress, protocols or {})
 
     def dry_run(self) -> dict[str, Cost]:
         """What each defence would take.
@@ -124,7 +163,7 @@ class Prepared:
         """
         e = self.request.asked
         if e.out is not None:
-            check_folder(e.out, self.config)
+            check_folder(folder_path(e, "", self.config), self.config)
         return dry_run(self.defences, self.samples, e.batch_size, self.request.max_rows)
 
     def health(self) -> dict[str, Health]:
@@ -148,9 +187,53 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed)
-    config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
-    return Prepared(request, attacks, defences, samples, config, ranks)
+    check_protocols(asked.protocol, defences)
+    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    for defence in defences:
+        check_gradient(defence, samples.images)
+    chosen = None
+    if asked.precision == AUTO:
+        name, chosen = settle_precision(request, defences, samples, ranks)
+        request = dataclasses.replace(request, asked=asked.replace(precision=name))
+        defences = in_precision(defences, name)
+    return Prepared(request, attacks, defences, samples, configured(asked, defences, samples), ranks, chosen)
+
+
+def configured(asked: Evaluation, defences: list[Defence], samples: Samples) -> dict[str, Any]:
+    """What decides the results."""
+    return run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
+
+
+def in_precision(defences: list[Defence], name: str) -> list[Defence]:
+    """The defences with their purified models under attack in this precision."""
+    purified = [isinstance(d.model, DefendedClassifier) for d in defences]
+    return [dataclasses.replace(d, precision=name) if p else d for d, p in zip(defences, purified, strict=True)]
+
+
+def settle_precision(request: Request, defences: list[Defence], samples: Samples, ranks: Ranks) -> tuple[str, str]:
+    """What ``auto`` comes to, and why: what a run that was begun has, or what the first process measures."""
+    e = request.asked
+
+    def begun(name: str) -> bool:
+        try:
+            config = configured(e, in_precision(defences, name), samples)
+        except ValueError:  # not for these defences
+            return False
+        return holds_run(folder_path(e, folder_name(e), config), config)
+
+    def settle() -> tuple[str, str]:
+        for name in PRECISIONS:
+            if begun(name):
+                return name, f"attacks in {name}, as this run began"
+        choice = choose_precision(defences, samples, e.batch_size, request.max_rows, e.seed)
+        return choice.name, str(choice)
+
+    return ranks.agree(settle)
+
+
+def folder_name(asked: Evaluation) -> str:
+    """What a run's folder below runs/ begins with."""
+    return f"{asked.title}-{'+'.join(map(_short, asked.purifier))}-{asked.budget}"
 
 
 def _short(name: str) -> str:

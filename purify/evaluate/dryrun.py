@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.base import keyed
+from purify.checks import ran_out
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import seconds
+from purify.memory import free_bytes
 from purify.purification import cost
 from purify.purification.defended import DefendedClassifier
 
@@ -25,7 +26,7 @@ class Cost:
 
     Attributes:
         rows: images times draws in the model at once.
-        gradient, forward: seconds per row, at the greatest noise level.
+        gradient, forward: seconds per row, at the greatest noise level, in the precision of the attacks.
         seconds: of all its attacks and judgements in one process.
         memory: bytes that graphs of reverse steps take in a gradient of ``rows`` rows, of the attack that takes most.
     """
@@ -43,19 +44,17 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     Raises:
         ValueError: the model cannot take the images, or a batch of ``rows`` rows does not fit into memory.
     """
-    model = defence.model
+    model = defence.attacked
     try:
-        if isinstance(model, DefendedClassifier):
-            forward, gradient = purified_times(model, samples, rows)
-        else:
-            forward, gradient = times(model, samples, rows)
+        asked = any(attack.takes_gradient for attack in defence.attacks)
+        forward, gradient = seconds_per_row(model, samples, rows, asked)
+        judged = forward if model is defence.model else seconds_per_row(defence.model, samples, rows, False)[0]
         memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
-        full = isinstance(error, torch.OutOfMemoryError) or "allocate" in text
-        advice = "lower --max-rows or --memory-budget" if full else "check its networks"
+        advice = "lower --max-rows or --memory-budget" if ran_out(error) else "check its networks"
         raise ValueError(f"{defence.name} cannot take a gradient ({text}); {advice}.") from error
-    free = free_bytes(samples.images)
+    free = free_bytes(samples.images.device)
     if memory > free:
         raise ValueError(
             f"{defence.name} needs about {memory / 2**30:.1f} GiB for the graphs of {rows} rows, and "
@@ -65,34 +64,45 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     n = len(samples)
     passes = [attack.passes(model) for attack in defence.attacks]
     total = sum(gradients * gradient + forwards * forward for gradients, forwards in passes) * n
-    total += len(defence.stages()) * defence.draws * forward * n
+    total += len(defence.stages()) * defence.draws * judged * n
     return Cost(rows, gradient, forward, total, memory)
 
 
 def most_held(defence: Defence, x: Tensor, rows: int) -> int:
     """Bytes of step graphs for ``rows`` images like x (1, C, H, W): the most of the model's and of its attacks'."""
-    attacked = [attack.attacked(defence.model) for attack in defence.attacks if attack.applies_to(defence.model)]
-    parts = [part for model in (defence.model, *attacked) for part in model.modules()]
+    own = defence.attacked
+    attacked = [attack.attacked(own) for attack in defence.attacks if attack.applies_to(own)]
+    parts = [part for model in (own, *attacked) for part in model.modules()]
     purified = [part for part in parts if isinstance(part, DefendedClassifier)]
     return max((cost.held_bytes(part.purifier, x, rows * part.purifications) for part in purified), default=0)
 
 
-def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
+def seconds_per_row(model: nn.Module, samples: Samples, rows: int, with_gradient: bool) -> tuple[float, float]:
+    """Of a forward pass and of a gradient, if asked for."""
+    if isinstance(model, DefendedClassifier):
+        return purified_times(model, samples, rows, with_gradient)
+    return times(model, samples, rows, with_gradient)
+
+
+def purified_times(
+    model: DefendedClassifier, samples: Samples, rows: int, with_gradient: bool = True
+) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
     one, three = (model.with_purifier(cost.shortened(purifier, k)) for k in (1, 3))
-    short = times(one, samples, rows)
+    short = times(one, samples, rows, with_gradient)
     if steps <= rounds:
         return short
-    longer = times(three, samples, rows)
+    longer = times(three, samples, rows, with_gradient)
     more = min(3 * rounds, steps) - rounds
     forward, gradient = (a + max(b - a, 0.0) * (steps - rounds) / more for a, b in zip(short, longer, strict=True))
     return forward, gradient
 
 
-def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
-    """Seconds per row of a forward pass and of a gradient, in batches that grow until they fill or take too long."""
+def times(model: nn.Module, samples: Samples, rows: int, with_gradient: bool = True) -> tuple[float, float]:
+    """Seconds per row of a forward pass and of a gradient, if asked for, in batches that grow until they fill or take
+    too long."""
     call, size = keyed(model, 0), 1
     while True:
         index = torch.arange(size) % len(samples)
@@ -107,21 +117,11 @@ def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        spent = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
+        works = (forward, gradient) if with_gradient else (forward,)
+        spent = [*([seconds(work, x.device) for _ in range(2)][1] for work in works), 0.0]
         if size >= rows or sum(spent) > PATIENCE:
             return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)
-
-
-def free_bytes(x: Tensor) -> int:
-    """Memory that is free where x lives."""
-    if x.is_cuda:
-        return torch.cuda.mem_get_info(x.device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def table(costs: dict[str, Cost]) -> pd.DataFrame:
@@ -149,8 +149,11 @@ def duration(seconds: float) -> str:
 
 def dry_run(defences: Sequence[Defence], samples: Samples, batch_size: int, max_rows: int) -> dict[str, Cost]:
     """The cost of each defence."""
-    costs = {}
-    for defence in defences:
-        eot = max((getattr(a, "eot", 1) for a in defence.attacks), default=1)
-        costs[defence.name] = estimate(defence, samples, min(max_rows, min(batch_size, len(samples)) * eot))
-    return costs
+    rows = {d.name: rows_at_once(d, len(samples), batch_size, max_rows) for d in defences}
+    return {d.name: estimate(d, samples, rows[d.name]) for d in defences}
+
+
+def rows_at_once(defence: Defence, samples: int, batch_size: int, max_rows: int) -> int:
+    """Images times draws in the model at once, of the attack that has most."""
+    eot = max((getattr(a, "eot", 1) for a in defence.attacks), default=1)
+    return min(max_rows, min(batch_size, samples) * eot)

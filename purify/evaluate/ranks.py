@@ -1,13 +1,17 @@
-"""The processes of a run: one by itself, or those that torchrun started."""
+"""The processes of a run: one by itself, those that torchrun started, or independent ones that take a shard each."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,34 @@ class Ranks:
         """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What rank 0 decides, on all ranks."""
+        found: list[Any] = [decide() if self.first else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``number`` of ``count``, counted from 1, of a run that independent processes share out."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """The shard that an option says as ``3/16``."""
+        return cls(*map(int, text.split("/")))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder within the run's."""
+        return f"shard-{self.number}-of-{self.count}"
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:

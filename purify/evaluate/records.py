@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from purify.evaluate.ranks import Ranks
 
 LOCK = ".lock"
 MERGED = "records.jsonl"
+SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 SCHEMA = 2  # of manifest.json and result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RESTART_SECONDS = 20  # how long a process that torchrun restarted waits for its predecessor to be gone
 FULL = "The records cannot be written ({}); make room and run the same command."
@@ -70,7 +72,7 @@ class RunFolder:
         else:
             _check_empty(self.path)
         if environment not in sessions:
-            write_json(manifest, {"schema": SCHEMA, "config": config, "sessions": [*sessions, environment]})
+            self._write_manifest(config, [*sessions, environment])
         for file in self._files():
             content = file.read_bytes()
             end = content.rfind(b"\n") + 1
@@ -79,6 +81,14 @@ class RunFolder:
                     f.write(b"\n")
             elif b"\r" not in content[end:]:
                 os.truncate(file, end)
+
+    def _write_manifest(self, config: dict[str, Any], sessions: list[dict[str, Any]]) -> None:
+        write_json(self.path / "manifest.json", {"schema": SCHEMA, "config": config, "sessions": sessions})
+
+    def add_sessions(self, sessions: Iterable[dict[str, Any]]) -> None:
+        """Note environments in which part of the run was made elsewhere."""
+        known = self.sessions
+        self._write_manifest(self.config, [*known, *(s for s in sessions if s not in known)])
 
     def __enter__(self) -> RunFolder:
         return self
@@ -161,6 +171,21 @@ class RunFolder:
         self._records.clear()
         for file in self._files():
             self._read(file)
+        self._write_records()
+        for file in parts:
+            file.unlink()
+
+    @property
+    def records(self) -> dict[tuple[str, str, int], dict[str, Any]]:
+        """All records by their keys, in the order of the file."""
+        return dict(self._records)
+
+    def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
+        """Put these in place of all records, at once."""
+        self._records = {key(record): record for record in records}
+        self._write_records()
+
+    def _write_records(self) -> None:
         partial = self.path / "records.partial"
         try:
             with open(partial, "w") as f:
@@ -170,8 +195,6 @@ class RunFolder:
         except OSError as error:
             raise ValueError(FULL.format(error)) from error
         os.replace(partial, self.path / MERGED)
-        for file in parts:
-            file.unlink()
 
     def __contains__(self, record_key: tuple[str, str, int]) -> bool:
         return record_key in self._records
@@ -194,17 +217,18 @@ class RunFolder:
 
     def image(self, defence: str, attack: str, sample: int) -> np.ndarray:
         """The adversarial image of a record, float32 (C, H, W)."""
-        path = self._image_path(defence, attack, sample)
+        path = self.image_path(defence, attack, sample)
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is missing or damaged; remove its record's line to have it redone.") from error
 
-    def _image_path(self, defence: str, attack: str, sample: int) -> Path:
+    def image_path(self, defence: str, attack: str, sample: int) -> Path:
+        """Where the adversarial image of a record is."""
         return self.path / "adversarial" / defence / attack / f"{sample}.npy"
 
     def _write_image(self, record: dict[str, Any], image: np.ndarray) -> None:
-        path = self._image_path(*key(record))
+        path = self.image_path(*key(record))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         try:
@@ -233,7 +257,8 @@ def _sessions(manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _check_empty(path: Path) -> None:
-    if any(p for p in path.iterdir() if p.name != LOCK and p.suffix != ".partial"):
+    own = [p for p in path.iterdir() if p.name != LOCK and p.suffix != ".partial" and not is_shard(p)]
+    if own:
         raise ValueError(f"{path} holds other files and no run; choose another --out.")
 
 
@@ -248,9 +273,31 @@ def check_folder(path: Path, config: dict[str, Any]) -> None:
         _check_empty(path)
 
 
+def holds_run(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a run of this configuration was begun in ``path``."""
+    manifest = path / "manifest.json"
+    if not manifest.exists():
+        return False
+    try:
+        _sessions(manifest, json.loads(json.dumps(config)))
+    except ValueError:  # another one, or damaged: opening it says so
+        return False
+    return True
+
+
+def is_shard(path: Path) -> bool:
+    """Whether this is a shard's folder within that of its run."""
+    return SHARD.fullmatch(path.name) is not None and path.is_dir()
+
+
 def samples_picture(folder: Path, defence: str) -> Path:
     """Where the picture of a defence's samples is."""
     return folder / f"samples-{defence.replace(' ', '-')}.png"
+
+
+def averages_picture(folder: Path, defence: str) -> Path:
+    """Where the picture of a defence's accuracy over purifications per answer is."""
+    return folder / f"averaged-{defence.replace(' ', '-')}.png"
 
 
 def curve_picture(folder: Path, norm: str) -> Path:

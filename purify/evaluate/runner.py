@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, keyed, num_classes
+from purify.attacks.base import Attack, AttackResult, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
 from purify.evaluate.progress import Progress, weight
-from purify.evaluate.ranks import Ranks
+from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
 from purify.evaluate.steady import check_steady
+from purify.memory import Parts
+from purify.purification.defended import DefendedClassifier
 from purify.purification.outcomes import Trace
 
 CLEAN = "clean"
@@ -41,6 +44,7 @@ class Defence:
         attacks: attacks to run on it.
         draws: purifications R that judge each image; 1 for a deterministic model.
         config: plain data that describes the model.
+        precision: in which attacks see a purified model, one of ``PRECISIONS``; judges see ``model`` itself.
     """
 
     name: str
@@ -48,19 +52,39 @@ class Defence:
     attacks: Sequence[Attack]
     draws: int
     config: dict[str, Any]
+    precision: str = FLOAT32
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ValueError(f"The model of {self.name} must be a torch.nn.Module, got {short(self.model)}.")
+        in_precision(self.model, self.precision)
         if not isinstance(self.attacks, Sequence) or not all(isinstance(a, Attack) for a in self.attacks):
             given = short(self.attacks)
             raise ValueError(f"attacks on {self.name} must be a list, as [PGD('Linf', 8 / 255)], got {given}.")
         check_count(self.draws, "judge draws")
         check_unique(map(stage_name, self.stages()), f"attacks on {self.name}", "name each once")
 
+    @property
+    def attacked(self) -> nn.Module:
+        """The model as attacks see it."""
+        return in_precision(self.model, self.precision)
+
+    def described(self) -> dict[str, Any]:
+        """What decides its results, apart from its attacks; of the precision, only where it is not the usual one."""
+        precision = {} if self.precision == FLOAT32 else {"precision": self.precision}
+        return {**self.config, "draws": self.draws, **precision}
+
     def stages(self) -> list[Attack | None]:
         """What is judged: the clean images (None), then each attack."""
         return [None, *self.attacks]
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """A purified model in this precision, any other as it is; raises as ``DefendedClassifier.with_precision``."""
+    choose(precision, PRECISIONS, "precision")
+    if precision == FLOAT32 or not isinstance(model, DefendedClassifier):
+        return model
+    return model.with_precision(precision)
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ def evaluate(
     max_rows: int = 2048,
     progress: bool = True,
     worst_only: str | None = None,
+    shard: Shard | None = None,
 ) -> int:
     """Attack and judge what the folder does not hold yet, writing each sample as its batch finishes.
 
@@ -113,6 +138,7 @@ def evaluate(
         max_rows: samples times draws judged at once.
         worst_only: one of ``WORST_ONLY`` if only the worst case under this criterion is asked for: a sample that fails
             it meets no further attack. (For the mean the draws that judge would also decide who is spared.)
+        shard: the part of the samples that is attacked here; None: all.
 
     Raises:
         ValueError: bad images, two of one id, or labels that some model does not know, before anything runs.
@@ -122,7 +148,7 @@ def evaluate(
     if worst_only is not None:
         choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
     groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
-    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks)
+    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks, shard)
     total = sum(weight(d, a) for d in defences for a in d.stages()) * len(samples)
     before = len(folder)
     with Progress(total, progress and folder.ranks.first) as bar:
@@ -135,14 +161,29 @@ def evaluate(
     return new
 
 
-def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0) -> None:
-    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ."""
+def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None) -> None:
+    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
+
+    ``classes``: of the data; a model of fewer is refused, one of more gets a warning.
+    """
     check_images(samples.images)
     check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
-        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
+        k = num_classes(defence.model, samples.images, samples.ids, seed, defence.name)
+        check_classes(defence.name, k, classes)
+        check_labels(samples.labels, len(samples), k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
+
+
+def check_classes(name: str, found: int | None, classes: int | None) -> None:
+    """Raise ValueError if a model tells fewer classes apart than the data has; warn of more."""
+    if found is None or classes is None or found == classes:
+        return
+    sentence = f"{name} tells {found} classes apart, the data has {classes}"
+    if found < classes:
+        raise ValueError(f"{sentence}; take a classifier of these classes.")
+    warnings.warn(f"{sentence}: an attack may end in a class that the data does not know.", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -189,11 +230,11 @@ class _Stage:
 
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
-        adversarial, loss, calls = batch.images, torch.full((len(batch),), float("nan")), None
+        adversarial, loss, found = batch.images, torch.full((len(batch),), float("nan")), None
         if self.attack is not None:
-            attack_seed = derive_seed(self.seed, "attack")
-            result = self.attack(self.defence.model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
-            adversarial, loss, calls = result.images, result.loss, result.calls
+            model, attack_seed = self.defence.attacked, derive_seed(self.seed, "attack")
+            found = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
+            adversarial, loss = found.images, found.loss
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
@@ -207,12 +248,20 @@ class _Stage:
                 **{n: values[i] for n, values in distances.items()},
                 **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
-                **({} if calls is None else {"calls": int(calls[i])}),
+                **({} if found is None else counted(found, i)),
                 "seconds": round(seconds, 4),
             }
             image = None if self.attack is None else adversarial[i].cpu().numpy()
             self.folder.append(record, image)
             yield record
+
+
+def counted(found: AttackResult, i: int) -> dict[str, int]:
+    """What an attack counted on sample i: its network calls, the answers to its iterates, those that were wrong."""
+    calls = {} if found.calls is None else {"calls": int(found.calls[i])}
+    if found.submitted is None:
+        return calls
+    return {**calls, "submitted": int(found.submitted.asked[i]), "submitted_wrong": int(found.submitted.wrong[i])}
 
 
 @dataclass(frozen=True)
@@ -232,31 +281,30 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     """The model's answers on draws that no attack has seen: their seed is the judges' own.
 
     Raises:
-        ValueError: it answers NaN or infinity, which is no class.
+        ValueError: it answers NaN, infinity, or the same for all classes, which is no class.
     """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
-    rows = torch.arange(n, device=images.device).repeat_interleave(draws)
-    draw = torch.arange(draws, device=images.device).repeat(n)
-    parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    answers = [answer(defence.model, images[r], ids.to(r.device)[r], d, seed) for r, d in parts]
-    lost = torch.cat([logits.isnan().any(1) | ~logits.amax(1).isfinite() for logits, _ in answers])
-    if bool(lost.any()):
-        raise ValueError(
-            f"{defence.name} answers NaN or infinity on sample {int(ids[rows.cpu()][lost.cpu()][0])}; check weights, "
-            "precision and the guidance's scale."
-        )
+    ids = ids.to(images.device)
+
+    def ask(part: Tensor) -> tuple[Tensor, Trace | None]:
+        return answer(defence.model, images[part // draws], ids[part // draws], part % draws, seed, defence.name)
+
+    rows = torch.arange(n * draws, device=images.device)
+    answers = [found for _, found in Parts(max_rows).of(rows, ask)]
     predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
     values = means([trace for _, trace in answers if trace is not None])
     return Judgement(predictions, {name: v.reshape(n, draws).mean(1) for name, v in values.items()})
 
 
-def answer(model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> tuple[Tensor, Trace | None]:
+def answer(
+    model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int, name: str
+) -> tuple[Tensor, Trace | None]:
     """Logits of any model, with the trace of the purifications behind them if it has any."""
     if has(model, HasDetails):
         details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
         return details.logits, details
-    return keyed(model, seed)(images, ids, draws), None
+    return keyed(model, seed, name)(images, ids, draws), None
 
 
 def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
@@ -268,22 +316,25 @@ def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
     return {**levels, "network_calls": torch.cat(calls)} if calls else levels
 
 
-def share_out(samples: Samples, unit: int, ranks: Ranks) -> Samples:
-    """What this process attacks; rank 0 warns if there are more processes than units."""
-    idle = ranks.world - len((samples.ids // unit).unique())
+def share_out(samples: Samples, unit: int, ranks: Ranks, shard: Shard | None = None) -> Samples:
+    """What this process attacks of its shard; rank 0 warns if there are more processes than units."""
+    shard = shard or Shard(1, 1)
+    processes = shard.count * ranks.world
+    idle = processes - len((samples.ids // unit).unique())
     if ranks.first and idle > 0:
         warnings.warn(
-            f"{idle} of {ranks.world} processes have nothing to do, because samples are shared out by {unit}; lower "
+            f"{idle} of {processes} processes have nothing to do, because samples are shared out by {unit}; lower "
             "--batch-size (AutoAttack's attacks go by 32 at least).",
             stacklevel=3,
         )
-    return samples[share(samples.ids, unit, ranks)]
+    own = samples[share(samples.ids, unit, shard.number - 1, shard.count)]
+    return own[share(own.ids, unit, ranks.rank, ranks.world)]
 
 
-def share(ids: Tensor, unit: int, ranks: Ranks) -> Tensor:
-    """Row indices of the samples that this process attacks: units of ids (id // unit) in turn."""
+def share(ids: Tensor, unit: int, index: int, count: int) -> Tensor:
+    """Row indices of the samples of part ``index`` of ``count``: units of ids (id // unit) in turn."""
     units = ids // unit
-    own = [units == u for position, u in enumerate(units.unique()) if position % ranks.world == ranks.rank]
+    own = [units == u for position, u in enumerate(units.unique()) if position % count == index]
     return torch.stack(own).any(0).nonzero()[:, 0] if own else torch.empty(0, dtype=torch.int64)
 
 

@@ -140,7 +140,8 @@ class DDPMpp(nn.Module):
 
     def forward(self, u: Tensor, labels: Tensor) -> Tensor:
         """eps at u (N, C, H, W) and labels (N,)."""
-        time = self.time2(silu(self.time1(time_features(labels, self.width))))
+        features = time_features(labels, self.width).to(self.time1.weight.dtype)  # made of exact labels, rounded once
+        time = self.time2(silu(self.time1(features)))
         h = self.conv_in(u)
         skips = [h]
         for stage in self.down:

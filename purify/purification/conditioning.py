@@ -60,6 +60,11 @@ class Conditioning(ABC):
         return False
 
     @property
+    def twice(self) -> bool:
+        """Whether gradients through conditioned steps take second derivatives of the score network."""
+        return False
+
+    @property
     def network(self) -> nn.Module | None:
         """The auxiliary network, if there is one; the purifier freezes it and moves it between devices."""
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from purify.purification.gradients import saved_bytes
+from purify.purification.gradients import fillable, saved_bytes
 from purify.purification.guidance import Guide
 from purify.purification.process import ReverseStep
 from purify.purification.purifier import Purifier, twin
@@ -29,7 +29,7 @@ def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:
     steps = sum(purifier.most_steps_by_round(purifier.engine.shorter(len(purifier.rounds))))
     if steps == 0:
         return 0
-    held = purifier.engine.held(rows * graph_bytes(purifier, x), steps)
+    held = purifier.engine.held(rows * graph_bytes(purifier, x), steps, fillable(x.device))
     return held + rows * rebuilt_bytes(purifier, x)
 
 

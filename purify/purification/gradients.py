@@ -23,12 +23,16 @@ from torchdiffeq import odeint_adjoint
 
 from purify.checks import check_count
 from purify.diffusion.reverse import OneShot, ProbabilityFlow
+from purify.memory import free_bytes
 from purify.purification.plans import FixedSteps, Plan
 from purify.purification.process import Evaluate, Process, ReverseStep, Round, Step
 from purify.purification.rebuilt import Straight
 from purify.purification.scorenorm import plain_total
 
 DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
+AUTO = "auto"  # the budget that takes what is free
+AUTO_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory: a CPU's is shared with other programs
+AUTO_LEFT = 3  # steps for whose graphs it leaves room: the one that is rebuilt, and what a backward pass works with
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,11 @@ class GradientEngine(ABC):
         """What a gradient goes through of a process of so many rounds; None: all of it."""
         return None
 
-    def held(self, step_bytes: int, steps: int) -> int:
-        """Bytes of step graphs that a gradient through ``steps`` steps holds at once, if one has ``step_bytes``."""
+    def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
+        """Bytes of step graphs that a gradient through ``steps`` steps holds at once, if one has ``step_bytes``.
+
+        ``free``: bytes that it may fill under the budget ``auto``.
+        """
         return step_bytes
 
     def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
@@ -117,11 +124,12 @@ class WithinBudget:
     """Evaluates steps in order, keeping the graphs of as many as fit in ``budget`` bytes and recomputing the others.
 
     The first step is measured, and kept if it fits; the others kept are the last ones, whose graphs are freed first
-    in the backward pass, before any is rebuilt. ``sizes``: samples in each step, in order.
+    in the backward pass, before any is rebuilt. ``sizes``: samples in each step, in order. ``spare``: steps of the
+    first one's size that must fit beside those kept.
     """
 
-    def __init__(self, sizes: Sequence[int], budget: int) -> None:
-        self.sizes, self.budget = sizes, budget
+    def __init__(self, sizes: Sequence[int], budget: int, spare: int = 0) -> None:
+        self.sizes, self.budget, self.spare = sizes, budget, spare
         self.kept: set[int] = set()
         self.index = 0
 
@@ -137,7 +145,7 @@ class WithinBudget:
         return recompute(step, u)
 
     def _fitting(self, bytes_per_sample: float) -> set[int]:
-        left, kept = float(self.budget), set()
+        left, kept = self.budget - self.spare * bytes_per_sample * self.sizes[0], set()
         for index in [0, *range(len(self.sizes) - 1, 0, -1)]:
             left -= bytes_per_sample * self.sizes[index]
             if left < 0:
@@ -146,53 +154,65 @@ class WithinBudget:
         return kept
 
 
+def fillable(device: torch.device) -> int:
+    """Bytes that the budget ``auto`` may fill on a device now."""
+    return int(AUTO_SHARE.get(device.type, AUTO_SHARE["cpu"]) * free_bytes(device))
+
+
 @dataclass(frozen=True)
 class _Budgeted(GradientEngine):
     """Shared by engines that differentiate steps: ``memory_budget`` is the bytes that kept step graphs may take.
 
-    Graphs of a noise level that is computed by the network may take as much again.
+    ``auto``: nine tenths of what is free on a GPU, half on a CPU, when the first step is measured. Graphs of a noise
+    level that is computed by the network may take as much again. No budget changes a result.
     """
 
-    memory_budget: int | None = None
+    memory_budget: int | str | None = None
 
     unbounded: ClassVar[Evaluate]
 
     def __post_init__(self) -> None:
-        if self.memory_budget is not None:
-            check_count(self.memory_budget, "memory_budget (bytes)", 0)
+        budget: Any = self.memory_budget
+        if budget is not None and budget != AUTO:
+            check_count(budget, "memory_budget (bytes)", 0)
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
         return self._run(build(None), u)
 
     def _run(self, process: Process, u: Tensor) -> Tensor:
-        return process.run(u, self._evaluate(process.batch_sizes()))
+        return process.run(u, self._evaluate(process.batch_sizes(), u.device))
 
-    def held(self, step_bytes: int, steps: int) -> int:
+    def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
         everything = step_bytes * steps
         if self.memory_budget is None:
             return everything if type(self).unbounded is keep else step_bytes
-        return min(everything, self.memory_budget + step_bytes)
+        budget = max(free - AUTO_LEFT * step_bytes, 0) if self.memory_budget == AUTO else int(self.memory_budget)
+        return min(everything, budget + step_bytes)
 
     def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
-        evaluate = self._evaluate([len(u)] * len(terms))
+        evaluate = self._evaluate([len(u)] * len(terms), u.device)
         return plain_total([partial(evaluate, term) for term in terms], u)
 
-    def _evaluate(self, sizes: Sequence[int]) -> Evaluate:
+    def _evaluate(self, sizes: Sequence[int], device: torch.device) -> Evaluate:
         if not torch.is_grad_enabled():
             return keep
-        return type(self).unbounded if self.memory_budget is None else WithinBudget(sizes, self.memory_budget)
+        if self.memory_budget is None:
+            return type(self).unbounded
+        if self.memory_budget == AUTO:
+            return WithinBudget(sizes, fillable(device), AUTO_LEFT)
+        return WithinBudget(sizes, int(self.memory_budget))
 
 
 @dataclass(frozen=True)
 class Full(_Budgeted):
-    """Plain backpropagation: every step's graph is kept, or as many as ``memory_budget`` (bytes) allows."""
+    """Plain backpropagation: every step's graph is kept, or as many as ``memory_budget`` (bytes, or auto) allows."""
 
     unbounded: ClassVar[Evaluate] = staticmethod(keep)
 
 
 @dataclass(frozen=True)
 class Checkpoint(_Budgeted):
-    """One image per step is kept and graphs are recomputed, but for what ``memory_budget`` (bytes) can keep."""
+    """One image per step is kept and graphs are recomputed, but for what ``memory_budget`` (bytes, or auto) keeps."""
 
     unbounded: ClassVar[Evaluate] = staticmethod(recompute)
 
@@ -277,7 +297,7 @@ class BPDA(GradientEngine):
         return Shorter((), ())
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
-        return _with_gradient_of(_forward(build, u), u)
+        return with_gradient_of(_forward(build, u), u)
 
 
 @dataclass(frozen=True)
@@ -293,7 +313,7 @@ class Surrogate(_Budgeted):
 
     steps: int | Sequence[int] = 5
     rounds: Sequence[int] | None = None
-    memory_budget: int | None = field(default=DEFAULT_BUDGET, kw_only=True)
+    memory_budget: int | str | None = field(default=DEFAULT_BUDGET, kw_only=True)
     exact: ClassVar[bool] = False
     unbounded: ClassVar[Evaluate] = staticmethod(recompute)
 
@@ -320,7 +340,7 @@ class Surrogate(_Budgeted):
         if not torch.is_grad_enabled():
             return _forward(build, u)
         shorter = self.shorter(len(build(None).rounds))
-        return _with_gradient_of(_forward(build, u), self._run(build(shorter), u))
+        return with_gradient_of(_forward(build, u), self._run(build(shorter), u))
 
 
 def _forward(build: Build, u: Tensor) -> Tensor:
@@ -328,7 +348,7 @@ def _forward(build: Build, u: Tensor) -> Tensor:
         return build(None).run(u, keep)
 
 
-def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
     """``value`` forward, bit for bit; the gradient of ``proxy`` backward."""
     return Straight.apply(proxy, value)
 

@@ -46,13 +46,14 @@ class StepFactory:
     def step(self, t: Tensor, s: Tensor, position: int | Tensor, rows: Tensor | None = None) -> ReverseStep:
         """The step from t to s that is the ``position``-th of its samples, counted from 0; of some ``rows`` only."""
         noise, index = self.noise if rows is None else self.noise[rows], self.first_index + 1 + position
+        model = self.model if rows is None else self.model[rows]
         if self.guidance is None:
-            return ReverseStep(self.rule, self.model, t, s, noise, index)
+            return ReverseStep(self.rule, model, t, s, noise, index)
         assert self.bound is not None
         bound = self.bound if rows is None else self.bound[rows]
         look = self.guidance.look(bound, noise, index)
-        enter = self.guidance.enter(self.model, s, bound, noise, index)
-        return ReverseStep(self.rule, self.model, t, s, noise, index, look, enter)
+        enter = self.guidance.enter(model, s, bound, noise, index)
+        return ReverseStep(self.rule, model, t, s, noise, index, look, enter)
 
 
 class Plan(ABC):

@@ -12,6 +12,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Look, ReverseRule, unguided
 from purify.diffusion.schedule import Schedule
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.finite import clamped
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
@@ -147,7 +148,7 @@ class Process:
 
     def finish(self, u: Tensor) -> Tensor:
         """What is done to the last state."""
-        return u.clamp(-1, 1) if self.clip else u
+        return clamped(u, -1, 1) if self.clip else u
 
     def batch_sizes(self) -> list[int]:
         """Samples in each reverse step."""

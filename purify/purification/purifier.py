@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_flag, check_images, check_weights, is_number, short, whole_numbers
+from purify.checks import check_count, check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
+from purify.diffusion.precision import PRECISIONS
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
+from purify.finite import broken
+from purify.purification import faults
 from purify.purification.conditioning import Conditioning
 from purify.purification.gradients import (
     DEFAULT_BUDGET,
@@ -34,6 +37,7 @@ from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
 from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
+from purify.transforms import func_in_words, readable, run_eagerly
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
@@ -170,8 +174,13 @@ class Purifier(nn.Module):
 
         Raises:
             ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
-                guidance in inference mode.
+                guidance in inference mode; NaN or infinity on the way, with the first network, layer, step and time.
         """
+        return run_eagerly(self._purify, x, sample_ids, draw, seed, deviation)
+
+    def _purify(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Purified:
         if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
@@ -188,12 +197,20 @@ class Purifier(nn.Module):
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u) if deviation else unwatched
-        purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        with func_in_words():
+            purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        self._check_numbers(purified, statistic, u, noise)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         deviated = watch.mean() if isinstance(watch, Deviation) else None
         return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
+
+    def _check_numbers(self, purified: Tensor, statistic: Tensor, u: Tensor, noise: Noise) -> None:
+        """Raise ValueError if a noise level or a purified image is no number; says where it stopped to be one."""
+        bad = broken(purified) | ~statistic.detach().isfinite()
+        if readable(bad) and bool(bad.any()):
+            raise ValueError(faults.sentence(self, u.detach(), noise, int(bad.nonzero()[0, 0])))
 
     def _nothing(self, x: Tensor) -> Purified:
         """The purification of an empty batch, which not every network could take."""
@@ -219,7 +236,7 @@ class Purifier(nn.Module):
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
-        return self.level.statistic(self.score_model, u, noise, self.engine.total)
+        return self.level.statistic(self.score_model.bind(u), u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
         """Sets the flag as usual, but keeps all networks in eval mode: dropout would break keyed noise."""
@@ -255,10 +272,11 @@ class Purifier(nn.Module):
         """
         forward = self.forward_schedule or self.score_model.schedule
         bound = None if self.guidance is None or images is None else self.guidance.bind(images)
+        model = self.score_model if images is None else self.score_model.bind(images)
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            factory = StepFactory(model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
             rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 
@@ -284,6 +302,24 @@ class Purifier(nn.Module):
         if second_order is not None and self.guidance is not None:
             changed["guidance"] = replace(self.guidance, second_order=second_order)
         return self._with(**changed)
+
+    def with_precision(self, precision: str) -> Purifier:
+        """The same purifier (sharing its weights) with its score network under autocast to one of ``PRECISIONS``.
+
+        ``bf16`` or ``fp16``: the network computes in it, and everything between its calls in float32 (times, the
+        labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``float32``: the
+        purifier as it is.
+
+        Raises:
+            ValueError: an unknown precision; ``fp16`` where guidance takes second derivatives of the network, which
+                vanish in it; a float64 network.
+        """
+        autocast = choose(precision, PRECISIONS, "precision")
+        if autocast is None:
+            return self
+        if autocast == "float16" and self.guidance is not None and self.guidance.twice:
+            raise ValueError("This guidance takes second derivatives, which vanish in fp16; use the precision bf16.")
+        return twin(self, score_model=self.score_model.with_settings(autocast=autocast).eval())
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""

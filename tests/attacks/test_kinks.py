@@ -101,7 +101,8 @@ class Cropped(nn.Module):
 
     def forward(self, x):
         self.calls += torch.is_grad_enabled()
-        return self.inner(x[:, :, 2:6, 2:6].flatten(1)) * (0 if self.dead else 1)
+        logits = self.inner(x[:, :, 2:6, 2:6].flatten(1))
+        return 0 * logits + torch.arange(3.0) if self.dead else logits
 
 
 @pytest.mark.parametrize("dead", [False, True])

@@ -1,11 +1,14 @@
 """ScoreModel: every parametrisation of one and the same denoiser gives the same answers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import GaussianEps, SmoothNet, smooth_model
+from diffusers import UNet2DModel
 from torch import nn
 
-from purify import ContinuousVP, DiscreteVP, ScoreModel
+from purify import ContinuousVP, DiscreteVP, ScoreModel, diffpure
 from purify.diffusion.health import times_of
 from purify.diffusion.reverse import DDIM
 
@@ -156,7 +159,7 @@ def test_fingerprint_sees_weights_and_config():
         ({"time_scale": float("nan")}, "time_scale must be a finite number, got nan"),
         ({"time_offset": "1"}, "time_offset must be a finite number, got '1'"),
         ({"autocast": 16}, "Unknown autocast type '16'"),
-        ({"predicton": "eps"}, "Unknown setting of a score model 'predicton'.*; known: autocast, image_shape"),
+        ({"predicton": "eps"}, "Unknown setting of a score model 'predicton'.*; known: autocast, classes, image_shape"),
     ],
 )
 def test_settings_of_other_names_and_types_are_refused(settings, message):
@@ -165,5 +168,56 @@ def test_settings_of_other_names_and_types_are_refused(settings, message):
 
 
 def test_unknown_prediction():
-    with pytest.raises(ValueError, match="Unknown prediction 'noise'; known: eps, learned_variance, score, v, x0"):
+    with pytest.raises(
+        ValueError, match="Unknown prediction 'noise'; known: consistency, eps, learned_variance, score"
+    ):
         ScoreModel(SmoothNet(), ContinuousVP(), "noise")
+
+
+class Speaking(SmoothNet):
+    """Says for which images it was built."""
+
+    def __init__(self, **said):
+        super().__init__(3)
+        for name, value in said.items():
+            setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("said", "shape"),
+    [
+        ({"config": {"in_channels": 3, "sample_size": 8}}, (3, 8, 8)),
+        ({"config": SimpleNamespace(in_channels=3, sample_size=[6, 8])}, (3, 6, 8)),
+        ({"img_channels": 3, "img_resolution": 8}, (3, 8, 8)),
+        ({"in_channels": 3, "image_size": 8}, (3, 8, 8)),
+        ({"in_channels": 3, "image_size": None}, None),
+        ({"config": {"in_channels": 3}}, None),
+        ({}, None),
+    ],
+)
+def test_the_shape_is_taken_from_a_network_that_says_it(said, shape):
+    network = Speaking(**said)
+    for one in (network, torch.nn.DataParallel(network), torch.compile(network)):
+        assert ScoreModel(one, "linear").image_shape == shape
+    model = ScoreModel(network, "linear")
+    assert model.with_settings(prediction="v").image_shape == shape
+    assert model.fingerprint() == ScoreModel(Speaking(), "linear").fingerprint()  # as before it was asked
+    assert ScoreModel(network, "linear", image_shape=(3, 4, 4)).image_shape == (3, 4, 4)
+    if shape is None:
+        return
+    purifier = diffpure(model, 0.1, 2, "ddpm")
+    with pytest.raises(ValueError, match=r"takes images of shape \(3, .*got \(1, 8, 8\); use the score"):
+        purifier(torch.rand(2, 1, 8, 8))
+    assert purifier.with_resize()(torch.rand(2, 3, 5, 5)).shape == (2, 3, 5, 5)
+
+
+def test_a_network_of_diffusers_says_its_shape():
+    kinds = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = UNet2DModel(8, 1, 1, block_out_channels=(32,), layers_per_block=1, **kinds)
+    assert ScoreModel(network, "linear").image_shape == (1, 8, 8)
+
+
+def test_networks_on_the_meta_device_are_refused():
+    model = ScoreModel(SmoothNet().to("meta"), "linear")
+    with pytest.raises(ValueError, match="The score network is on the meta device, where weights hold no values; load"):
+        diffpure(model, 0.1, 2)

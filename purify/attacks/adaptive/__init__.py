@@ -98,9 +98,9 @@ class Adaptive(Attack):
         found, extra = [], torch.zeros_like(y)
         for phase in stage.phases:
             target = phase.climb.target(phase.model, x, y, ids, derive_seed(seed, phase.name))
-            path = phase.climb.path(target, start, phase.mix)
+            path = phase.climb.path(target, x if phase.clean else start, phase.mix)
             found += [z for step, z in enumerate(path, start=1) if step in phase.marks]
-            extra += target.inside.tries * phase.climb.eot * calls(phase.model).gradient
+            extra += target.inside.tries * phase.climb.eot * phase.drawn
         return found, extra
 
     @property

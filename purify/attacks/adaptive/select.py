@@ -10,6 +10,7 @@ from torch import Tensor
 
 from purify.attacks.base import KeyedCall
 from purify.attacks.pgd import margin_loss
+from purify.memory import Parts
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,11 @@ def _best(alive: Tensor, margins: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def _margins(call: KeyedCall, images: Tensor, y: Tensor, ids: Tensor, first: int, draws: int, max_rows: int) -> Tensor:
     """Margins (K, N, R) of images (K, N, C, H, W) on R draws."""
     k, n = images.shape[:2]
-    rows = torch.arange(k * n, device=y.device).repeat_interleave(draws)
-    draw = torch.arange(first, first + draws, device=y.device).repeat(k * n)
     flat = images.flatten(0, 1)
-    parts = zip(rows.split(max_rows), draw.split(max_rows), strict=True)
-    found = [margin_loss(call(flat[r], ids[r % n], d), y[r % n]) for r, d in parts]
-    return torch.cat(found).reshape(k, n, draws)
+
+    def margin(part: Tensor) -> Tensor:
+        row, draw = part // draws, first + part % draws
+        return margin_loss(call(flat[row], ids[row % n], draw), y[row % n])
+
+    rows = torch.arange(k * n * draws, device=y.device)
+    return torch.cat([found for _, found in Parts(max_rows).of(rows, margin)]).reshape(k, n, draws)

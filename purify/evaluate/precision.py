@@ -1,0 +1,112 @@
+"""Which precision attacks take under ``--precision auto``: the fastest whose gradient is still float32's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from purify.diffusion.precision import FLOAT32, PRECISIONS
+from purify.evaluate.dryrun import rows_at_once, times
+from purify.evaluate.runner import Defence, Samples
+from purify.evaluate.selfchecks import input_gradient
+from purify.purification import cost
+from purify.purification.defended import DefendedClassifier
+
+AUTO = "auto"
+COSINE = 0.995  # with the gradient in float32, at the worst of a few images of every defence
+IMAGES = 4  # that the cosine is asked on
+WORTH = 0.9  # of the time that the best one so far takes: what is hardly faster would be chosen by chance
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A precision that attacks might take.
+
+    Attributes:
+        name: one of ``PRECISIONS``.
+        time: of a gradient, in units of that in float32.
+        cosine: with the gradient in float32, least over a few images and all purified defences; None: not asked,
+            because the precision is not faster.
+        refused: why some defence cannot have it.
+    """
+
+    name: str
+    time: float = math.inf
+    cosine: float | None = None
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.name} is not for this defence"
+        asked = "" if self.cosine is None else f" at gradient cosine {self.cosine:.4f}"
+        return f"{self.name} takes {self.time:.2f} of float32's time{asked}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` chose, and from what."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        found = "; ".join(map(str, self.candidates)) or "nothing faster is known on this device"
+        return f"attacks in {self.name} ({found}; a cosine of {COSINE} is asked for)"
+
+
+def choose_precision(
+    defences: Sequence[Defence], samples: Samples, batch_size: int, max_rows: int, seed: int = 0
+) -> Choice:
+    """The fastest precision in which the gradients of all purified defences keep to those in float32.
+
+    One step of each is timed in every precision, in batches as large as the attacks'; where that is worth it, whole
+    gradients of a few images are compared. Half precision on a CPU is bf16: fp16 is emulated there, many times slower.
+    """
+    purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
+    names = offered(samples) if purified else []
+    rows = max((rows_at_once(d, len(samples), batch_size, max_rows) for d in purified), default=1)
+    usual = sum(step_time(d, FLOAT32, samples, rows) for d in purified)
+    few = samples[torch.arange(min(IMAGES, len(samples)))]
+    best, best_time, found = FLOAT32, 1.0, []
+    for name in names:
+        candidate = measured(name, purified, samples, rows, usual)
+        if candidate.time < WORTH * best_time:
+            candidate = replace(candidate, cosine=min(cosine(d, name, few, seed) for d in purified))
+        found.append(candidate)
+        if candidate.cosine is not None and candidate.cosine >= COSINE:
+            best, best_time = name, candidate.time
+    return Choice(best, tuple(found))
+
+
+def offered(samples: Samples) -> list[str]:
+    """Precisions that may be faster than float32 where the images are."""
+    cuda = samples.images.is_cuda
+    return [name for name in PRECISIONS if name != FLOAT32 and (cuda or name != "fp16")]
+
+
+def measured(name: str, purified: Iterable[Defence], samples: Samples, rows: int, usual: float) -> Candidate:
+    """The time of a precision, where ``usual`` seconds are float32's."""
+    try:
+        return Candidate(name, sum(step_time(d, name, samples, rows) for d in purified) / usual)
+    except ValueError as refusal:
+        return Candidate(name, refused=str(refusal))
+
+
+def step_time(defence: Defence, precision: str, samples: Samples, rows: int) -> float:
+    """Seconds per row of a gradient through one reverse step per round, times the number of steps."""
+    model = replace(defence, precision=precision).attacked
+    assert isinstance(model, DefendedClassifier)
+    one = model.with_purifier(cost.shortened(model.purifier, 1))
+    return times(one, samples, rows)[1] * cost.most_steps(model.purifier)
+
+
+def cosine(defence: Defence, precision: str, few: Samples, seed: int) -> float:
+    """Between the whole gradient in this precision and in float32, at the worst image."""
+    half, whole = (
+        input_gradient(replace(defence, precision=p).attacked, few, few.images.dtype, seed)
+        for p in (precision, FLOAT32)
+    )
+    return torch.cosine_similarity(half, whole, dim=1, eps=0.0).nan_to_num(0.0).min().item()
