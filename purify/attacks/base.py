@@ -203,9 +203,7 @@ def keyed(model: nn.Module, seed: int, what: str = "The model") -> KeyedCall:
 
 
 @torch.no_grad()
-def num_classes(
-    model: nn.Module, images: Tensor, ids: Tensor, seed: int, what: str = "The model"
-) -> int | None:
+def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int, what: str = "The model") -> int | None:
     """Classes that the model tells apart, asked on one image; None without images. Warns of probabilities."""
     if len(images) == 0:
         return None
