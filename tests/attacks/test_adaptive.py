@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import TinyClassifier, TinyConvolutions, smooth_model
 from test_attacks import Linear
 from torch import nn
 
@@ -223,7 +223,7 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
     for name, preset in PURIFIERS.items():
         for level in ("constant", "ssni-l") if name in ("diffpure", "agdm") else ("constant",):
             rule = 0.3 if level == "constant" else LEVELS[level](0.3, found)
-            options = {"auxiliary": TinyClassifier(size=4)} if name in ("agdm", "heterogeneous") else {}
+            options = {"auxiliary": TinyConvolutions()} if name in ("agdm", "heterogeneous") else {}
             options |= {"scale": 1.0} if name == "gdmp" else {}
             model = DefendedClassifier(TinyClassifier(), preset(score_model, rule, 3, "ddpm", **options))
             result = Adaptive("Linf", 0.1, calls=200)(model, images[:2], labels[:2])
