@@ -102,7 +102,8 @@ def purified_times(
     more = min(3 * rounds, steps) - rounds
     forward, gradient = (max(b - a, 0.0) / more for a, b in zip(short, longer, strict=True))
     left = steps - rounds
-    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if with_gradient and _budgeted(purifier) else 0
+    again = with_gradient and _budgeted(purifier)
+    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if again else 0
     whole = short[1] + gradient * left
     if recomputed:
         anew = times(_shortened(model.with_gradient(Checkpoint()), 3), samples, rows)[1]

@@ -71,6 +71,7 @@ CASES = {
     "list purifers": "(did you mean 'purifiers'?)",
     "train digits-gide": "(did you mean 'digits-guide'?)",
     "calibrate --dataset digit --out c.json": "(did you mean 'digits'?)",
+    "completion fish": "Argument shell: invalid choice: 'fish'",
     "check --data digit": "(did you mean 'digits'?)",
     "check --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist",
     "image odd.png --purifier gms --out out": "(did you mean 'gns'?)",
