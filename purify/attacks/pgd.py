@@ -192,6 +192,9 @@ class PGD(Attack):
     def forwards(self) -> int:
         return self.restarts * self.eot
 
+    def answers(self, model: nn.Module) -> int:
+        return self.restarts * (self.steps + 1) * self.eot if self.submits else 0
+
     @property
     def submits(self) -> bool:
         """Whether the losses of its iterates say how the judged model answers them."""

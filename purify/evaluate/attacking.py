@@ -129,9 +129,7 @@ class Prepared:
         """Attack and judge what the folder does not hold; returns how many records were added."""
         e = self.request.asked
         rows = self.request.max_rows
-        return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part
-        )
+        return evaluate(folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part)
 
     @property
     def protocol_names(self) -> tuple[str, ...]:

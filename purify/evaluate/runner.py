@@ -162,9 +162,7 @@ def evaluate(
     return new
 
 
-def check_together(
-    defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None
-) -> None:
+def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None) -> None:
     """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
 
     ``classes``: of the data; a model of fewer is refused, one of more gets a warning.

@@ -8,7 +8,7 @@ import torch
 from purify import Evaluation, zoo
 from purify.evaluate.attacking import prepare
 
-PARTS = '''
+PARTS = """
 import torch
 from torch import nn
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def own(score_model, **options): return _with(score_model, "own")
 def nothing(score_model, **options): return None
 def small(score_model, **options):
     return agdm(score_model, 0.1, 2, auxiliary=nn.Sequential(nn.Flatten(), nn.Linear(49, 3)).eval())
-'''
+"""
 
 
 def asked(tmp_path, purifier, **options):
