@@ -53,11 +53,19 @@ def test_arrays_are_what_the_purifier_gives(tmp_path):
     assert np.abs(255 * stored[:, 0] - expected().numpy()).max() <= 0.51
 
 
-def test_a_purifier_that_diffuses_nothing_has_two_columns(tmp_path):
-    np.savez(tmp_path / "a.npz", images=LEVELS.numpy())
-    call = [str(tmp_path / "a.npz"), "--out", str(tmp_path / "out"), "--purifier", "likelihood", "--steps", "2"]
+def test_a_purifier_that_diffuses_nothing_has_two_columns(pictures, tmp_path):
+    call = [
+        str(pictures / "0.png"),
+        "--out",
+        str(tmp_path / "out"),
+        "--purifier",
+        "likelihood",
+        "--steps",
+        "2",
+        "--picture",
+    ]
     assert main(call) == 0
-    with Image.open(tmp_path / "out" / "a-before-after.png") as picture:
+    with Image.open(tmp_path / "out" / "0-before-after.png") as picture:
         assert picture.width < 500
 
 
