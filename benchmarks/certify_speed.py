@@ -26,7 +26,7 @@ from purify.certify.bounds import lower_bound
 from purify.certify.counts import ROWS
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
-from purify.evaluate.description import DENOISER_PRECISIONS
+from purify.diffusion.precision import PRECISIONS
 from purify.machine import seconds, set_threads
 from purify.named import check_device
 
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="benchmarks/certify_speed.py", description=__doc__)
     p.add_argument("--dataset", default="digits", help="digits or fashion_mnist (default: digits)")
     p.add_argument("--system", default="denoised", help=f"{', '.join(SYSTEMS)} (default: denoised)")
-    p.add_argument("--precision", default="float32", help="of the denoiser: float32 or bf16 (default: float32)")
+    p.add_argument("--precision", default="float32", help="of the denoiser: float32, bf16 or fp16 (default: float32)")
     p.add_argument("--sigma", type=float, default=0.25, help="a cascade has twice this, too (default: 0.25)")
     p.add_argument("--samples", type=int, default=4, help="images (default: 4)")
     p.add_argument("--draws", type=int, default=2000, help="n (default: 2000); n0 is 100")
@@ -92,7 +92,7 @@ OURS, PLAIN, SAME_BATCH, BARE = "ours", "plain loop", "plain loop in our batches
 def denoised(args: argparse.Namespace, device: torch.device, sigma: float, rows: int) -> Smooth:
     """Denoised smoothing with the embedded networks."""
     score, classifier = zoo.score_model(args.dataset).to(device), zoo.classifier(f"{args.dataset}-standard").to(device)
-    score.set_autocast(DENOISER_PRECISIONS[args.precision])
+    score.set_autocast(PRECISIONS[args.precision])
     return denoised_smoothing(classifier, score, sigma, rows)
 
 
@@ -111,7 +111,7 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace, torch.device, int], Certifier]]
 def build_works(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """What is timed, each with the same number of noisy images in the model."""
     choose(args.dataset, {k: v for k, v in DATASETS.items() if k in zoo.names("score")}, "embedded data set")
-    choose(args.precision, DENOISER_PRECISIONS, "precision")
+    choose(args.precision, PRECISIONS, "precision")
     build = choose(args.system, SYSTEMS, "system")
     for what in ("samples", "draws", "repeats", "plain_batch"):
         check_count(getattr(args, what), what)

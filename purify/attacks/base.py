@@ -150,6 +150,10 @@ class Attack(ABC):
         """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
         return self.gradients, self.forwards
 
+    def answers(self, model: nn.Module) -> int:
+        """Answers of ``model`` to its iterates that ``AttackResult.submitted`` counts, for one image at most."""
+        return 0
+
     @property
     def counted(self) -> int:
         """What a bar counts per image: gradients, or queries of an attack that takes none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
 from purify.certify.counts import check_classifier
@@ -15,12 +17,21 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Ancestral, ReverseRule
 from purify.diffusion.schedule import check_sigma
 from purify.diffusion.score import ScoreModel, per_sample
-from purify.purification.defended import vote_shares
 from purify.purification.plans import FixedSteps, StepFactory
 
 
+def log_votes(logits: Tensor) -> Tensor:
+    """Votes of logits (N, M, K) as logits (N, K): the log of each class's share, where all have half a vote more.
+
+    Their gradient is that of the log of the mean softmax: votes themselves have none, which would only hide the model.
+    """
+    soft = logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
+    votes = one_hot(logits.argmax(-1), logits.shape[-1]).sum(1).to(logits.dtype) + 0.5
+    return (votes / votes.sum(1, keepdim=True)).log() + (soft - soft.detach())
+
+
 class DensePure(nn.Module):
-    """Noisy images to the shares of votes that their classes get over several reverse processes.
+    """Noisy images to the votes for their classes over several reverse processes.
 
     Takes x + sigma z, that is (u + 2 sigma z + 1) / 2, as the state alpha(t) (u + 2 sigma z) at the time t whose
     noise-to-signal ratio is 2 sigma. ``votes`` times this state is brought to time 0 by ``steps`` steps of ``rule``
@@ -29,7 +40,7 @@ class DensePure(nn.Module):
 
     The vote is random: the smoothed classifier answers with the class that is most probable over the noise and the
     reverse processes together, and Cohen et al.'s theorem holds for it as for any randomised classifier.
-    The gradient is that of the mean softmax, through all steps, which are recomputed in the backward pass.
+    The gradient is that of the log of the mean softmax, through all steps, which are recomputed in the backward pass.
 
     Args:
         classifier: images in [0, 1] to logits, in eval mode.
@@ -75,11 +86,11 @@ class DensePure(nn.Module):
         draw: int | Tensor = 0,
         seed: int = 0,
     ) -> Tensor:
-        """Shares of votes (N, K) of noisy images (N, C, H, W) around [0, 1]; keys as in ``Purifier.forward``."""
+        """Logits (N, K) of noisy images (N, C, H, W) around [0, 1]; keys as in ``Purifier.forward``."""
         noise = Noise.fresh(len(noisy), noisy.device)
         if sample_ids is not None:
             noise = Noise.keyed(seed, torch.as_tensor(sample_ids, device=noisy.device), draw)
-        return vote_shares(torch.stack([self._vote(noisy, noise, k) for k in range(self.votes)], 1))
+        return log_votes(torch.stack([self._vote(noisy, noise, k) for k in range(self.votes)], 1))
 
     def _vote(self, noisy: Tensor, noise: Noise, k: int) -> Tensor:
         """Logits (N, K) after the k-th reverse process."""

@@ -19,6 +19,7 @@ from purify.certify.metrics import abstentions, certified_accuracy, correct_radi
 from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32
 from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.ranks import Shard
@@ -27,7 +28,6 @@ from purify.evaluate.runner import Samples, batches, check_classes, share_out
 from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"
-FLOAT32 = "float32"  # the precision that manifests and records do not state
 CHECK_DRAWS = 1000  # draws that judge an image attacked inside its radius, at most
 
 

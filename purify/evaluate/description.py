@@ -67,7 +67,6 @@ SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (defau
 WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
 GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
-DENOISER_PRECISIONS = {"float32": None, "bf16": "bfloat16"}  # of certificates, with the autocast of each
 SAMPLING = ("fixed", "anytime")
 OLD = ("stop_radius", "looks")  # options of certificates until 0.2
 EVERY_ATTACK = (
@@ -341,7 +340,7 @@ class Certification(Description):
         None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
     )
     precision: str = option(
-        "float32", TEXT, GAUSSIAN, f"of the denoiser, part of what is certified: {', '.join(DENOISER_PRECISIONS)}"
+        FLOAT32, TEXT, GAUSSIAN, f"of the denoiser, part of what is certified: {', '.join(PRECISIONS)}"
     )
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
@@ -375,7 +374,7 @@ class Certification(Description):
         self._choose("mode", MODES)
         self._choose("budget", DRAWS)
         self._choose("sampling", SAMPLING)
-        self._choose("precision", DENOISER_PRECISIONS)
+        self._choose("precision", PRECISIONS)
 
     @classmethod
     def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from purify.certify import (
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import (
-    FLOAT32,
     Inside,
     Summary,
     System,
@@ -40,7 +40,7 @@ from purify.evaluate.certification import (
     in_linf,
     summarize,
 )
-from purify.evaluate.description import DENOISER_PRECISIONS, Certification
+from purify.evaluate.description import Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import SCHEMA, RunFolder, write_json
@@ -133,7 +133,7 @@ def gaussian(order: Order, build: Callable[..., Smooth] = denoised_smoothing) ->
             score = load_score(name, known).to(order.device)
             networks["score_model"] = score.fingerprint()
             if c.precision != FLOAT32:
-                score.set_autocast(DENOISER_PRECISIONS[c.precision])
+                score.set_autocast(PRECISIONS[c.precision])
                 networks["precision"] = c.precision
             scales = [build(classifier, score, s, max_rows=c.max_rows) for s in c.sigma]
         found.append(Denoised(tuple(scales), suffix, networks))
