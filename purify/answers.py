@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from purify.checks import check_logits, fitting
 from purify.finite import origin
+from purify.transforms import readable
 
 
 def ask(
@@ -31,7 +32,7 @@ def ask(
         logits = logits.clone()  # whoever asks may not be able to use it otherwise
     seen = logits.detach()
     bad, flat = lost(seen), seen.amax(1) == seen.amin(1)
-    if bool((bad | flat).any()):
+    if readable(seen) and bool((bad | flat).any()):
         rows = (bad if bool(bad.any()) else flat).nonzero()[:1, 0]
         sample = int(rows if ids is None else ids.to(rows.device)[rows])
         if not bool(bad.any()):

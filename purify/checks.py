@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purify.transforms import readable
+
 T = TypeVar("T")
 
 
@@ -66,6 +68,8 @@ def check_images(x: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.d
         )
     if x.numel() == 0:
         return
+    if not readable(x):
+        return
     low, high = torch.aminmax(x.detach())
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise ValueError("Images contain NaN or infinite values; check the loading or the attack.")
@@ -87,12 +91,16 @@ def check_labels(y: Tensor, n: int, num_classes: int | None = None) -> None:
 
 
 # The same in both modes; some models (RobustBench's composite ones) do not hand their mode on to these.
-_MODELESS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+_MODELESS = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+
+# A graph's own mode changes nothing, and that of an exported program cannot be set.
+_GRAPHS = ("torch.export", "torch.fx")
 
 
 def check_eval(classifier: nn.Module, before: str) -> None:
     """Raise ValueError if a part of the classifier whose answer depends on it is in train mode."""
-    if any(m.training for m in classifier.modules() if type(m) not in _MODELESS):
+    parts = (m for m in classifier.modules() if type(m) not in _MODELESS)
+    if any(m.training for m in parts if not type(m).__module__.startswith(_GRAPHS)):
         raise ValueError(f"The classifier is in train mode; call classifier.eval() before {before}.")
 
 

@@ -35,6 +35,7 @@ def weights_digest(module: nn.Module) -> str:
     for name, value in sorted(state.items()):
         if value.is_meta:
             raise ValueError(f"The weight {name} is on the meta device and holds no values; load the network first.")
+        value = getattr(value, "full_tensor", lambda v=value: v)()  # of one that is sharded over processes
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())

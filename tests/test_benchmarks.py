@@ -383,6 +383,19 @@ def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):
     assert [line[:4] for line in script.verdicts([row])] == ["MISS", "MISS"]
 
 
+def test_the_dry_run_predicts_memory_within_a_quarter(tmp_path, monkeypatch, capsys):
+    """Guidance and noise levels that hold graphs of their own among them; times depend on the clock."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script, out = load_script("dry_run"), tmp_path / "d.json"
+    tiny = ["--datasets", "digits", "--batch-size", "6", "--steps", "4", "--repeats", "1", "--out", str(out)]
+    assert script.main([*tiny, "--purifiers", "diffpure", "agdm", "ssni-l"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 9
+    for row in rows:
+        assert 0.75 <= row["memory, said to taken"] <= 1.25, row
+    assert "ok   memory, said to taken: 9 of 9 within 25%" in capsys.readouterr().out
+
+
 def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     script = load_script("attack_budget")
     options = ["--systems", "diffpure", "--images", "2", "--steps", "2", "--eot", "1", "--judge-draws", "10"]

@@ -150,6 +150,10 @@ class Attack(ABC):
         """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
         return self.gradients, self.forwards
 
+    def answers(self, model: nn.Module) -> int:
+        """Answers of ``model`` to its iterates that ``AttackResult.submitted`` counts, for one image at most."""
+        return 0
+
     @property
     def counted(self) -> int:
         """What a bar counts per image: gradients, or queries of an attack that takes none."""
@@ -199,9 +203,7 @@ def keyed(model: nn.Module, seed: int, what: str = "The model") -> KeyedCall:
 
 
 @torch.no_grad()
-def num_classes(
-    model: nn.Module, images: Tensor, ids: Tensor, seed: int, what: str = "The model"
-) -> int | None:
+def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int, what: str = "The model") -> int | None:
     """Classes that the model tells apart, asked on one image; None without images. Warns of probabilities."""
     if len(images) == 0:
         return None

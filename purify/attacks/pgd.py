@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -46,6 +47,11 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
+
+FLAT = (
+    "The gradient is zero at every pixel of every image, so this attack finds what its start does; use square, or take "
+    "the gradient of a surrogate (purify.BPDAClassifier)."
+)
 
 DRAWS = "EOT draws"  # what only models with randomness can be asked for
 
@@ -186,6 +192,9 @@ class PGD(Attack):
     def forwards(self) -> int:
         return self.restarts * self.eot
 
+    def answers(self, model: nn.Module) -> int:
+        return self.restarts * (self.steps + 1) * self.eot if self.submits else 0
+
     @property
     def submits(self) -> bool:
         """Whether the losses of its iterates say how the judged model answers them."""
@@ -237,6 +246,8 @@ class PGD(Attack):
             better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
             for gradient, other in zip(gradients, inner, strict=True):
                 gradient[asked[better]] = other[better]
+        if with_gradient and first_draw == 0 and not bool(gradients[0].any()):
+            warnings.warn(FLAT, stacklevel=2)
         return losses.mean(1), gradients
 
     def _draws(

@@ -22,3 +22,8 @@ class Submitted:
         """Signed losses (N, R) of R answers each; a tie counts as right."""
         self.asked += losses.shape[1]
         self.wrong += (losses > 0).sum(1)
+
+    def include(self, rows: Tensor, other: Submitted) -> None:
+        """Add what was answered to the samples at these ``rows``."""
+        self.asked[rows] += other.asked
+        self.wrong[rows] += other.wrong

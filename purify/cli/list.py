@@ -19,7 +19,7 @@ from purify.evaluate.protocols import PROTOCOLS
 from purify.evaluate.recipes import RECIPES
 from purify.presets import PURIFIERS
 from purify.purification.levels import LEVELS
-from purify.purification.plans import PLANS
+from purify.purification.plans import PLANS, FixedDt
 from purify.settings import SETTINGS
 
 Lines = Iterable[tuple[str, str]]
@@ -53,6 +53,7 @@ def purifiers() -> Lines:
     for (purifier, dataset), s in SETTINGS.items():
         if purifier:
             steps = f"{s.steps} steps" if isinstance(s.steps, int) else named(registry.describe(s.steps, PLANS))
+            steps = f"{s.steps.dt} per step" if isinstance(s.steps, FixedDt) else steps
             rule = s.reverse if isinstance(s.reverse, str) else named(registry.describe(s.reverse, REVERSE_RULES))
             own = "".join(f", {key} {value}" for key, value in s.own.items())
             yield f"  {purifier} on {dataset or 'other data'}", f"t* {s.t_star:g}, {steps}, {rule}{own} ({s.source})"

@@ -238,8 +238,8 @@ def _read(model: ScoreModel, asked: Reading, u: Tensor, levels: Sequence[float],
     for s, label, noise in zip(levels, labels, z, strict=True):
         alpha = u.new_tensor(1 / math.sqrt(1 + s * s))
         noisy = alpha * shown + s * alpha * (noise.flip(1) if flipped else noise)
-        classes = model.classes_for(noisy)
-        output = evaluate(model.network, noisy, label.expand(len(u)), model.autocast, classes).to(u.dtype)
+        seen, classes = model.seen(noisy, alpha, s * alpha), model.classes_for(noisy)
+        output = evaluate(model.network, seen, label.expand(len(u)), model.autocast, classes).to(u.dtype)
         model.check_output(output, noisy)
         for kind in kinds:
             part = output.chunk(2, dim=1)[0] if learned and kind != model.prediction else output

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from purify.checks import check_seed, choose, whole_numbers
+from purify.transforms import readable
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -77,7 +78,7 @@ class Noise:
         for what, value in (("sample_ids", ids), ("draw", draws)):
             if value.is_floating_point() or value.dtype == torch.bool:
                 raise ValueError(f"{what} must be whole numbers, got {value.dtype}.")
-            if value.numel() and (int(value.min()) < 0 or int(value.max()) > MASK):
+            if value.numel() and readable(value) and (int(value.min()) < 0 or int(value.max()) > MASK):
                 raise ValueError(f"{what} must lie in [0, 2^32), got {int(value.min())} to {int(value.max())}.")
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number in [0, 2^63), got {seed!r}.")
@@ -86,7 +87,12 @@ class Noise:
     @classmethod
     def fresh(cls, n: int, device: torch.device | str = "cpu") -> Noise:
         """Noise under a seed drawn once from torch's global generator, so ``torch.manual_seed`` governs it."""
-        seed = int(torch.randint(2**63 - 1, ()))
+        try:
+            seed = int(torch.randint(2**63 - 1, ()))
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise ValueError("Inside torch.func.vmap noise must be keyed; pass sample_ids, draw and seed.") from error
         return cls.keyed(seed, torch.arange(n, device=device))
 
     def __len__(self) -> int:

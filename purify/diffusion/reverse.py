@@ -209,27 +209,26 @@ class DDIM(GaussianRule):
 
 @dataclass(frozen=True)
 class RandomSampling(GaussianRule):
-    """u_s = alpha(s) u0_hat + std z: what the last noise was is forgotten (DiffAP, Zhang et al. 2024).
-
-    Args:
-        variance: std^2 is that of the DDPM ``posterior`` (the released program of DiffAP), or ``marginal``, sigma(s)^2,
-            which diffuses the estimate anew: multistep consistency sampling (Song et al. 2023, algorithm 1).
-    """
-
-    variance: str = "posterior"
-
-    def __post_init__(self) -> None:
-        choose(self.variance, {"posterior": 0, "marginal": 0}, "variance of random sampling")
+    """u_s = alpha(s) u0_hat + std z: the DDPM posterior's std, but the last noise is forgotten (Zhang et al. 2024)."""
 
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
     ) -> tuple[Tensor, Tensor]:
         schedule = model.schedule
-        variance = schedule.variance(s)
-        if self.variance == "posterior":
-            beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
-            variance = beta * variance / schedule.variance(t)
+        beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
+        variance = beta * schedule.variance(s) / schedule.variance(t)
         return per_sample(schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(safe_sqrt(variance), u)
+
+
+@dataclass(frozen=True)
+class ConsistencySampling(GaussianRule):
+    """u_s = alpha(s) u0_hat + sigma(s) z: the estimate diffused anew (Song et al. 2023, algorithm 1)."""
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        std = safe_sqrt(model.schedule.variance(s))
+        return per_sample(model.schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(std, u)
 
 
 # torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
@@ -328,4 +327,5 @@ REVERSE_RULES: dict[str, type[ReverseRule]] = {
     "ode": ProbabilityFlow,
     "one-shot": OneShot,
     "random": RandomSampling,
+    "consistency": ConsistencySampling,
 }

@@ -17,6 +17,7 @@ from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
+from purify.transforms import set_mode
 
 if TYPE_CHECKING:
     from purify.diffusion.health import Health
@@ -64,13 +65,21 @@ def _from_learned_variance(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tens
     return Prediction(eps, variance)
 
 
-# v = alpha eps - sigma u0 (Salimans & Ho 2022); the score is grad log p_t(u_t) = -eps / sigma.
+def _from_velocity(output: Tensor, u: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+    return Prediction((u + alpha * output) / (alpha + sigma))
+
+
+# v = alpha eps - sigma u0 (Salimans & Ho 2022); the score is grad log p_t(u_t) = -eps / sigma. A flow network
+# (Liu et al. 2023) sees x = (1 - tau) u0 + tau z = u_t / (alpha + sigma) at tau = sigma / (alpha + sigma), and predicts
+# z - u0. A consistency function (Song et al. 2023) predicts where its path began.
 PREDICTIONS = {
     "eps": _from_eps,
     "score": _from_score,
     "x0": _from_x0,
     "v": _from_v,
     "learned_variance": _from_learned_variance,
+    "velocity": _from_velocity,
+    "consistency": _from_x0,
 }
 
 
@@ -124,11 +133,14 @@ class ScoreModel(nn.Module):
         schedule: the VP schedule that the network was trained on: a :class:`~purify.ContinuousVP`, for networks trained
             as DDPM a :class:`~purify.DiscreteVP`, or the name of one with its defaults: ``continuous``, ``linear``,
             ``cosine``.
-        prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked).
+        prediction: what the network returns: one of ``PREDICTIONS`` (``learned_variance``: eps and v stacked;
+            ``velocity``: z - u0 of flow matching on the straight path from images at time 0 to noise at 1;
+            ``consistency``: the image at the path's beginning).
         image_shape: (C, H, W) of the images, checked by the purifier; None: what the network says (see
             :func:`said_shape`), and where it says nothing, any.
         time_scale, time_offset: labels are ``max(t * time_scale - time_offset, 0)``. Default: for a discrete schedule
-            of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0).
+            of N steps N and 1 (0-based labels), for a continuous one 1000 and 0 (score_sde's networks: 999 and 0). For
+            ``velocity`` t stands for the path's time sigma / (alpha + sigma), whatever the schedule; 1000 and 0.
         autocast: run the network, and only it, in ``bfloat16`` or ``float16`` (a name or torch dtype) by
             ``torch.autocast``; see :func:`purify.diffusion.precision.evaluate`.
         classes: what a class-conditional network, called as ``network(u_t, labels, classes)``, is told: a
@@ -162,7 +174,8 @@ class ScoreModel(nn.Module):
         self.prediction = prediction
         self.given_shape = None if image_shape is None else check_shape(image_shape)
         self.image_shape = said_shape(network) if self.given_shape is None else self.given_shape
-        scale, offset = (float(schedule.steps), 1.0) if isinstance(schedule, DiscreteVP) else (1000.0, 0.0)
+        stepwise = isinstance(schedule, DiscreteVP) and prediction != "velocity"
+        scale, offset = (float(schedule.steps), 1.0) if stepwise else (1000.0, 0.0)  # type: ignore[attr-defined]
         self.time_scale = scale if time_scale is None else _number(time_scale, "time_scale")
         if self.time_scale <= 0:
             raise ValueError(f"time_scale must be positive, got {self.time_scale:g}; labels grow with time.")
@@ -185,6 +198,13 @@ class ScoreModel(nn.Module):
             check_autocast(self.network, name)
         self.autocast = name
 
+    def train(self, mode: bool = True) -> ScoreModel:
+        """As usual; an exported network keeps the mode of its export."""
+        self.training = mode
+        for network in self.children():
+            set_mode(network, mode)
+        return self
+
     @property
     def dtype(self) -> torch.dtype | None:
         """The network's floating type; None if it has no parameters."""
@@ -192,7 +212,11 @@ class ScoreModel(nn.Module):
 
     def labels(self, t: Tensor) -> Tensor:
         """Network labels for times ``t`` (N,), float64, differentiable in t."""
-        labels = (t.double() * self.time_scale - self.time_offset).clamp_min(0)
+        time = t.double()
+        if self.prediction == "velocity":
+            alpha, sigma = self.schedule.alpha(time), self.schedule.sigma(time)
+            time = sigma / (alpha + sigma)
+        labels = (time * self.time_scale - self.time_offset).clamp_min(0)
         whole = labels.detach().round()
         rounding = torch.where((whole - labels.detach()).abs() < 1e-6, whole - labels.detach(), 0.0)
         return labels + rounding
@@ -206,12 +230,22 @@ class ScoreModel(nn.Module):
         if not (isinstance(u, Tensor) and isinstance(t, Tensor)) or t.shape != u.shape[:1]:
             given = f"{short(u)} and {short(t)}"
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
+        alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        return self._to_prediction(self.output(u, t), u, alpha, sigma)
+
+    def output(self, u: Tensor, t: Tensor) -> Tensor:
+        """What the network itself says at u_t = ``u`` (N, C, H, W) and times ``t`` (N,); raises as :meth:`predict`."""
+        alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         with fitting(u, "The score network"):
             labels = self.labels(t).to(torch.promote_types(u.dtype, torch.float32))  # bfloat16 would make 1000 of 999
-            output = evaluate(self.network, u, labels, self.autocast, self.classes_for(u))
+            seen = self.seen(u, alpha, sigma)
+            output = evaluate(self.network, seen, labels, self.autocast, self.classes_for(u))
         self.check_output(output, u)
-        alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
-        return self._to_prediction(output.to(u.dtype), u, alpha, sigma)
+        return output.to(u.dtype)
+
+    def seen(self, u: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network is shown of u_t: itself, or for a flow its point of the straight path."""
+        return u / (alpha + sigma) if self.prediction == "velocity" else u
 
     def classes_for(self, u: Tensor) -> Tensor | None:
         """What the network is told with images u (N, C, H, W): of those it is bound to, or else of u itself."""

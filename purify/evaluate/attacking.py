@@ -26,7 +26,7 @@ from purify.evaluate.protocols.measure import Measured, check_protocols, measure
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
-from purify.evaluate.runner import Defence, Samples, check_together, evaluate
+from purify.evaluate.runner import Defence, Samples, check_clean, check_together, evaluate
 from purify.evaluate.selfchecks import health
 from purify.machine import set_threads
 from purify.named import check_device
@@ -128,9 +128,7 @@ class Prepared:
         """Attack and judge what the folder does not hold; returns how many records were added."""
         e = self.request.asked
         rows = self.request.max_rows
-        return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part
-        )
+        return evaluate(folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part)
 
     @property
     def protocol_names(self) -> tuple[str, ...]:
@@ -193,6 +191,8 @@ def prepare(asked: Evaluation) -> Prepared:
     check_together(defences, samples, asked.seed, known_classes(asked, data))
     for defence in defences:
         check_gradient(defence, samples.images)
+        if not isinstance(defence.model, DefendedClassifier):
+            check_clean(defence.name, defence.model, samples, data.num_classes, seed=asked.seed)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)

@@ -212,7 +212,7 @@ def build_purified(
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
     if not applicable:
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
-    weights = {**described(model_name(request), bare), "score_model": score_model.fingerprint()}
+    weights = {**described(model_name(request), bare), "score_model": built.score_model.fingerprint()}
     config = {**model.config(), **weights, "exact": built.exact, **gradient_facts(bare)}
     precision = FLOAT32 if e.precision == AUTO else e.precision  # which is chosen once all are built
     return Defence(title, model, applicable, request.budget.judge_draws, config, precision)

@@ -16,6 +16,8 @@ from purify.machine import seconds
 from purify.memory import free_bytes
 from purify.purification import cost
 from purify.purification.defended import DefendedClassifier
+from purify.purification.gradients import Checkpoint, Full
+from purify.purification.purifier import Purifier
 
 PATIENCE = 2.0  # seconds that a measurement may take before batches stop growing
 
@@ -87,17 +89,35 @@ def seconds_per_row(model: nn.Module, samples: Samples, rows: int, with_gradient
 def purified_times(
     model: DefendedClassifier, samples: Samples, rows: int, with_gradient: bool = True
 ) -> tuple[float, float]:
-    """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all."""
+    """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all.
+
+    A few steps fit into a memory budget that all of them may not: those that are recomputed are timed apart.
+    """
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
-    one, three = (model.with_purifier(cost.shortened(purifier, k)) for k in (1, 3))
-    short = times(one, samples, rows, with_gradient)
+    short = times(_shortened(model, 1), samples, rows, with_gradient)
     if steps <= rounds:
         return short
-    longer = times(three, samples, rows, with_gradient)
+    longer = times(_shortened(model, 3), samples, rows, with_gradient)
     more = min(3 * rounds, steps) - rounds
-    forward, gradient = (a + max(b - a, 0.0) * (steps - rounds) / more for a, b in zip(short, longer, strict=True))
-    return forward, gradient
+    forward, gradient = (max(b - a, 0.0) / more for a, b in zip(short, longer, strict=True))
+    left = steps - rounds
+    again = with_gradient and _budgeted(purifier)
+    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if again else 0
+    whole = short[1] + gradient * left
+    if recomputed:
+        anew = times(_shortened(model.with_gradient(Checkpoint()), 3), samples, rows)[1]
+        whole += recomputed * max(anew - longer[1], 0.0) / min(3 * rounds, steps)
+    return short[0] + forward * left, whole
+
+
+def _shortened(model: DefendedClassifier, steps: int) -> DefendedClassifier:
+    return model.with_purifier(cost.shortened(model.purifier, steps))
+
+
+def _budgeted(purifier: Purifier) -> bool:
+    """Whether the gradient keeps some step graphs and recomputes others."""
+    return isinstance(purifier.engine, Full | Checkpoint) and purifier.engine.memory_budget is not None
 
 
 def times(model: nn.Module, samples: Samples, rows: int, with_gradient: bool = True) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
-from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
+from purify.evaluate.metrics import CRITERIA, Estimate, summarize, wilson, worst_case
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
@@ -161,9 +161,7 @@ def evaluate(
     return new
 
 
-def check_together(
-    defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None
-) -> None:
+def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None) -> None:
     """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
 
     ``classes``: of the data; a model of fewer is refused, one of more gets a warning.
@@ -176,6 +174,20 @@ def check_together(
         check_classes(defence.name, k, classes)
         check_labels(samples.labels, len(samples), k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
+
+
+@torch.no_grad()
+def check_clean(name: str, model: nn.Module, samples: Samples, classes: int, most: int = 64, seed: int = 0) -> None:
+    """Warn if a model without randomness is hardly better than guessing on the first images as they are."""
+    few = samples[torch.arange(min(most, len(samples)))]
+    ids = few.ids.to(few.images.device)
+    right = int((keyed(model, seed, name)(few.images, ids, torch.zeros_like(ids)).argmax(1) == few.labels).sum())
+    if wilson(right, len(few)).high < 2 / classes:
+        warnings.warn(
+            f"{name} is right on {right} of {len(few)} clean images, hardly more than guessing: does it expect images "
+            "that are normalised, or other classes? It gets them in [0, 1].",
+            stacklevel=2,
+        )
 
 
 def check_classes(name: str, found: int | None, classes: int | None) -> None:

@@ -175,9 +175,7 @@ def densepure(order: Order) -> list[System]:
     size = {"votes": c.votes, "steps": c.reverse_steps}
     build = partial(dense_smoothing, votes=c.votes, steps=c.reverse_steps)
     return [
-        System(
-            f"densepure {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **size, **d.networks}
-        )
+        System(f"densepure {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **size, **d.networks})
         for d in gaussian(order, build)
         for s in d.scales
     ]
@@ -337,7 +335,6 @@ class Ready:
         context = {"schema": SCHEMA, "config": folder.config, "preset": self.order.asked.budget}
         write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
         return found
-
 
     def linf(self, found: Mapping[str, Summary]) -> dict[str, Summary]:
         """What the certificates say in L_inf at the radii asked for; nothing if none were."""

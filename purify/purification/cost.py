@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from purify.purification.gradients import fillable, saved_bytes
 from purify.purification.guidance import Guide
-from purify.purification.process import ReverseStep
+from purify.purification.process import ReverseStep, Step
 from purify.purification.purifier import Purifier, twin
+from purify.purification.scorenorm import Total
 
 
 def most_steps(purifier: Purifier) -> int:
@@ -25,12 +28,36 @@ def shortened(purifier: Purifier, steps: int) -> Purifier:
 
 
 def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:
-    """Bytes of step graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once."""
-    steps = sum(purifier.most_steps_by_round(purifier.engine.shorter(len(purifier.rounds))))
-    if steps == 0:
-        return 0
-    held = purifier.engine.held(rows * graph_bytes(purifier, x), steps, fillable(x.device))
-    return held + rows * rebuilt_bytes(purifier, x)
+    """Bytes of graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once, about.
+
+    Those of reverse steps, the image before every step that is recomputed, what guidance holds, and the graphs of a
+    noise level that is computed by the network: kept through the backward pass of the steps, or built again after it.
+    """
+    engine, free = purifier.engine, fillable(x.device)
+    steps = sum(purifier.most_steps_by_round(engine.shorter(len(purifier.rounds))))
+    chain = 0
+    if steps > 0:
+        step = linear(lambda x: graph_bytes(purifier, x), x, rows)
+        recomputed = steps - engine.kept(step, steps, free) if engine.keeps_states else 0
+        chain = engine.held(step, steps, free) + recomputed * rows * purifier.resized(x).nbytes
+        chain += linear(lambda x: rebuilt_bytes(purifier, x), x, rows)
+    term, terms = level_bytes(purifier, x, rows)
+    return max(term * engine.kept(term, terms, free) + chain, engine.held(term, terms, free))
+
+
+def kept_steps(purifier: Purifier, x: Tensor, rows: int) -> int:
+    """Reverse steps whose graphs a gradient of ``rows`` images like x (1, C, H, W) keeps; it recomputes the others."""
+    step = linear(lambda x: graph_bytes(purifier, x), x, rows)
+    return purifier.engine.kept(step, most_steps(purifier), fillable(x.device))
+
+
+def linear(measure: Callable[[Tensor], int], x: Tensor, rows: int) -> int:
+    """What ``measure`` would be of ``rows`` images like x (1, C, H, W), by what it is of one and of two.
+
+    Not all that a graph keeps grows with its batch: turned weights do not.
+    """
+    one, two = measure(x), measure(x.repeat(2, 1, 1, 1))
+    return one + (rows - 1) * max(two - one, 0)
 
 
 def graph_bytes(purifier: Purifier, x: Tensor) -> int:
@@ -47,6 +74,32 @@ def rebuilt_bytes(purifier: Purifier, x: Tensor) -> int:
     if isinstance(step.look, Guide) and step.look.guidance.second_order and step.look.guidance.scale != 0:
         built.append(step.look.rebuilt(model, step.t))
     return of_input + max((saved_bytes(build, state)[1] for build in built if build is not None), default=0)
+
+
+def level_bytes(purifier: Purifier, x: Tensor, rows: int) -> tuple[int, int]:
+    """Bytes of the graph of one of the network evaluations that the noise level of ``rows`` images sums up, and how
+    many these are; both 0 where it asks no network."""
+    found: list[tuple[int, int, torch.Size]] = []
+
+    def measure(terms: Sequence[Step], u: Tensor) -> Tensor:
+        results = [saved_bytes(term, u) for term in terms]
+        found.append((sum(size for _, size in results), len(terms), results[0][0].shape))
+        return torch.stack([result for result, _ in results]).sum(0)
+
+    def count(terms: Sequence[Step], u: Tensor) -> Tensor:
+        found.append((0, len(terms), torch.Size()))
+        return u.new_zeros(len(u), *found[0][2][1:])
+
+    def ask(n: int, total: Total) -> None:
+        u = (2 * purifier.resized(x.expand(n, *x.shape[1:])) - 1).requires_grad_()
+        purifier.level.statistic(purifier.score_model, u, purifier.noise(n, x.device, range(n), 0, 0), total)
+
+    ask(1, measure)
+    if not found:
+        return 0, 0
+    ask(rows, count)
+    (size, _, _), (_, terms, _) = found
+    return rows * size // terms, terms
 
 
 def _first_step(purifier: Purifier, x: Tensor) -> tuple[ReverseStep, Tensor]:

@@ -26,6 +26,7 @@ from purify.purification.gradients import GradientEngine
 from purify.purification.outcomes import Details
 from purify.purification.plans import FixedSteps
 from purify.purification.purifier import Purifier, twin
+from purify.transforms import run_eagerly, set_mode
 
 
 def mean_logits(logits: Tensor) -> Tensor:
@@ -119,6 +120,13 @@ class DefendedClassifier(nn.Module):
         self.image_shape = None if image_shape is None else check_shape(image_shape)
         self.eval()
 
+    def train(self, mode: bool = True) -> DefendedClassifier:
+        """As usual; an exported classifier keeps the mode of its export."""
+        self.training = mode
+        for part in (self.classifier, self.purifier):
+            set_mode(part, mode)
+        return self
+
     def forward(
         self,
         x: Tensor,
@@ -143,6 +151,11 @@ class DefendedClassifier(nn.Module):
         deviation: bool = False,
     ) -> Details:
         """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
+        return run_eagerly(self._details, x, sample_ids, draw, seed, deviation)
+
+    def _details(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Details:
         check_eval(self.classifier, "attacking it")
         check_images(x)
         if self.image_shape is not None and tuple(x.shape[1:]) != self.image_shape:

@@ -76,12 +76,19 @@ class GradientEngine(ABC):
         """What a gradient goes through of a process of so many rounds; None: all of it."""
         return None
 
-    def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
-        """Bytes of step graphs that a gradient through ``steps`` steps holds at once, if one has ``step_bytes``.
+    keeps_states: ClassVar[bool] = False  # whether the image before every step stays until the backward pass
 
-        ``free``: bytes that it may fill under the budget ``auto``.
+    def kept(self, step_bytes: int, steps: int, free: int = 0) -> int:
+        """How many of ``steps`` step graphs of ``step_bytes`` bytes stay until the backward pass.
+
+        ``free``: bytes that they may fill under the budget ``auto``.
         """
-        return step_bytes
+        return 0
+
+    def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
+        """Bytes of step graphs that a gradient through them holds at once: those kept, and one that is built again."""
+        kept = self.kept(step_bytes, steps, free)
+        return step_bytes * (kept + (kept < steps))
 
     def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
         """Raise ValueError if the engine cannot differentiate ``task``."""
@@ -169,6 +176,7 @@ class _Budgeted(GradientEngine):
 
     memory_budget: int | str | None = None
 
+    keeps_states: ClassVar[bool] = True
     unbounded: ClassVar[Evaluate]
 
     def __post_init__(self) -> None:
@@ -182,12 +190,11 @@ class _Budgeted(GradientEngine):
     def _run(self, process: Process, u: Tensor) -> Tensor:
         return process.run(u, self._evaluate(process.batch_sizes(), u.device))
 
-    def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
-        everything = step_bytes * steps
+    def kept(self, step_bytes: int, steps: int, free: int = 0) -> int:
         if self.memory_budget is None:
-            return everything if type(self).unbounded is keep else step_bytes
+            return steps if type(self).unbounded is keep else 0
         budget = max(free - AUTO_LEFT * step_bytes, 0) if self.memory_budget == AUTO else int(self.memory_budget)
-        return min(everything, budget + step_bytes)
+        return min(steps, budget // step_bytes) if step_bytes else steps
 
     def total(self, terms: Sequence[Step], u: Tensor) -> Tensor:
         evaluate = self._evaluate([len(u)] * len(terms), u.device)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.answers import as_logits
-from purify.checks import choose, is_number
+from purify.checks import NO_GRADIENT, choose, fitting, is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
 from purify.purification.conditioning import Conditioning, check_true_or_false
@@ -285,19 +285,38 @@ class AdversarialGuidance(Guidance):
         network, seen = self.auxiliary, []
         assert network is not None
         if self.layer is None:
-            return _tensor(as_logits(network((u + 1) / 2)), "The auxiliary network")
+            return _tensor(as_logits(_asked(network, u)), "The auxiliary network")
 
         def see(module: nn.Module, arguments: Any, output: Any) -> None:
             seen.append(_tensor(output, f"Layer {self.layer!r}").clone())  # what follows may work in place
 
         handle = network.get_submodule(self.layer).register_forward_hook(see)
         try:
-            network((u + 1) / 2)
+            _asked(network, u)
         finally:
             handle.remove()
         if not seen:
             raise ValueError(f"Layer {self.layer!r} of the auxiliary network does not run; name another.")
         return seen[-1]
+
+
+def _asked(network: nn.Module, u: Tensor) -> Any:
+    """What the network returns for images in [-1, 1] space.
+
+    Raises:
+        ValueError: it cannot take them, or leaves autograd.
+    """
+    x = (u + 1) / 2
+    try:
+        with fitting(x, "The auxiliary network"):
+            return network(x)
+    except ValueError as error:
+        if NO_GRADIENT not in str(error):
+            raise
+        raise ValueError(
+            "The auxiliary network leaves autograd (numpy or ONNX inside), and guidance is a gradient of it; take a "
+            "network of torch."
+        ) from error
 
 
 def _tensor(output: Any, what: str) -> Tensor:

@@ -37,6 +37,7 @@ from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
 from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
+from purify.transforms import func_in_words, readable, run_eagerly
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
@@ -175,6 +176,11 @@ class Purifier(nn.Module):
             ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
                 guidance in inference mode; NaN or infinity on the way, with the first network, layer, step and time.
         """
+        return run_eagerly(self._purify, x, sample_ids, draw, seed, deviation)
+
+    def _purify(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Purified:
         if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
@@ -191,7 +197,8 @@ class Purifier(nn.Module):
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u) if deviation else unwatched
-        purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        with func_in_words():
+            purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
         self._check_numbers(purified, statistic, u, noise)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
@@ -202,7 +209,7 @@ class Purifier(nn.Module):
     def _check_numbers(self, purified: Tensor, statistic: Tensor, u: Tensor, noise: Noise) -> None:
         """Raise ValueError if a noise level or a purified image is no number; says where it stopped to be one."""
         bad = broken(purified) | ~statistic.detach().isfinite()
-        if bool(bad.any()):
+        if readable(bad) and bool(bad.any()):
             raise ValueError(faults.sentence(self, u.detach(), noise, int(bad.nonzero()[0, 0])))
 
     def _nothing(self, x: Tensor) -> Purified:

@@ -68,7 +68,7 @@ def build(recipe: Recipe) -> nn.Module:
     network = build_network(recipe.architecture, recipe.hyper.seed)
     if recipe.kind == "classifier":
         return network
-    return ScoreModel(network, ContinuousVP(), image_shape=DATASETS[recipe.dataset].shape)
+    return ScoreModel(network, ContinuousVP(), recipe.prediction, image_shape=DATASETS[recipe.dataset].shape)
 
 
 def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import TinyClassifier, TinyConvolutions, smooth_model
 from test_attacks import Linear
 from torch import nn
 
@@ -223,7 +223,7 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
     for name, preset in PURIFIERS.items():
         for level in ("constant", "ssni-l") if name in ("diffpure", "agdm") else ("constant",):
             rule = 0.3 if level == "constant" else LEVELS[level](0.3, found)
-            options = {"auxiliary": TinyClassifier(size=4)} if name in ("agdm", "heterogeneous") else {}
+            options = {"auxiliary": TinyConvolutions()} if name in ("agdm", "heterogeneous") else {}
             options |= {"scale": 1.0} if name == "gdmp" else {}
             model = DefendedClassifier(TinyClassifier(), preset(score_model, rule, 3, "ddpm", **options))
             result = Adaptive("Linf", 0.1, calls=200)(model, images[:2], labels[:2])
@@ -356,3 +356,22 @@ def test_progress_and_convergence_know_it(images, labels):
     assert attack.budget() == {"attack": "adaptive", "norm": "Linf", "eps": 0.1, "calls": 600}
     with pytest.raises(ValueError, match="network calls"):
         Adaptive("Linf", 0.1, calls=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "mse", "rounds"])
+def test_answers_of_the_whole_process_are_counted(name, images, labels):
+    """Against a hook that sees every model's answers, those of the shorter process among them."""
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    seen = torch.zeros(7, 2, dtype=torch.long)
+
+    def see(module, args, kwargs, logits):
+        if module.purifier.plan == model.purifier.plan:
+            for i, answer in zip(kwargs["sample_ids"].tolist(), logits.argmax(1).tolist(), strict=True):
+                seen[i] += torch.tensor([1, int(answer != labels[i])])
+
+    model.register_forward_hook(see, with_kwargs=True)
+    attack = Adaptive("Linf", 0.2, calls=2500)
+    found = attack.run(model, images, labels, IDS, 3).submitted
+    assert found.asked.tolist() == seen[:, 0].tolist()
+    assert found.wrong.tolist() == seen[:, 1].tolist()
+    assert 0 < found.asked.max() <= attack.answers(model)

@@ -24,7 +24,7 @@ def script():
 
 def complete(script, cwd, *words):
     """What bash offers for the last word."""
-    ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_purify; echo \"${{COMPREPLY[*]}}\""
+    ask = f'COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _shtab_purify; echo "${{COMPREPLY[*]}}"'
     done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], cwd=cwd, capture_output=True, text=True, check=True)
     return done.stdout.split()
 

@@ -10,7 +10,15 @@ from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
 from purify.diffusion.noise import Noise
-from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow, RandomSampling
+from purify.diffusion.reverse import (
+    DDIM,
+    Ancestral,
+    ConsistencySampling,
+    EulerMaruyama,
+    OneShot,
+    ProbabilityFlow,
+    RandomSampling,
+)
 from purify.presets import diffpure
 from purify.purification.plans import FixedSteps, StepFactory
 
@@ -107,14 +115,14 @@ def test_ddim_with_eta_1_is_the_ddpm_posterior():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variance", ["posterior", "marginal"])
-def test_random_sampling_is_ddpm_without_the_last_noise_or_diffuses_the_estimate(variance):
+@pytest.mark.parametrize("rule", [RandomSampling(), ConsistencySampling()])
+def test_random_sampling_is_ddpm_without_the_last_noise_and_consistency_diffuses_the_estimate(rule):
     """Under s = 0 it is one-shot; DiffAP's step is the DDPM posterior's without its multiple of the predicted noise."""
     model, (u, z) = smooth_model(torch.float64), torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
     t, s = torch.tensor([0.1, 0.5, 0.02]).double(), torch.tensor([0.05, 0.1, 0.0]).double()
     column = lambda x: x.reshape(-1, 1, 1, 1)  # noqa: E731
-    found, schedule = RandomSampling(variance)(model, u, t, s, z), model.schedule
-    if variance == "marginal":
+    found, schedule = rule(model, u, t, s, z), model.schedule
+    if isinstance(rule, ConsistencySampling):
         expected = column(schedule.alpha(s)) * model.denoise(u, t) + column(schedule.sigma(s)) * z
     else:
         mean, std = Ancestral().moments(model, model.predict(u, t), u, t, s)
@@ -124,7 +132,15 @@ def test_random_sampling_is_ddpm_without_the_last_noise_or_diffuses_the_estimate
     torch.testing.assert_close(found[2], model.denoise(u, t)[2])
 
 
-RULES = [EulerMaruyama(), Ancestral(), DDIM(0.5), ProbabilityFlow("rk4"), OneShot(), RandomSampling()]
+RULES = [
+    EulerMaruyama(),
+    Ancestral(),
+    DDIM(0.5),
+    ProbabilityFlow("rk4"),
+    OneShot(),
+    RandomSampling(),
+    ConsistencySampling(),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -9,6 +9,8 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, ScoreModel, diffpure
+from purify.diffusion.health import times_of
+from purify.diffusion.reverse import DDIM
 
 MEAN = torch.tensor([0.2, -0.1, 0.4, 0.0])
 COVARIANCE = 0.1 * torch.eye(4) + 0.05
@@ -27,6 +29,7 @@ class As(nn.Module):
         alpha, sigma = (c.reshape(-1, 1, 1, 1) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
         x0 = (u - sigma * eps) / alpha
         return {
+            "consistency": x0,
             "eps": eps,
             "score": -eps / sigma,
             "x0": x0,
@@ -35,9 +38,21 @@ class As(nn.Module):
         }[self.prediction]
 
 
-@pytest.mark.parametrize("prediction", ["eps", "score", "x0", "v", "learned_variance"])
+class Flow(nn.Module):
+    """The exact Gaussian model as the mean velocity on the straight path from images at 0 to noise at 1."""
+
+    def forward(self, x, labels):
+        tau = (labels / 1000).reshape(-1, 1, 1, 1)
+        total = (1 - tau[..., 0]) ** 2 * COVARIANCE.double() + tau[..., 0] ** 2 * torch.eye(4)
+        residual = x.flatten(1) - (1 - tau.flatten(1)) * MEAN.double()
+        whitened = torch.linalg.solve(total, residual)
+        noise, image = tau.flatten(1) * whitened, (1 - tau.flatten(1)) * whitened @ COVARIANCE.double() + MEAN.double()
+        return (noise - image).reshape(x.shape)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score", "x0", "v", "learned_variance", "consistency", "velocity"])
 def test_parametrisations_agree_with_the_analytic_posterior(prediction):
-    model = ScoreModel(As(prediction), ContinuousVP(), prediction)
+    model = ScoreModel(Flow() if prediction == "velocity" else As(prediction), ContinuousVP(), prediction)
     u = torch.randn(6, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0.01, 0.9, 6, dtype=torch.float64)
     for i in range(6):
@@ -48,6 +63,20 @@ def test_parametrisations_agree_with_the_analytic_posterior(prediction):
         torch.testing.assert_close(model.denoise(u, t)[i].flatten(), MEAN.double() + gain @ residual)
         torch.testing.assert_close(model.score(u, t)[i].flatten(), -torch.linalg.inv(total) @ residual)
     torch.testing.assert_close(model.eps(u, t), -model.score(u, t) * model.schedule.sigma(t).reshape(-1, 1, 1, 1))
+
+
+def test_a_flow_is_the_same_under_every_schedule():
+    """Its network sees a point of the straight path, whatever the clock; a DDIM step is one of Euler's on that path."""
+    u = torch.randn(6, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tau, end = torch.linspace(0.1, 0.8, 6, dtype=torch.float64), 0.05
+    x = {}
+    for schedule in (ContinuousVP(), DiscreteVP.cosine(), DiscreteVP.linear()):
+        model = ScoreModel(Flow(), schedule, "velocity")
+        t, s = (times_of(schedule, (r / (1 - r)).tolist()) for r in (tau, torch.full((6,), end)))
+        column = lambda c: c.reshape(-1, 1, 1, 1)  # noqa: E731
+        length, last = (column(schedule.alpha(a) + schedule.sigma(a)) for a in (t, s))
+        x[schedule] = DDIM(0.0)(model, u * length, t, s, None) / last
+        torch.testing.assert_close(x[schedule], u + column(end - tau) * Flow()(u, 1000 * tau), rtol=1e-8, atol=1e-8)
 
 
 def test_learned_variance_is_kept_and_its_channels_are_checked():
@@ -139,7 +168,9 @@ def test_settings_of_other_names_and_types_are_refused(settings, message):
 
 
 def test_unknown_prediction():
-    with pytest.raises(ValueError, match="Unknown prediction 'noise'; known: eps, learned_variance, score, v, x0"):
+    with pytest.raises(
+        ValueError, match="Unknown prediction 'noise'; known: consistency, eps, learned_variance, score"
+    ):
         ScoreModel(SmoothNet(), ContinuousVP(), "noise")
 
 

@@ -8,7 +8,7 @@ from purify import DefendedClassifier, Purifier, diffpure
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.cli.attack import main
 from purify.evaluate import Defence, Samples, dryrun
-from purify.purification.cost import graph_bytes, held_bytes
+from purify.purification.cost import graph_bytes, held_bytes, linear
 from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 PLAIN = {
@@ -78,8 +78,25 @@ def test_few_steps_and_several_rounds_add_up(steps, rounds, images, monkeypatch)
 
     monkeypatch.setattr(dryrun, "times", measured)
     purifier = Purifier(smooth_model(), 0.2, "ddpm", steps, rounds=rounds)
-    found = dryrun.purified_times(DefendedClassifier(TinyClassifier(), purifier), None, 10)
+    samples = Samples(images, torch.zeros(7).long(), torch.arange(7))
+    found = dryrun.purified_times(DefendedClassifier(TinyClassifier(), purifier), samples, 10)
     assert found == pytest.approx((0.001 + 0.002 * steps * rounds, 0.003 + 0.005 * steps * rounds))
+
+
+@pytest.mark.parametrize(("kept", "gradient"), [(12, 0.063), (5, 0.063 + 7 * 0.002), (0, 0.063 + 12 * 0.002)])
+def test_steps_that_a_budget_recomputes_take_longer(kept, gradient, images, monkeypatch):
+    """7 ms, where a step that is kept takes 5."""
+
+    def measured(model, samples, rows):
+        steps, anew = model.purifier.plan.steps, model.purifier.engine == Checkpoint()
+        return 0.001 + 0.002 * steps, 0.003 + (0.007 if anew else 0.005) * steps
+
+    monkeypatch.setattr(dryrun, "times", measured)
+    purifier = diffpure(smooth_model(), 0.2, 12, "ddpm")
+    budget = kept * linear(lambda x: graph_bytes(purifier, x), images[:1], 10)
+    model = DefendedClassifier(TinyClassifier(), purifier).with_gradient(Full(memory_budget=budget))
+    samples = Samples(images, torch.zeros(7).long(), torch.arange(7))
+    assert dryrun.purified_times(model, samples, 10) == pytest.approx((0.025, gradient))
 
 
 def test_batches_grow_until_they_take_long(images, monkeypatch):
@@ -125,7 +142,8 @@ def test_memory_of_a_surrogate_is_that_of_its_rounds_and_steps(budget, steps, im
     short = purifier.process(t, noise, engine.shorter(3))
     u = (2 * images - 1).requires_grad_()
     whole = saved_bytes(lambda v: Full()(lambda _: short, v), u)[1]
-    assert held_bytes(purifier, images[:1], 7) == pytest.approx(steps / 6 * whole, rel=0.1)
+    states = 0 if steps == 6 else 6 * images.nbytes  # before the steps that are recomputed
+    assert held_bytes(purifier, images[:1], 7) == pytest.approx(steps / 6 * whole + states, rel=0.1)
 
 
 def test_memory_is_that_of_the_attack_that_takes_most(images):

@@ -409,7 +409,10 @@ def test_the_verdict_says_where_no_gradient_attack_was_run():
     ]
     found = {d.name: {"clean": half, "worst case": half} for d in defences}
     lines = report.verdict(found, defences, "Linf eps 0.1", "4 images").splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines if "no gradient attack was run on it" in line] == ["blind"]
+    assert [line.split(":")[0].strip() for line in lines if "no gradient attack was run on it" in line] == [
+        "undefended",
+        "blind",
+    ]
 
 
 def test_an_evaluation_has_one_bar(tmp_path, capsys):

@@ -12,7 +12,7 @@ from conftest import SmoothNet
 from torch import nn
 
 from purify import ContinuousVP, DefendedClassifier, ScoreModel, diffpure
-from purify.attacks import PGD, RandomNoise
+from purify.attacks import PGD, Adaptive, RandomNoise
 from purify.attacks.pgd import margin_loss
 from purify.cli.attack import main
 from purify.diffusion.noise import derive_seed
@@ -140,6 +140,23 @@ def test_in_loop_counts_every_answer_to_every_iterate(measured):
         assert answers[i]["predictions"] == torch.cat(alone).tolist()
     survive = [set(answers[i]["predictions"]) == {int(labels[i])} for i in range(N)]
     assert line(found, "in-loop").clean.value == pytest.approx(np.mean(survive))
+
+
+def test_in_loop_with_an_attack_that_stops_early(tmp_path):
+    """The adaptive attack asks some images less: so is the clean image compared."""
+    (_, defence), samples = toy()
+    defence = replace(defence, attacks=[Adaptive("Linf", 0.3, calls=2400)])
+    with opened(tmp_path) as folder:
+        evaluate(folder, [defence], samples, SEED, 4, progress=False)
+        found = measure_protocols(folder, [defence], samples, ("in-loop",), EFFORT, progress=False)
+    counts = records(tmp_path, "adaptive", own=False)
+    asked = [counts[i]["submitted"] for i in range(N)]
+    assert max(asked) == defence.attacks[0].answers(defence.model) > min(asked) > 0
+    answers = records(tmp_path, f"in-loop clean x {max(asked)}")
+    right = [set(answers[i]["predictions"][: asked[i]]) == {answers[i]["label"]} for i in range(N)]
+    shown = line(found, "in-loop", f"right in all {min(asked)} to {max(asked)} answers to the iterates of adaptive")
+    assert shown.clean.value == pytest.approx(np.mean(right))
+    assert shown.accuracy.value == pytest.approx(np.mean([counts[i]["submitted_wrong"] == 0 for i in range(N)]))
 
 
 def test_a_run_that_did_not_count_its_iterates_has_its_attack_run_again(measured, tmp_path):
@@ -302,6 +319,6 @@ def test_the_command_adds_protocols_to_a_run_that_has_ended(tmp_path, capsys):
     markdown, page = ((tmp_path / "board" / name).read_text() for name in ("leaderboard.md", "index.html"))
     for text in (markdown, page):
         assert "What the number means" in text
-        assert text.count("right in all 6 answers, to every iterate of pgd-eot 2") == 1
+        assert text.count("right in all 6 answers to the iterates of pgd-eot") == 1
     assert main([*tiny, "--protocol", "deterministic", "--dry-run"]) == 0
     assert "Protocols: about" in capsys.readouterr().out

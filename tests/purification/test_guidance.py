@@ -199,7 +199,7 @@ def test_a_layer_before_one_that_works_in_place(images):
     ("network", "layer", "message"),
     [
         (nn.Sequential(TinyClassifier()), None, None),
-        (type("Dict", (TinyClassifier,), {"forward": lambda self, x: {"logits": x}})(), None, "it returned dict"),
+        (type("Dict", (TinyClassifier,), {"forward": lambda self, x: {"scores": x}})(), None, "it returned dict"),
         (type("Idle", (TinyClassifier,), {"forward": lambda self, x: x})(), "layers", "'layers' .* does not run"),
     ],
 )

@@ -164,7 +164,10 @@ def test_bad_images(x, message, purifications):
         (lambda: diffpure(smooth_model(), 1.1), r"t_star must lie in \(0, 1\]"),
         (lambda: diffpure(smooth_model(), 0.1, 0), "steps must be a whole number"),
         (lambda: diffpure(smooth_model(), 0.1, 2.5), "steps must be a whole number"),
-        (lambda: diffpure(smooth_model(), reverse="heun"), "Unknown reverse rule 'heun'; known: ddim, ddpm, ode"),
+        (
+            lambda: diffpure(smooth_model(), reverse="heun"),
+            "Unknown reverse rule 'heun'; known: consistency, ddim, ddpm",
+        ),
         (lambda: diffpure(smooth_model(), variant="mine"), "Unknown DiffPure variant"),
         (lambda: diffpure(smooth_model(), reverse="one-shot"), "steps=1"),
         (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "t_end = 0.2 must be smaller than a step"),

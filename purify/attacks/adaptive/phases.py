@@ -33,6 +33,7 @@ class Phase:
         mix: another network whose gradient is added.
         kept: iterates of its second half, the last included, that may be chosen.
         clean: whether it starts at the clean image, whose noise level is small, whatever the others start from.
+        whole: whether its iterates are answered by the very model that is attacked.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Phase:
     mix: Mix | None = None
     kept: int = 4
     clean: bool = False
+    whole: bool = False
 
     @cached_property
     def calls(self) -> int:
@@ -113,9 +115,9 @@ def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
     stage = _stage(short, CLIMB_SHORT * budget, int(CHOOSE_SHORT * budget / forward), given, 0)
     yield stage
     climb = replace(climb, step_size=climb.eps / 2)
-    full = [Phase("exact", model, climb)]
+    full = [Phase("exact", model, climb, whole=True)]
     if model.guided:
-        full.append(Phase("first-order", first_order(model), climb, mix))
+        full.append(Phase("first-order", first_order(model), climb, mix, whole=True))
     if model.level_varies:
         full.append(lower(Phase("level", model, climb)))
     yield _stage(full, CLIMB_FULL * budget, int(CHOOSE_FULL * budget / forward), 1, stage.race.draws)
