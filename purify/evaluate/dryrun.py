@@ -88,7 +88,7 @@ def seconds_per_row(model: nn.Module, samples: Samples, rows: int) -> tuple[floa
 def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all.
 
-    A few steps fit into a memory budget that all of them may not: those that are recomputed are timed apart.
+    A few steps fit into a memory budget that all of them may not: those that are recomputed cost a forward pass more.
     """
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
@@ -100,11 +100,7 @@ def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tu
     forward, gradient = (max(b - a, 0.0) / more for a, b in zip(short, longer, strict=True))
     left = steps - rounds
     recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if _budgeted(purifier) else 0
-    whole = short[1] + gradient * left
-    if recomputed:
-        anew = times(_shortened(model.with_gradient(Checkpoint()), 3), samples, rows)[1]
-        whole += recomputed * max(anew - longer[1], 0.0) / min(3 * rounds, steps)
-    return short[0] + forward * left, whole
+    return short[0] + forward * left, short[1] + gradient * left + recomputed * forward
 
 
 def _shortened(model: DefendedClassifier, steps: int) -> DefendedClassifier:
