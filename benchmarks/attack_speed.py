@@ -42,9 +42,7 @@ def build_works(args: argparse.Namespace, x: Tensor, y: Tensor) -> dict[str, Cal
     eps = DATASETS["digits"].eps["Linf"]
     frozen, thawed = defended(args), defended(args).requires_grad_(True)
     ours = PGD("Linf", eps, steps=args.steps, eot=args.eot, loss="ce", max_rows=args.max_rows)
-    peer, peer_weights = (
-        torchattacks.EOTPGD(model, eps, eps / 4, args.steps, args.eot) for model in (frozen, thawed)
-    )
+    peer, peer_weights = (torchattacks.EOTPGD(model, eps, eps / 4, args.steps, args.eot) for model in (frozen, thawed))
     return {OURS: lambda: ours(frozen, x, y), PEER: lambda: peer(x, y), PEER_WEIGHTS: lambda: peer_weights(x, y)}
 
 

@@ -32,9 +32,7 @@ def busy(folder: Path, processes: int) -> float:
     records = [r for r in map(json.loads, lines) if r["defence"] == "diffpure"]
     spent = {s: sum(r["seconds"] for r in records if r["sample"] == s) for s in {r["sample"] for r in records}}
     ids = torch.tensor(sorted(spent))
-    return max(
-        sum(spent[int(i)] for i in ids[share(ids, BATCH, rank, processes)]) for rank in range(processes)
-    )
+    return max(sum(spent[int(i)] for i in ids[share(ids, BATCH, rank, processes)]) for rank in range(processes))
 
 
 def measure(processes: int, threads: int, n: int, folder: Path) -> float:

@@ -4,15 +4,33 @@ from typing import TYPE_CHECKING, Any
 
 from purify import compat
 from purify.checkpoints import load_score_model
+from purify.diffusion.langevin import Langevin
 from purify.diffusion.noise import Noise, derive_seed
 from purify.diffusion.schedule import ContinuousVP, DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.networks.edm import EDMDenoiser
-from purify.presets import PURIFIERS, agdm, diffpure, gdmp, gns
+from purify.presets import (
+    PURIFIERS,
+    agdm,
+    diffap,
+    diffpure,
+    freqpure,
+    gdmp,
+    gns,
+    heterogeneous,
+    langevin,
+    likelihood,
+    mimicdiffusion,
+)
+from purify.purification.blackbox import BlackBox, BPDAClassifier
 from purify.purification.defended import DefendedClassifier
+from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
+from purify.purification.heterogeneous import HeterogeneousNoise
 from purify.purification.levels import Constant, SSNILinear, SSNISigmoid
-from purify.purification.plans import FixedDt, FixedSteps
+from purify.purification.likelihood import LikelihoodAscent
+from purify.purification.plans import FixedDt, FixedSteps, Held
+from purify.purification.pulled import ManhattanPull, MediatorPull
 from purify.purification.purifier import Purifier
 from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
@@ -37,6 +55,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "PURIFIERS",
     "AdversarialGuidance",
+    "BPDAClassifier",
+    "BlackBox",
     "Calibration",
     "Certification",
     "Constant",
@@ -47,7 +67,14 @@ __all__ = [
     "Evaluation",
     "FixedDt",
     "FixedSteps",
+    "FrequencyProjection",
+    "Held",
+    "HeterogeneousNoise",
+    "Langevin",
+    "LikelihoodAscent",
     "MSEGuidance",
+    "ManhattanPull",
+    "MediatorPull",
     "Noise",
     "Purifier",
     "SSIMGuidance",
@@ -58,9 +85,15 @@ __all__ = [
     "agdm",
     "calibrate",
     "derive_seed",
+    "diffap",
     "diffpure",
+    "freqpure",
     "gdmp",
     "gns",
+    "heterogeneous",
+    "langevin",
+    "likelihood",
     "load_score_model",
+    "mimicdiffusion",
     "wrap",
 ]

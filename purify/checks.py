@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purify.transforms import readable
+
 T = TypeVar("T")
 
 
@@ -66,6 +68,8 @@ def check_images(x: Tensor, shape: tuple[int, ...] | None = None, dtype: torch.d
         )
     if x.numel() == 0:
         return
+    if not readable(x):
+        return
     low, high = torch.aminmax(x.detach())
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise ValueError("Images contain NaN or infinite values; check the loading or the attack.")
@@ -87,19 +91,25 @@ def check_labels(y: Tensor, n: int, num_classes: int | None = None) -> None:
 
 
 # The same in both modes; some models (RobustBench's composite ones) do not hand their mode on to these.
-_MODELESS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+_MODELESS = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Softmax, nn.Sigmoid)
+
+# A graph's own mode changes nothing, and that of an exported program cannot be set.
+_GRAPHS = ("torch.export", "torch.fx")
 
 
 def check_eval(classifier: nn.Module, before: str) -> None:
     """Raise ValueError if a part of the classifier whose answer depends on it is in train mode."""
-    if any(m.training for m in classifier.modules() if type(m) not in _MODELESS):
+    parts = (m for m in classifier.modules() if type(m) not in _MODELESS)
+    if any(m.training for m in parts if not type(m).__module__.startswith(_GRAPHS)):
         raise ValueError(f"The classifier is in train mode; call classifier.eval() before {before}.")
 
 
 def check_weights(network: nn.Module, what: str) -> None:
-    """Raise ValueError if a parameter of ``network`` holds NaN: it would answer NaN, or worse, a class."""
+    """Raise ValueError if a parameter of ``network`` holds NaN (it would answer NaN, or worse, a class) or nothing."""
     for name, p in network.named_parameters():
-        readable = p.is_floating_point() and p.itemsize > 1 and not p.is_meta and p.numel() > 0
+        if p.is_meta:
+            raise ValueError(f"{what} is on the meta device, where weights hold no values; load them first.")
+        readable = p.is_floating_point() and p.itemsize > 1 and p.numel() > 0
         if readable and bool(torch.aminmax(p.detach())[0].isnan()):
             raise ValueError(f"{what} has NaN in its weight {name}; load or train it again.")
 
@@ -109,10 +119,17 @@ def check_logits(logits: Any, n: int, what: str = "The classifier") -> None:
     shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2:
         images = "one image" if n == 1 else f"{n} images"
+        advice = "" if isinstance(logits, Tensor) else "; wrap it in a module that returns the logits alone"
         raise ValueError(
-            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for {images}."
+            f"{what} must return logits (N, K) of at least two classes, a tensor; it returned {shape} for "
+            f"{images}{advice}."
         )
 
+
+NO_GRADIENT = (
+    "leaves autograd (numpy, ONNX, detach or no_grad inside), so attacks have no gradient; use square, or "
+    "purify.BPDAClassifier(model, surrogate), on the command line --model-gradient none or bpda"
+)
 
 # What torch says of a batch that a network cannot take. Of other failures (memory, say) it keeps its own words.
 _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multipl|elements", re.IGNORECASE)
@@ -136,6 +153,8 @@ def fitting(x: Tensor, what: str) -> Iterator[None]:
         if _KINDS.search(reason):
             kind = f"images of {x.dtype} on {x.device}"
             raise ValueError(f"{what} cannot take {kind}; bring both to one type and device ({reason}).") from error
+        if "that requires grad" in reason:  # numpy() was called on it
+            raise ValueError(f"{what} {NO_GRADIENT}.") from error
         if not _SHAPES.search(reason):
             raise
         if len(x) == 0:

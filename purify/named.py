@@ -15,6 +15,7 @@ from purify import zoo
 from purify.checkpoints import load_score_model
 from purify.checks import choose, nearest
 from purify.compat import import_robustbench
+from purify.diffusion.classes import ClassRule
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
 from purify.plugin import call, is_in_file, split
@@ -54,10 +55,10 @@ def check_classifier(name: str, dataset: str, threat_model: str) -> None:
         _entry(name, dataset, threat_model)
 
 
-def load_score(name: str, dataset: str) -> ScoreModel:
+def load_score(name: str, dataset: str, classes: ClassRule | str | None = None) -> ScoreModel:
     """A score model by name or path as :func:`~purify.checkpoints.load_score_model` takes it, or ``file.py:function``.
 
-    In eval mode, weights frozen.
+    In eval mode, weights frozen. ``classes``: what a class-conditional one is told.
 
     Raises:
         ValueError: as that function; the file or function does not give a :class:`~purify.diffusion.score.ScoreModel`;
@@ -65,8 +66,11 @@ def load_score(name: str, dataset: str) -> ScoreModel:
     """
     check_dataset(name, dataset)
     if is_in_file(name):
-        return from_file(name, ScoreModel).eval().requires_grad_(False)
-    return load_score_model(name)
+        model = from_file(name, ScoreModel)
+        model = model if classes is None else model.with_settings(classes=classes)
+        return model.eval().requires_grad_(False)
+    settings: dict[str, Any] = {} if classes is None else {"classes": classes}
+    return load_score_model(name, **settings)
 
 
 def load_networks(options: Mapping[str, Any], dataset: str, threat_model: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -62,6 +63,11 @@ def convert(description: Any) -> None:
             object.__setattr__(description, field.name, kind.convert(value))
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"{flags(field)[0]} takes {kind.takes}, got {short(value)}.") from error
+
+
+def note(text: str) -> None:
+    """A sentence about an old name."""
+    print(f"note: {text}; the old name goes with version 0.3.", file=sys.stderr)
 
 
 def plain(description: Any) -> dict[str, Any]:
@@ -153,5 +159,6 @@ TEXT = Kind(_text, "a name")
 SHARD = Kind(_shard, "a part of the whole, as 1/16 to 16/16")
 PATH = Kind(lambda value: Path(_text(value)), "a path")
 NAMES = Kind(_listed(_text), "names separated by commas")
+WHOLES = Kind(_listed(_whole), "whole numbers separated by commas")
 NUMBERS = Kind(_listed(_number), "numbers separated by commas")
 ASSIGNMENTS = Kind(_assignments, "NAME=VALUE or PART.NAME=VALUE")

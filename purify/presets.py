@@ -10,12 +10,15 @@ from torch import nn
 
 from purify import registry, zoo
 from purify.checks import choose, nearest
+from purify.diffusion.langevin import Langevin
+from purify.diffusion.reverse import DDIM
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.plugin import is_in_file, load_function
 from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, NoiseLevel
-from purify.purification.plans import FixedDt, Plan
+from purify.purification.likelihood import LikelihoodAscent
+from purify.purification.plans import FixedDt, Held, Plan
 from purify.purification.purifier import DEFAULT_ENGINE, Purifier
 
 # DiffPure's program diffuses with the discrete table but reverses the continuous SDE down to 1e-5, with any network,
@@ -150,7 +153,171 @@ def gns(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, rounds=rounds)
 
 
-PURIFIERS: dict[str, Callable[..., Purifier]] = {"diffpure": diffpure, "gdmp": gdmp, "agdm": agdm, "gns": gns}
+def freqpure(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = DDIM(1.0),  # noqa: B008 - immutable
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = 1.0,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """FreqPure (Pei et al. 2025): the estimate's low frequencies follow those of the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: share of the way to the projected estimate; 0 is DiffPure.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.frequency.FrequencyProjection` (``amplitude_radius``, ``phase_radius``,
+            ``delta``, ``reference``, ``reference_t``, ``t_min``, ``t_max``).
+    """
+    settings = {"kind": "frequency", "scale": scale, "second_order": second_order, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of FreqPure")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+DIFFAP_SCALE = 30_000 / 16  # the program's, whose mean goes over its batch of 16, too
+
+
+def diffap(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 5,
+    reverse: Any = "random",
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = DIFFAP_SCALE,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """DiffAP (Zhang et al. 2024): random sampling, its estimates pulled towards the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: of the pull; of images of d values about 1875 d / 3072, see docs/pulled.md.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.pulled.MediatorPull` (``t_min``, ``t_max``).
+    """
+    settings = {"kind": "mediator", "scale": scale, "second_order": second_order, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of DiffAP")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+MIMIC_SCALE = 3_000 / 16  # the program's, whose mean goes over its batch of 16, too
+
+
+def mimicdiffusion(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 1.0,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = DDIM(1.0),  # noqa: B008 - immutable
+    gradient: Any = DEFAULT_ENGINE,
+    scale: float = MIMIC_SCALE,
+    t_min: float = 0.1,
+    t_max: float = 0.79,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """MimicDiffusion (Song et al. 2024): guided by long- and short-range Manhattan distances to the image that came in.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        scale: of the guidance; of images of n pixels about 187.5 n / 1024.
+        t_min, t_max: only steps that start in (t_min, t_max] are guided; the program's.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.pulled.ManhattanPull` (``factor``, ``softness``).
+    """
+    window = {"t_min": t_min, "t_max": t_max}
+    settings = {"kind": "manhattan", "scale": scale, "second_order": second_order, **window, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of MimicDiffusion")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+def heterogeneous(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.2,
+    steps: int | Plan | Mapping[str, Any] = 100,
+    reverse: Any = "ddim",
+    gradient: Any = DEFAULT_ENGINE,
+    auxiliary: nn.Module | str | None = None,
+    second_order: bool = True,
+    **options: Any,
+) -> Purifier:
+    """Heterogeneous noise (Pei et al. 2025): t* where a network looks, less noise elsewhere.
+
+    Args:
+        score_model, t_star, steps, reverse, gradient: as for :func:`diffpure`; the defaults are the released program's.
+        auxiliary: the network whose attention counts, or the name or path of one of the zoo's; published: the
+            classifier that is defended.
+        second_order: see :class:`~purify.purification.conditioning.Conditioning`.
+        options: of :class:`~purify.purification.heterogeneous.HeterogeneousNoise` (``threshold``, ``t_weak``,
+            ``resample``, ``layers``, ``scale``, ``t_min``, ``t_max``).
+    """
+    network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
+    settings = {"kind": "heterogeneous", "second_order": second_order, "auxiliary": network, **options}
+    guidance = registry.build(settings, GUIDANCES, "guidance of heterogeneous noise")
+    return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
+
+
+LIKELIHOOD_STEPS = Held(5, spread=0.185)  # noise-to-signal 0.4 to 0.6 about 0.5
+
+
+def likelihood(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.145,
+    steps: int | Plan | Mapping[str, Any] = LIKELIHOOD_STEPS,
+    reverse: Any = "likelihood",
+    gradient: Any = DEFAULT_ENGINE,
+    rate: float = 0.1,
+    softness: float = 0.0,
+) -> Purifier:
+    """Score optimisation (Zhang et al. 2023; Chen et al. 2024): Adam steps of the image down its diffusion loss.
+
+    Args:
+        score_model, gradient: as for :func:`diffpure`.
+        t_star: where the loss is taken.
+        steps: how many, all at t*, or :class:`~purify.purification.plans.Held` with a spread; published: 5.
+        reverse: the rule ``likelihood``, or one of one's own.
+        rate, softness: of :class:`~purify.purification.likelihood.LikelihoodAscent`.
+    """
+    rule = LikelihoodAscent(rate, softness) if reverse == "likelihood" else reverse
+    return Purifier(score_model, t_star, rule, steps, gradient=gradient)
+
+
+def langevin(
+    score_model: ScoreModel,
+    t_star: float | NoiseLevel | Mapping[str, Any] = 0.01,
+    steps: int | Plan | Mapping[str, Any] = 1500,
+    reverse: Any = "langevin",
+    gradient: Any = DEFAULT_ENGINE,
+    step: float = 0.01,
+    temperature: float = 1.0,
+) -> Purifier:
+    """Langevin purification (Hill et al. 2021): many noisy steps along the score, from the image as it came.
+
+    Args:
+        score_model, gradient: as for :func:`diffpure`; an energy is a score model, too.
+        t_star: at which the score is asked (ours: an energy has no time).
+        steps: how many; published: 1500.
+        reverse: the rule ``langevin``, or one of one's own.
+        step, temperature: of :class:`~purify.diffusion.langevin.Langevin`.
+    """
+    rule = Langevin(step, temperature) if reverse == "langevin" else reverse
+    return Purifier(score_model, t_star, rule, steps, gradient=gradient)
+
+
+PURIFIERS: dict[str, Callable[..., Purifier]] = {
+    "diffpure": diffpure,
+    "gdmp": gdmp,
+    "agdm": agdm,
+    "gns": gns,
+    "freqpure": freqpure,
+    "diffap": diffap,
+    "mimicdiffusion": mimicdiffusion,
+    "heterogeneous": heterogeneous,
+    "likelihood": likelihood,
+    "langevin": langevin,
+}
 SHARED = ("score_model", "t_star", "steps", "reverse", "gradient")  # parameters that every preset takes
 
 

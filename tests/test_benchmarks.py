@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import load_script
 
-from purify.certify import OneShotDenoised
+from purify import zoo
+from purify.certify import Anytime, Draws, OneShotDenoised, denoised_smoothing
+from purify.data import load_dataset
 from purify.evaluate import Estimate, budgets
 from purify.evaluate.metrics import worst_mean
 
@@ -118,6 +121,26 @@ def test_attack_speed(tmp_path, monkeypatch):
     assert script.main(["--batches", "0"]) == 2
 
 
+def test_certify_draws_counts_what_certificates_take(tmp_path, capsys):
+    """On replayed votes certificates are those of the network, calls too; the table says the mean."""
+    script, votes = load_script("certify_draws"), tmp_path / "votes.npy"
+    arguments = ["--samples", "3", "--draws", "400", "--threads", "1", "--radii", "0,0.25", "--votes", str(votes)]
+    assert script.main(arguments) == 0
+    first = capsys.readouterr().out
+    images = load_dataset("digits", "test")[0][:3]
+    smooth = denoised_smoothing(zoo.classifier("digits-standard"), zoo.score_model("digits"), 0.25)
+    draws = Draws(100, 400, stop=Anytime((0.0, 0.25)))
+    found = smooth.certify(images, draws)
+    replayed = script.Replay(smooth.classifier, 0.25, votes=np.load(votes)).certify(images, draws)
+    assert torch.equal(replayed.hits, found.hits)
+    assert torch.equal(replayed.draws, found.draws)
+    assert f" {found.draws.double().mean():.0f} " in first
+    assert script.main(arguments) == 0  # from the votes kept
+    assert capsys.readouterr().out == first
+    assert script.main([*arguments, "--draws", "300"]) == 2
+    assert "holds votes of shape (3, 500)" in capsys.readouterr().err
+
+
 def test_certify_speed(tmp_path, monkeypatch):
     """Ours, the plain loop and the bare passes classify equally many noisy images, and give the same answers."""
     script = load_script("certify_speed")
@@ -134,6 +157,10 @@ def test_certify_speed(tmp_path, monkeypatch):
     for name, work in script.build_works(script.parser().parse_args([*arguments, "--sigma", "0.1"])).items():
         seen.clear()
         answers[name], rows[name] = work(), list(seen)
+    for system in ("cascade", "cohen", "ssn"):
+        works = script.build_works(script.parser().parse_args([*arguments[:2], "--draws", "20", "--system", system]))
+        assert list(works)[-2:] == [script.OURS, script.BARE]
+        works[script.OURS]()
     assert rows[script.PLAIN] == [100, 250, 50] * 2
     assert rows[script.SAME_BATCH] == [100, 128, 128, 44] * 2
     assert max(rows[script.OURS]) == max(rows[script.BARE]) == 128
@@ -360,7 +387,7 @@ def test_the_dry_run_predicts_memory_within_a_quarter(tmp_path, monkeypatch, cap
     """Guidance and noise levels that hold graphs of their own among them; times depend on the clock."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     script, out = load_script("dry_run"), tmp_path / "d.json"
-    monkeypatch.setattr(script.dryrun, "seconds", script.dryrun.seconds)  # to be put back: the script takes another clock
+    monkeypatch.setattr(script.dryrun, "seconds", script.dryrun.seconds)  # put back what the script replaces
     tiny = ["--datasets", "digits", "--batch-size", "6", "--steps", "4", "--repeats", "1", "--out", str(out)]
     assert script.main([*tiny, "--purifiers", "diffpure", "agdm", "ssni-l"]) == 0
     rows = json.loads(out.read_text())["rows"]
@@ -388,3 +415,31 @@ def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "s\n" in first.partition("###")[0]
     assert again.startswith("###")
+
+
+def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
+    """Every run's options make an evaluation; each has a folder of its own, and what is kept is not run again."""
+    from purify.cli.attack import parser
+    from purify.cli.parsing import described
+    from purify.evaluate.description import Evaluation
+
+    script = load_script("leaderboard_runs")
+    runs = list(script.runs(["digits", "fashion_mnist"], []))
+    assert len({run.name for run in runs}) == len(runs) == 2 * len(script.SYSTEMS)
+    for run in runs:
+        asked = described(Evaluation, parser().parse_args(run.command(tmp_path)[4:]))
+        assert (asked.dataset, asked.purifier) == (run.dataset, (run.purifier,))
+        assert asked.n_examples == script.IMAGES[run.dataset]
+        (tmp_path / run.name).mkdir()
+    assert script.main(["--keep", str(tmp_path), "--out", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_protocols_cost(capsys):
+    """The run's gradients are those of its attack, and the protocols' of theirs."""
+    tiny = ["--n-examples", "2", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--steps", "2"]
+    assert load_script("protocols_cost").main([*tiny, "--attacks", "pgd-eot", "--threads", "1"]) == 0
+    run, protocols, total = capsys.readouterr().out.splitlines()[-3:]
+    # undefended and adversarially trained 2, purified 2 x 2; known noise 2 runs of 2, two aggregates of 1 step
+    assert (float(run.split()[1]), float(protocols.split()[1])) == (2 + 2 + 4, 4 + 2)
+    assert total.startswith("with all protocols 1.75 times the gradients")

@@ -17,7 +17,7 @@ from purify import (
     zoo,
 )
 from purify.attacks import PGD, LowFrequencyPGD, LowLevelPGD, NormPGD, StepsPGD
-from purify.certify import DSSN, SSN, Cascade, Draws, EarlyStop, Smooth
+from purify.certify import DSSN, SSN, Anytime, Cascade, Draws, Smooth
 from purify.checks import check_unique, check_writable, is_number
 from purify.diffusion.reverse import DDIM
 
@@ -39,7 +39,7 @@ BUILD = {
     "step_weight": lambda v: StepsPGD("Linf", 0.1, step_weight=v),
     "cutoff": lambda v: LowFrequencyPGD("Linf", 0.1, cutoff=v),
     "alpha": lambda v: Draws(alpha=v),
-    "radius": EarlyStop,
+    "radii": lambda v: Anytime((v,)),
     "sigma": lambda v: Smooth(TinyClassifier(), v),
     "p0": lambda v: Cascade((Smooth(TinyClassifier(), 0.5),), v),
     "lam of SSN": lambda v: SSN(TinyClassifier(), v),

@@ -11,9 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
-BLOCKS = {
-    re.match(r"# ([\w/.]+)", block)[1]: block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-}
+BLOCKS = {re.match(r"# ([\w/.]+)", block)[1]: block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}
 COMMANDS = re.findall(r"^python benchmarks/run_autoattack.py (.*)$", PAGE, re.MULTILINE)
 
 USE = """

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from conftest import DATA
 from torchvision.datasets import CIFAR10
 
 from purify.__main__ import main as purify_command
-from purify.cli.attack import main
+from purify.cli.attack import main, parser
+from purify.cli.parsing import described
+from purify.evaluate.description import Evaluation
+from purify.evaluate.recipes import RECIPES
 from purify.settings import setting
 
 CHECKPOINT = str(DATA / "networks" / "score_sde_training_state.pth")
@@ -90,3 +94,57 @@ def test_papers_levels_are_the_defaults_on_published_data():
     assert found["gns", "cifar10"] == 0.125
     assert found["diffpure", "cifar10"] == 0.1
     assert found["diffpure", "imagenet"] == 0.15
+
+
+# --- recipes of papers ----------------------------------------------------------------------------------------------
+
+SHORT = ["--t-star", "0.002", "--attack-steps", "1", "--eot", "2", "--judge-draws", "2", "--threads", "1"]
+EXPECTED = {  # attack, purifiers, gradient, and what else a run must have of its paper
+    "diffpure-cifar10-linf": ("autoattack-rand", ["diffpure"], "adjoint", {"draws": 2}),
+    "gdmp-cifar10-linf": ("transfer", ["gdmp"], "checkpoint", {"rounds": [1.0] * 4, "scale": 60000.0}),
+    "ssni-cifar10-linf": ("pgd-eot-lee-kim", ["diffpure ssni-n"], "surrogate", {"surrogate_steps": 20}),
+    "agdm-cifar10-linf": ("autoattack-rand", ["agdm"], "checkpoint", {}),
+    "lee-kim-cifar10-linf": ("pgd-eot-lee-kim", ["diffpure"], "checkpoint", {"steps": 5}),
+    "diffbreak-cifar10-linf": ("apgd-margin-eot", ["diffpure", "gdmp"], "checkpoint", {}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_rehearsed_with_random_weights(name, published, tmp_path, capsys):
+    attack, purifiers, gradient, own = EXPECTED[name]
+    auxiliary = ["--set", f"auxiliary={tmp_path / 'model.py'}:make"] if "agdm" in purifiers else []
+    fewer = ["--steps", "2"] if gradient == "adjoint" else []
+    budget = [*(x for x in published if x not in ("--preset", "paper")), *fewer]
+    assert main(["--recipe", name, *budget, *SHORT, *auxiliary, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    config = json.loads((tmp_path / "run" / "manifest.json").read_text())["config"]
+    assert [d for d in config["defences"] if d != "undefended"] == purifiers
+    for purifier in purifiers:
+        assert [a["attack"] for a in config["attacks"][purifier]] == [attack]
+        assert config["attacks"][purifier][0]["eps"] == 8 / 255
+        assert config["defences"][purifier]["purifier"]["gradient"]["kind"] == gradient
+    stated = config["defences"][purifiers[0]]
+    found = {**stated, **stated["purifier"], **(stated["purifier"]["guidance"] or {})}
+    found["steps"] = found["steps"].get("steps")
+    found["surrogate_steps"] = found["gradient"].get("steps")
+    assert {key: found[key] for key in own} == own
+    assert f"Published, not re-measured ({name}" in out
+    for number in RECIPES[name].published:
+        assert f"{number.robust:.2f}" in out
+    assert ("right in all 4 answers to the iterates" in out) == (name == "diffbreak-cifar10-linf")
+    again = Evaluation.from_yaml(tmp_path / "run" / "run.yaml")
+    assert again.attacks == RECIPES[name].options["attacks"]
+
+
+def test_options_go_before_a_recipe_wherever_it_stands():
+    given = [["--recipe", "lee-kim-cifar10-linf", "--eot", "3"], ["--eot=3", "--recipe=lee-kim-cifar10-linf"]]
+    asked = [described(Evaluation, parser().parse_args(words)) for words in given]
+    assert asked[0] == asked[1] == Evaluation.from_recipe("lee-kim-cifar10-linf", eot=3)
+    assert (asked[0].eot, asked[0].steps, asked[0].attack_steps) == (3, 5, 200)
+
+
+def test_every_published_number_has_a_source():
+    numbers = [number for recipe in RECIPES.values() for number in recipe.published]
+    assert all(re.search(r"arXiv|table \d", number.source) for number in numbers)
+    assert all(0 <= n.robust <= 100 and (n.clean is None or n.robust < n.clean <= 100) for n in numbers)
+    assert all(recipe.source and recipe.differs for recipe in RECIPES.values())

@@ -1,12 +1,13 @@
 """purify.wrap: every architecture family of RobustBench, names, sizes, stochastic models, and the ImageNet path."""
 
+import inspect
 import pkgutil
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from conftest import SmoothNet, TinyClassifier, smooth_model
+from conftest import SmoothNet, TinyClassifier, TinyConvolutions, smooth_model
 from layouts import LAYOUTS, random_weights
 from torch import nn
 from torchvision.transforms import Normalize, Resize
@@ -152,7 +153,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
     for message, call in {
         "score-sde-cifar10 is not here; run `purify download": lambda: wrap("Standard"),
         "No score network of cifar100 is known": lambda: wrap("Rice2020Overfitting", "cifar100"),
-        "Unknown purifier 'magic'; known: agdm, diffpure": lambda: wrap("Standard", purifier="magic"),
+        "Unknown purifier 'magic'; known: agdm, diffap, diffpure": lambda: wrap("Standard", purifier="magic"),
         "This purifier is complete; leave t_star, score_model out": lambda: wrap(
             TinyClassifier(), purifier=purifier, t_star=0.2, score_model="digits"
         ),
@@ -234,7 +235,9 @@ def test_published_settings_are_the_same_in_python_and_on_the_command_line(purif
     """Around networks of one's own."""
     size = DATASETS[dataset].shape[-1]
     model, classifier = colour_model(size), TinyClassifier(channels=3, size=size)
-    given = {"auxiliary": classifier} if purifier == "agdm" else {}
+    given = (
+        {"auxiliary": TinyConvolutions(3)} if "auxiliary" in inspect.signature(PURIFIERS[purifier]).parameters else {}
+    )
     defended = wrap(classifier, dataset, purifier=purifier, score_model=model, **given)
     request = plan_of(Evaluation(dataset=dataset, attacks="pgd-eot", model="own"))
     options = {purifier: given, "constant": {}}

@@ -163,7 +163,7 @@ CASES = {
     "classifier's size": (lambda: defended(TinyClassifier(size=8))(X), "The classifier cannot take images of shape"),
     "classifier's dtype": (lambda: defended(TinyClassifier().double())(X), "bring both to one type and device"),
     "flat logits": (lambda: defended(Returning(torch.flatten))(X), r"logits \(N, K\).*it returned shape \(64,\)"),
-    "dict of logits": (lambda: defended(Returning(lambda x: {"logits": x}))(X), "it returned dict for 4 images"),
+    "dict of images": (lambda: defended(Returning(lambda x: {"image": x}))(X), "it returned dict for 4 images"),
     "ids of many": (lambda: defended(purifications=2)(X, sample_ids=[0]), "4 images but 1 sample_ids"),
     "draws of many": (
         lambda: defended(purifications=2)(X, sample_ids=range(4), draw=torch.zeros(3).long()),
@@ -234,7 +234,7 @@ CASES = {
         lambda: Smooth(Convolutions(), 0.25).certify(COLOUR.permute(0, 2, 3, 1), FEW),
         CHANNELS_LAST,
     ),
-    "stop": (lambda: Draws(stop=0.5), r"stop must be a purify.certify.EarlyStop\(radius\)"),
+    "stop": (lambda: Draws(stop=0.5), r"stop must be a purify.certify.Anytime\(radii\)"),
     "denoiser": (lambda: OneShotDenoised(TinyClassifier(), SmoothNet(), 0.5), "must be a purify.ScoreModel"),
     "denoiser's sigma": (lambda: OneShotDenoised(TinyClassifier(), smooth_model(), "a"), "sigma must be .*, got 'a'"),
     "denoiser's images": (

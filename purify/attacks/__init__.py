@@ -8,6 +8,7 @@ from purify.attacks.frequency import LowFrequencyPGD
 from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, LowLevelPGD, NormAutoAttackRand, NormPGD
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
+from purify.attacks.published import LeeKimPGD
 from purify.attacks.steps import StepsPGD
 from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
 from purify.checks import choose
@@ -39,18 +40,22 @@ ATTACKS: dict[str, type[Attack]] = {
 }
 
 
+# As papers ran them, for recipes: weaker than ours by their own steps, so no part of `strongest`.
+PUBLISHED: dict[str, type[Attack]] = {LeeKimPGD.name: LeeKimPGD}
+
+
 def find_attack(name: str) -> type[Attack]:
     """The attack of this name, or of ``file.py:Class``: a dataclass below :class:`Attack` with ``norm`` and ``eps``.
 
     Raises:
         ValueError: unknown name, or a class that is no attack.
     """
-    return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS, "attack")
+    return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS | PUBLISHED, "attack")
 
 
 def kind_of(label: str) -> type[Attack] | None:
-    """The class of the attack that records call ``label``; None for an attack that is not one of ``ATTACKS``."""
-    return ATTACKS.get(label.partition("(")[0])
+    """The class of the attack that records call ``label``; None for an attack that is not one of ours."""
+    return (ATTACKS | PUBLISHED).get(label.partition("(")[0])
 
 
 __all__ = [
@@ -58,6 +63,7 @@ __all__ = [
     "ATTACKS",
     "BPDA",
     "PGD",
+    "PUBLISHED",
     "Adaptive",
     "Attack",
     "AttackResult",
@@ -68,6 +74,7 @@ __all__ = [
     "FirstOrderPGD",
     "GuidePGD",
     "GuideTransfer",
+    "LeeKimPGD",
     "LowFrequencyPGD",
     "LowLevelPGD",
     "NormAutoAttackRand",

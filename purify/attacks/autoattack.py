@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from purify.answers import as_logits
 from purify.attacks.base import NORMS, Attack, AttackResult, check_budget, check_model
 from purify.attacks.counting import count
 from purify.attacks.kinks import Watched
@@ -149,7 +150,7 @@ class AutoAttack:
         self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
         state = {} if state_path is None else {"state_path": Path(state_path)}
-        with self._logging():
+        with torch.enable_grad(), self._logging():
             images, labels = self._backend.run_standard_evaluation(x_orig, y_orig, **size, **state)
         return (images, labels) if return_labels else images
 
@@ -160,12 +161,13 @@ class AutoAttack:
         _check_batch(x_orig, y_orig)
         self._prepare(x_orig)
         size = {"bs": bs, "return_labels": True} if self._original else {"batch_size": bs}
-        with self._logging():
+        with torch.enable_grad(), self._logging():
             found = self._backend.run_standard_evaluation_individual(x_orig, y_orig, **size)
         return found if return_labels else {name: images for name, (images, _) in found.items()}
 
     def _prepare(self, x: Tensor) -> None:
         """Look at the model on a few images."""
+        check_model(self._watched.model)
         few = x[:LOOK].to(self._device)
         if len(few) and set(self.attacks_to_run) != {"square"}:
             self._watched.look(few)
@@ -265,8 +267,9 @@ class _Library(Attack):
         """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted."""
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            if self.black_box or output.requires_grad:
-                count(len(output))
+            logits = as_logits(output)
+            if self.black_box or logits.requires_grad:
+                count(len(logits))
 
         hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
         try:
@@ -330,6 +333,7 @@ class Square(_Library):
 
     name: ClassVar[str] = "square"
     black_box: ClassVar[bool] = True
+    takes_gradient: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

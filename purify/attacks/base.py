@@ -10,18 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from purify.answers import ask, remark_probabilities
 from purify.attacks.counting import bar
-from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature
+from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature, HasDetails
+from purify.attacks.submitted import Submitted
 from purify.checks import (
     check_count,
     check_eval,
     check_images,
     check_labels,
-    check_logits,
     choose,
-    fitting,
     has,
     is_number,
+    missing,
     nearest,
     sample_keys,
     short,
@@ -41,11 +42,13 @@ class AttackResult:
         images: adversarial images (N, C, H, W) in [0, 1], within eps of the originals.
         loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
         calls: network calls that each image took, (N,); None where the attack does not count them.
+        submitted: the judged model's answers to all iterates; None where the attack does not see them.
     """
 
     images: Tensor
     loss: Tensor
     calls: Tensor | None = None
+    submitted: Submitted | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Attack(ABC):
     # What the attack is about, and says nothing without: a Feature, or its name in FEATURES.
     needs: ClassVar[Feature[Any] | str | None] = None
     black_box: ClassVar[bool] = False  # uses no gradient of the model that is judged
+    takes_gradient: ClassVar[bool] = True  # of anything: a part of the model, or another network
     # Whether the loss is differentiated through the judged model itself; False for a stand-in or with parts of it held
     # constant. What an attack mixes into that gradient does not count.
     exact_gradient: ClassVar[bool] = True
@@ -146,6 +150,10 @@ class Attack(ABC):
         """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
         return self.gradients, self.forwards
 
+    def answers(self, model: nn.Module) -> int:
+        """Answers of ``model`` to its iterates that ``AttackResult.submitted`` counts, for one image at most."""
+        return 0
+
     @property
     def counted(self) -> int:
         """What a bar counts per image: gradients, or queries of an attack that takes none."""
@@ -182,22 +190,27 @@ def check_model(model: Any) -> None:
         raise ValueError("Attacks take gradients, which torch.inference_mode() forbids; call them outside of it.")
 
 
-def keyed(model: nn.Module, seed: int) -> KeyedCall:
-    """``model`` as a function of images, sample ids and draws; models without keys ignore these."""
-    if has(model, AcceptsKeys) and model.accepts_keys:
+def keyed(model: nn.Module, seed: int, what: str = "The model") -> KeyedCall:
+    """``model`` as a function of images, sample ids and draws; models without keys ignore these.
+
+    The function raises ValueError for what :func:`purify.answers.ask` refuses; ``what`` is how it calls the model.
+    """
+    if not (has(model, AcceptsKeys) and model.accepts_keys):
+        return lambda x, ids, draws: ask(model, x, what, ids)
+    if not missing(model, HasDetails):  # which asks its classifier in the same way
         return lambda x, ids, draws: model(x, sample_ids=ids, draw=draws, seed=seed)
-    return lambda x, ids, draws: model(x)
+    return lambda x, ids, draws: ask(model, x, what, ids, sample_ids=ids, draw=draws, seed=seed)
 
 
 @torch.no_grad()
-def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int) -> int | None:
-    """Classes that the model tells apart, asked on one image; None without images."""
+def num_classes(model: nn.Module, images: Tensor, ids: Tensor, seed: int, what: str = "The model") -> int | None:
+    """Classes that the model tells apart, asked on one image; None without images. Warns of probabilities."""
     if len(images) == 0:
         return None
-    with fitting(images, "The model"):
-        logits = keyed(model, seed)(images[:1], ids[:1], torch.zeros_like(ids[:1]))
-    check_logits(logits, 1, "The model")
-    return logits.shape[1]
+    answers = keyed(model, seed, what)(images[:1], ids[:1], torch.zeros_like(ids[:1]))
+    if getattr(model, "aggregate", "logits") != "votes":  # shares of votes have the gradient of a softmax by intent
+        remark_probabilities(answers, what)
+    return answers.shape[1]
 
 
 def check_budget(steps: int, eot: int, restarts: int) -> None:

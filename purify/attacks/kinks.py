@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purify.answers import ask
+
 STEP = 1e-6  # inside the box, at least
 TRIES = 3  # how often a sample is asked in vain whether it is better off inside
 SENTENCE = (
@@ -81,12 +83,15 @@ class Watched(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to logits."""
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.model(x)
+            return self._ask(x)
         if self.inside:
-            return self.model(x + (moved(x.detach()) - x.detach()))
+            return self._ask(x + (moved(x.detach()) - x.detach()))
         seen = x.view_as(x)
         seen.register_hook(lambda gradient: self._see(x.detach(), gradient))
-        return self.model(seen)
+        return self._ask(seen)
+
+    def _ask(self, x: Tensor) -> Tensor:
+        return ask(self.model, x, "The model")
 
     def look(self, x: Tensor) -> None:
         """Find out on a few images, before an attack; torch's generator stays as it is."""

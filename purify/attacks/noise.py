@@ -19,6 +19,7 @@ class RandomNoise(Attack):
 
     name: ClassVar[str] = "random-noise"
     black_box: ClassVar[bool] = True
+    takes_gradient: ClassVar[bool] = False
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)

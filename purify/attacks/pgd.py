@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,7 +17,8 @@ from purify.attacks.counting import count
 from purify.attacks.kinks import Inside, moved
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
-from purify.checks import check_count, choose, is_number
+from purify.attacks.submitted import SIGNED, Submitted
+from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.memory import Parts
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
@@ -46,6 +48,11 @@ Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
 
+FLAT = (
+    "The gradient is zero at every pixel of every image, so this attack finds what its start does; use square, or take "
+    "the gradient of a surrogate (purify.BPDAClassifier)."
+)
+
 DRAWS = "EOT draws"  # what only models with randomness can be asked for
 
 # Relative step size at progress p in [0, 1); each has mean 1, so that all schedules walk equally far.
@@ -65,6 +72,7 @@ class Target:
         x, y, ids: clean images (N, C, H, W), labels (N,) and sample ids (N,).
         seed: keys random starts.
         inside: which samples have their gradients taken inside [0, 1].
+        submitted: what was answered to the iterates.
         parts: how many images times draws go through the model at once.
     """
 
@@ -74,6 +82,7 @@ class Target:
     ids: Tensor
     seed: int
     inside: Inside
+    submitted: Submitted
     parts: Parts
 
 
@@ -137,11 +146,13 @@ class PGD(Attack):
                 better = loss > best_loss
                 best_loss = torch.where(better, loss, best_loss)
                 best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
-        return AttackResult(best, best_loss)
+        return AttackResult(best, best_loss, submitted=target.submitted if self.submits else None)
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
         """What iterates are asked of."""
-        return Target(self.evaluator(model, seed), x, y, ids, seed, Inside(len(x), x.device), Parts(self.max_rows))
+        n, device = len(x), x.device
+        own = Inside(n, device), Submitted(n, device), Parts(self.max_rows)
+        return Target(self.evaluator(model, seed), x, y, ids, seed, *own)
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others."""
@@ -181,6 +192,14 @@ class PGD(Attack):
     def forwards(self) -> int:
         return self.restarts * self.eot
 
+    def answers(self, model: nn.Module) -> int:
+        return self.restarts * (self.steps + 1) * self.eot if self.submits else 0
+
+    @property
+    def submits(self) -> bool:
+        """Whether the losses of its iterates say how the judged model answers them."""
+        return self.loss in SIGNED and not self.black_box
+
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1, sparsity=None)
 
@@ -218,21 +237,23 @@ class PGD(Attack):
     ) -> tuple[Tensor, list[Tensor]]:
         """Mean loss (N,) over the draws and the gradient of each term, inside the box where it is blind at its ends."""
         y, ids, inside = target.y, target.ids, target.inside
-        if not with_gradient:
-            return self._mean(target, z, y, ids, first_draw, False)
-        loss, gradients = self._mean(target, inside.place(z), y, ids, first_draw, True)
-        asked = inside.ask(z, gradients[0])
+        place = inside.place(z) if with_gradient else z
+        losses, gradients = self._draws(target, place, y, ids, first_draw, with_gradient)
+        target.submitted.add(losses)
+        asked = inside.ask(z, gradients[0]) if with_gradient else y[:0]
         if len(asked):
-            _, inner = self._mean(target, moved(z[asked]), y[asked], ids[asked], first_draw, True)
+            _, inner = self._draws(target, moved(z[asked]), y[asked], ids[asked], first_draw, True)
             better = inside.settle(asked, z[asked], gradients[0][asked], inner[0])
             for gradient, other in zip(gradients, inner, strict=True):
                 gradient[asked[better]] = other[better]
-        return loss, gradients
+        if with_gradient and first_draw == 0 and not bool(gradients[0].any()):
+            warnings.warn(FLAT, stacklevel=2)
+        return losses.mean(1), gradients
 
-    def _mean(
+    def _draws(
         self, target: Target, z: Tensor, y: Tensor, ids: Tensor, first_draw: int, with_gradient: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Mean loss (N,) over the draws and the gradient of each term, ``max_rows`` rows at a time, if they fit."""
+        """Loss of each draw (N, R) and the mean gradient of each term, ``max_rows`` rows at a time, if they fit."""
         n = len(z)
 
         def ask(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +271,7 @@ class PGD(Attack):
             if with_gradient:
                 gradients.append(gradient)
                 count(len(part))
-        loss = _finite(torch.cat(losses).reshape(n, self.eot).mean(1), ids)
+        loss = _finite(torch.cat(losses).reshape(n, self.eot), ids)
         if not with_gradient:
             return loss, []
         means = self.average(torch.cat(gradients, 1).unflatten(1, (n, self.eot)))
@@ -264,8 +285,7 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
         more = i < len(terms) - 1
         own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
         if not isinstance(own, Tensor):
-            advice = "do not detach them in it, or use square"
-            raise ValueError(f"The model's answer has no gradient with respect to the images; {advice}.")
+            raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
         found.append(own)
     return found
 

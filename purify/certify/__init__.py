@@ -3,19 +3,23 @@
 A certificate sees only a function that maps noisy images to class counts.
 """
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, EarlyStop
+from purify.certify.base import ABSTAIN, Certificate, Certifier
 from purify.certify.counts import NoisyCounts, NoisyModel
+from purify.certify.densepure import DensePure, dense_smoothing
 from purify.certify.gaussian import OneShotDenoised, Smooth, denoised_smoothing
 from purify.certify.multiscale import Cascade
+from purify.certify.sampling import Anytime, Draws, EarlyStop
 from purify.certify.splitting import DSSN, SSN, to_grid
 
 __all__ = [
     "ABSTAIN",
     "DSSN",
     "SSN",
+    "Anytime",
     "Cascade",
     "Certificate",
     "Certifier",
+    "DensePure",
     "Draws",
     "EarlyStop",
     "NoisyCounts",
@@ -23,5 +27,6 @@ __all__ = [
     "OneShotDenoised",
     "Smooth",
     "denoised_smoothing",
+    "dense_smoothing",
     "to_grid",
 ]

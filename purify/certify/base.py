@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,83 +13,16 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from purify.certify.bounds import lower_bound
+from purify.certify.bounds import CAPITAL
 from purify.certify.counts import NoisyCounts, NoisyModel, Perturbation, check_classifier, keys
-from purify.checks import check_count, is_number, short
-from purify.diffusion.noise import derive_seed
+from purify.certify.sampling import Draws, Goals, as_draws, check_alpha, clear
+from purify.checks import check_count
+from purify.diffusion.noise import Noise, derive_seed
 
 ABSTAIN = -1
 
-
-@dataclass(frozen=True)
-class EarlyStop:
-    """Stop drawing for an image once it is settled whether ``radius`` can be certified.
-
-    The bound is looked at ``looks`` times, after n / 2^(looks-1), ..., n/2 and n draws, each time at level
-    alpha / looks, so that all looks together fail with probability at most alpha (union bound). An image leaves when
-    its bound certifies ``radius``, or when it would not even if every draw to come hit the class. The radius that
-    is returned is that of its last look: true, but smaller than all draws would have given.
-
-    Args:
-        radius: what is asked for, in the certificate's norm; 0: whether there is an answer at all.
-        looks: how often the bound is looked at.
-    """
-
-    radius: float = 0.0
-    looks: int = 4
-
-    def __post_init__(self) -> None:
-        check_count(self.looks, "looks")
-        if not (is_number(self.radius) and self.radius >= 0):
-            raise ValueError(f"The radius asked for must be a number of at least 0, got {self.radius}.")
-
-
-def check_alpha(alpha: float) -> None:
-    """Raise ValueError unless ``alpha`` is a probability of failure below 1/2."""
-    if not (is_number(alpha) and 0 < alpha < 0.5):
-        raise ValueError(f"alpha must lie in (0, 0.5), got {short(alpha)}.")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How much is drawn, and the probability of failure.
-
-    Args:
-        n0: draws that choose the class.
-        n: fresh draws that bound its probability.
-        alpha: a certificate is false with probability at most alpha. Bounds are one-sided.
-        stop: early stopping; None: all n draws are made.
-    """
-
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 0.001
-    stop: EarlyStop | None = None
-
-    def __post_init__(self) -> None:
-        check_count(self.n0, "n0")
-        check_count(self.n, "n")
-        check_alpha(self.alpha)
-        if not isinstance(self.stop, EarlyStop | None):
-            raise ValueError(f"stop must be a purify.certify.EarlyStop(radius) or None, got {short(self.stop)}.")
-        if self.stop is not None and self.n < 2 ** (self.stop.looks - 1):
-            raise ValueError(f"{self.stop.looks} looks need at least {2 ** (self.stop.looks - 1)} draws, got {self.n}.")
-
-    @property
-    def looks(self) -> list[int]:
-        """Draws after which the bound is looked at, ascending."""
-        return [self.n] if self.stop is None else [self.n >> k for k in reversed(range(self.stop.looks))]
-
-
-def as_draws(draws: Draws | None) -> Draws:
-    """The draws asked for, or the default ones.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    if not isinstance(draws, Draws | None):
-        raise ValueError(f"draws must be a purify.certify.Draws, as Draws(n0=100, n=10_000), got {short(draws)}.")
-    return draws or Draws()
+# Rows of images, their counts (rows, K) and the number of the look -> which of them need more draws.
+Stay = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -101,14 +34,21 @@ class Certificate:
         radii: float64 (N,), in units of images in [0, 1]; 0 where it abstains.
         counts: int64 (N, K), the class counts behind the answer.
         draws: int64 (N,), noisy images classified for it in all.
+        selected: int64 (N,), the class whose probability was bounded (at the stage that decided).
+        hits: int64 (N, looks), how often it had been hit at each look, -1 where none was taken; None if there was only
+            one look, at all counts.
         stages: int64 (N,), the place of the scale that decided, from the largest (cascades); None otherwise.
+        passed: of each image, class and counts of the scales passed before (cascades); None otherwise.
     """
 
     classes: Tensor
     radii: Tensor
     counts: Tensor
     draws: Tensor
+    selected: Tensor
+    hits: Tensor | None = None
     stages: Tensor | None = None
+    passed: list[list[tuple[int, list[int]]]] | None = None
 
 
 class Certifier(ABC):
@@ -125,6 +65,20 @@ class Certifier(ABC):
         self, images: Tensor, draws: Draws | None = None, *, sample_ids: Tensor | None = None, seed: int = 0
     ) -> Certificate:
         """Certificates of images (N, C, H, W) in [0, 1]; ``sample_ids`` (N,) and ``seed`` key the noise."""
+
+    def recompute(self, found: Certificate, draws: Draws) -> Certificate:
+        """The certificates that the draws behind ``found`` give at another ``draws.alpha``; nothing is drawn.
+
+        The same as drawing again with this alpha, where all draws are made; valid in any case.
+
+        Args:
+            found: what this certifier gave.
+            draws: those it was given, with another alpha.
+
+        Raises:
+            ValueError: it would take draws that were not made.
+        """
+        raise ValueError(f"{type(self).__name__} keeps nothing from which radii could be recomputed; certify again.")
 
     def reachable(self, draws: Draws) -> float:
         """The largest radius that any image can get with these draws: that of one on which all of them agree.
@@ -149,13 +103,12 @@ class Certifier(ABC):
         return perturbed
 
 
-def best_bound(draws: Draws, level: float, least: float) -> float:
-    """The lower bound of a probability if all draws hit.
+def check_reached(best: float, least: float, draws: Draws, level: float) -> float:
+    """``best``, the lower bound of a probability if all draws hit.
 
     Raises:
         ValueError: it is below ``least``, without which there is no certificate.
     """
-    best = float(lower_bound(draws.n, draws.n, level))
     if best < least:
         needed = math.ceil(math.log(level) / math.log(least))
         raise ValueError(
@@ -224,47 +177,65 @@ class RandomizedSmoothing(Certifier):
             sample_ids: (N,), key the noise together with ``seed``; default 0..N-1.
 
         Raises:
-            ValueError: images or ids out of range, NaN from the classifier, a radius to stop at that no number of
-                draws can certify.
+            ValueError: images or ids out of range, NaN from the classifier, radii asked for that no number of hits can
+                certify.
         """
         draws = as_draws(draws)
         noise = keys(images, sample_ids, derive_seed(seed, "certify", self.stream))
-        level = draws.alpha / len(draws.looks)
         self.reachable(draws)
-        target = self._target(draws, level)
-        selected = self.counts(images, noise, range(draws.n0)).argmax(1)
-        counts, lower = torch.zeros(0, dtype=torch.int64), np.zeros(len(images))
+        votes = self._count(images, noise, 0, draws.selections, lambda rows, counts, look: ~clear(counts)).cpu()
+        selected, hits = votes.argmax(1), np.full((len(images), len(draws.looks)), -1)
+        chosen, goals = selected.numpy(), Goals(draws, self.probability, len(images))
+
+        def unsettled(rows: np.ndarray, counts: np.ndarray, look: int) -> np.ndarray:
+            hits[rows, look] = counts[np.arange(len(rows)), chosen[rows]]
+            return goals.open(rows, hits[rows, look], draws.looks[look])
+
+        counts = self._count(images, noise, draws.n0, draws.looks, unsettled).cpu()
+        classes, radii = self._answer(selected, hits, draws)
+        looked = None if draws.stop is None else torch.from_numpy(hits)
+        return Certificate(classes, radii, counts, votes.sum(1) + counts.sum(1), selected, looked)
+
+    def recompute(self, found: Certificate, draws: Draws) -> Certificate:
+        self.reachable(draws)
+        hits = found.counts.gather(1, found.selected[:, None]) if found.hits is None else found.hits
+        classes, radii = self._answer(found.selected, hits.numpy(), draws)
+        return replace(found, classes=classes, radii=radii)
+
+    def _count(self, images: Tensor, noise: Noise, first: int, looks: Sequence[int], stay: Stay) -> Tensor:
+        """Counts (N, K) over draws from ``first`` on; at each look (after so many draws) images leave that need not
+        ``stay``."""
+        counts: Tensor | None = None
         alive, done = torch.arange(len(images), device=images.device), 0
-        for end in draws.looks:
-            found = self.counts(images[alive], noise[alive], range(draws.n0 + done, draws.n0 + end))
-            counts = found if done == 0 else counts.index_add(0, alive, found)
-            hits = counts[alive].gather(1, selected[alive, None])[:, 0].cpu().numpy()
-            rows, done = alive.cpu().numpy(), end
-            lower[rows] = lower_bound(hits, end, level)
-            reachable = lower_bound(hits + draws.n - end, draws.n, level)
-            alive = alive[torch.from_numpy((lower[rows] < target) & (reachable >= target)).to(alive.device)]
-            if draws.stop is not None and len(alive) == 0:
+        for look, end in enumerate(looks):
+            found = self.counts(images[alive], noise[alive], range(first + done, first + end))
+            counts, done = found if counts is None else counts.index_add(0, alive, found), end
+            rows = alive.cpu().numpy()
+            alive = alive[torch.from_numpy(stay(rows, counts[alive].cpu().numpy(), look)).to(alive.device)]
+            if len(alive) == 0:
                 break
+        assert counts is not None  # there is a first look
+        return counts
+
+    def _answer(self, selected: Tensor, hits: np.ndarray, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Classes and radii from the hits at each look (N, looks): those of the best bound."""
+        bounds = np.where(hits >= 0, draws.bound(np.maximum(hits, 0), np.array(draws.looks)), 0.0)
+        lower = bounds.max(1)
         answered = lower >= 0.5
-        classes = torch.where(torch.from_numpy(answered), selected.cpu(), ABSTAIN)
         radii = np.where(answered, self.radius(lower), 0.0)
-        counts = counts.cpu()
-        return Certificate(classes, torch.from_numpy(radii), counts, draws.n0 + counts.sum(1))
+        return torch.where(torch.from_numpy(answered), selected, ABSTAIN), torch.from_numpy(radii)
 
     def reachable(self, draws: Draws) -> float:
-        return float(self.radius(np.array(best_bound(draws, draws.alpha / len(draws.looks), 0.5))))
-
-    def _target(self, draws: Draws, level: float) -> float:
-        """The bound at which drawing may stop."""
-        if draws.stop is None:
-            return 1.0
-        target, best = self.probability(draws.stop.radius), float(lower_bound(draws.n, draws.n, level))
-        if target > best:
+        level = draws.alpha * (1.0 if draws.stop is None else float(CAPITAL[0]))
+        best = check_reached(float(draws.bound(np.array(draws.n), draws.n)), 0.5, draws, level)
+        radius = float(self.radius(np.array(best)))
+        if draws.stop is not None and draws.stop.radii[0] > radius:
+            asked = ", ".join(f"{r:g}" for r in draws.stop.radii)
             raise ValueError(
-                f"{draws.n} draws at alpha {draws.alpha:g} in {draws.stop.looks} looks certify at most "
-                f"{float(self.radius(np.array(best))):.4g}, not {draws.stop.radius:g}; ask for a smaller radius."
+                f"{draws.n} draws at alpha {draws.alpha:g} certify at most {radius:.4g} under this noise ("
+                f"{self.stream}), and {asked} asked for; name a smaller radius, or make more draws."
             )
-        return target
+        return radius
 
     def predict(
         self,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from purify.certify.protocols import Classifier
+from purify.answers import as_logits, lost, no_number
+from purify.certify.protocols import Classifier, KeyedClassifier
 from purify.checks import (
     check_count,
     check_eval,
@@ -21,6 +23,7 @@ from purify.checks import (
     check_logits,
     check_weights,
     fitting,
+    has,
     sample_keys,
     short,
 )
@@ -43,14 +46,15 @@ class NoisyCounts:
     """Counts the classes that ``classifier`` gives to noisy copies of images.
 
     Args:
-        classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode.
+        classifier: noisy images (N, C, H, W) to logits (N, K), in eval mode; one that accepts keys (``sample_ids``,
+            ``draw``, ``seed``) gets those of the draw for its own randomness.
         perturb: makes noisy images from images and their keyed noise.
         max_rows: noisy images in the classifier at once; default 256 on a CPU, 8192 on a GPU.
         referee: the classifier in float64 (see :func:`float64_twin`). If given, it decides rows that are nearly tied
             in float32, where rounding depends on batch and machine; counts then are the same everywhere.
     """
 
-    classifier: Classifier
+    classifier: Classifier | KeyedClassifier
     perturb: Perturbation
     max_rows: int | None = None
     referee: Classifier | None = None
@@ -69,27 +73,33 @@ class NoisyCounts:
         """
         n, m, device = len(images), len(draws), images.device
         size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
-        counts, unclear = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.zeros((), device=device).bool()
+        counts, first = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.full((), n * m, device=device)
 
         def ask(rows: Tensor) -> Tensor:
             sample, draw = rows // m, draws.start + rows % m
-            noisy = self.perturb(images[sample], Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id))
-            return self._logits(noisy)
+            own = Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id)
+            return self._logits(self.perturb(images[sample], own), own)
 
         for rows, logits in Parts(size).of(torch.arange(n * m, device=device), ask):
             sample = rows // m
             if counts.shape[1] == 0:
                 counts = counts.new_zeros(n, logits.shape[1])
-            unclear |= (logits.isnan() | logits.isposinf()).any()
+            first = torch.minimum(first, torch.where(lost(logits), rows, n * m).amin())
             counts.view(-1).index_add_(0, sample * logits.shape[1] + logits.argmax(1), torch.ones_like(sample))
-        if bool(unclear):
-            raise ValueError("The classifier returned NaN or infinity on noisy images; check precision and weights.")
+        if int(first) < n * m:
+            place, index = divmod(int(first), m)
+            one = noise[place : place + 1]
+            own = replace(one, draws=one.draws * 0 + draws[index])
+            again = self.perturb(images[place : place + 1], own)
+            what = f"On noise draw {draws[index]} the classifier"
+            call = partial(answer, self.classifier, again, own)
+            raise ValueError(no_number(self.classifier, what, int(one.sample_ids), call))
         return counts
 
-    def _logits(self, noisy: Tensor) -> Tensor:
+    def _logits(self, noisy: Tensor, noise: Noise) -> Tensor:
         proper = nullcontext() if self.referee is None else float32_proper()  # TF32 errs by more than a near tie
         with proper, fitting(noisy, "The classifier"):
-            logits = self.classifier(noisy)
+            logits = answer(self.classifier, noisy, noise)
         check_logits(logits, len(noisy))
         if self.referee is None:
             return logits
@@ -97,8 +107,15 @@ class NoisyCounts:
         close = best - second < NEAR_TIE * logits.abs().amax(1)
         if bool(close.any()):
             logits = logits.double()
-            logits[close] = self.referee(noisy[close].double())
+            logits[close] = as_logits(self.referee(noisy[close].double()))
         return logits
+
+
+def answer(classifier: Classifier | KeyedClassifier, noisy: Tensor, noise: Noise) -> Tensor:
+    """Logits of noisy images; a classifier with randomness of its own draws it under the same keys."""
+    if has(classifier, KeyedClassifier) and classifier.accepts_keys:
+        return as_logits(classifier(noisy, sample_ids=noise.sample_ids, draw=noise.draws, seed=noise.seed))
+    return as_logits(classifier(noisy))  # type: ignore[call-arg]
 
 
 class NoisyModel(nn.Module):
@@ -124,7 +141,7 @@ class NoisyModel(nn.Module):
     ) -> Tensor:
         """Logits (N, K) of a noisy copy of each image (N, C, H, W) in [0, 1]; keys as in ``Purifier.forward``."""
         noise = Noise.fresh(len(x), x.device) if sample_ids is None else Noise.keyed(seed, sample_ids, draw)
-        return self.classifier(self.perturb(x, noise))
+        return answer(self.classifier, self.perturb(x, noise), noise)
 
 
 def float64_twin(classifier: nn.Module) -> nn.Module:

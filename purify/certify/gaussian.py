@@ -10,6 +10,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
+from purify.answers import as_logits
 from purify.certify.base import RandomizedSmoothing
 from purify.certify.counts import check_classifier
 from purify.certify.protocols import Denoiser
@@ -17,6 +18,7 @@ from purify.checks import check_weights, has, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.schedule import check_sigma
 from purify.diffusion.score import per_sample
+from purify.finite import clamped
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ class OneShotDenoised(nn.Module):
     def forward(self, noisy: Tensor) -> Tensor:
         """Noisy images (N, C, H, W) around [0, 1] -> logits (N, K)."""
         t = torch.full((len(noisy),), self.time, dtype=torch.float64, device=noisy.device)
-        return self.classifier(denoise(self.score_model, noisy, t))
+        return as_logits(self.classifier(denoise(self.score_model, noisy, t)))
 
 
 def denoise(score_model: Denoiser, noisy: Tensor, t: Tensor) -> Tensor:
     """Images in [0, 1] from x + sigma z, (N, C, H, W); ``t`` float64 (N,): the times of 2 sigma."""
     u_t = per_sample(score_model.schedule.alpha(t), noisy) * (2 * noisy - 1)
-    return (score_model.denoise(u_t, t).clamp(-1, 1) + 1) / 2
+    return (clamped(score_model.denoise(u_t, t), -1, 1) + 1) / 2
 
 
 def denoised_smoothing(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from purify.certify.base import ABSTAIN
+from purify.checks import choose
 
 
 def correct_radii(classes: np.ndarray, radii: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -22,6 +23,17 @@ def certified_accuracy(correct: np.ndarray, radii: Sequence[float] | np.ndarray)
     if np.ndim(radii) != 1:
         raise ValueError(f"radii must be a sequence of radii, as [{radii}], got shape {np.shape(radii)}.")
     return (np.asarray(correct)[None] >= np.asarray(radii)[:, None]).mean(1)
+
+
+def linf_share(norm: str, dimension: int) -> float:
+    """What part of a radius in ``norm`` (L1 or L2) holds in L_inf, for images of ``dimension`` values: the largest cube
+    in a ball of radius r has the half side r / sqrt(d) in L2, and r / d in L1.
+
+    Raises:
+        ValueError: another norm.
+    """
+    choose(norm, {"L1": None, "L2": None}, "norm of a certificate")
+    return dimension**-0.5 if norm == "L2" else 1 / dimension
 
 
 def average_certified_radius(correct: np.ndarray) -> float:

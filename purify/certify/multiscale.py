@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,10 +18,11 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import multinomial_proportions_confint
 from torch import Tensor
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, Draws, as_draws, best_bound
+from purify.certify.base import ABSTAIN, Certificate, Certifier, check_reached
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
+from purify.certify.sampling import Draws, as_draws
 from purify.checks import check_count, choose, is_number, short
 from purify.diffusion.noise import derive_seed
 
@@ -151,6 +152,24 @@ def reached(counts: Sequence[np.ndarray], p0: float = 0.5) -> tuple[int, int]:
     return len(counts) - 1, ABSTAIN
 
 
+Stage = tuple[int, np.ndarray]  # the class that the selection draws chose, and the counts (C,) of the fresh ones
+
+
+def _certificate(decisions: Sequence[Decision], seen: Sequence[Sequence[Stage]], each: int) -> Certificate:
+    """Decisions, with the stages up to those that decided, each of ``each`` draws."""
+    deciding = [stages[d.stage] for d, stages in zip(decisions, seen, strict=True)]
+    stages = torch.tensor([d.stage for d in decisions])
+    return Certificate(
+        torch.tensor([d.answer for d in decisions]),
+        torch.tensor([d.radius for d in decisions], dtype=torch.float64),
+        torch.from_numpy(np.stack([own for _, own in deciding])),
+        (stages + 1) * each,
+        torch.tensor([c for c, _ in deciding]),
+        stages=stages,
+        passed=[[(c, own.tolist()) for c, own in s[: d.stage]] for d, s in zip(decisions, seen, strict=True)],
+    )
+
+
 @dataclass(frozen=True)
 class Cascade(Certifier):
     """Smoothed classifiers at several scales, visited from the largest.
@@ -209,8 +228,7 @@ class Cascade(Certifier):
         draws = as_draws(draws)
         self.reachable(draws)
         ids = keys(images, sample_ids, seed).sample_ids
-        counts: list[list[np.ndarray]] = [[] for _ in images]
-        selected: list[list[int]] = [[] for _ in images]
+        seen: list[list[Stage]] = [[] for _ in images]
         decisions: list[Decision | None] = [None] * len(images)
         for scale in self.scales:
             rows = [i for i, decision in enumerate(decisions) if decision is None]
@@ -220,24 +238,37 @@ class Cascade(Certifier):
             chosen = scale.counts(images[rows], noise, range(draws.n0)).argmax(1).tolist()
             found = scale.counts(images[rows], noise, range(draws.n0, draws.n0 + draws.n)).cpu().numpy()
             for i, c, own in zip(rows, chosen, found, strict=True):
-                counts[i].append(own)
-                selected[i].append(c)
-                decisions[i] = decide(counts[i], selected[i], self.sigmas, draws.alpha, self.p0, self.mode)
-        made = [d for d in decisions if d is not None]
-        stages = torch.tensor([d.stage for d in made])
-        return Certificate(
-            torch.tensor([d.answer for d in made]),
-            torch.tensor([d.radius for d in made], dtype=torch.float64),
-            torch.from_numpy(np.stack([c[-1] for c in counts])),
-            (stages + 1) * (draws.n0 + draws.n),
-            stages,
-        )
+                seen[i].append((c, own))
+                decisions[i] = self._decide(seen[i], draws)
+        return _certificate([d for d in decisions if d is not None], seen, draws.n0 + draws.n)
+
+    def recompute(self, found: Certificate, draws: Draws) -> Certificate:
+        self.reachable(draws)
+        last = zip(found.selected.tolist(), found.counts.numpy(), strict=True)
+        passed = found.passed or [[] for _ in found.classes]
+        seen = [[*((c, np.array(own)) for c, own in before), own] for before, own in zip(passed, last, strict=True)]
+        decisions = []
+        for i, stages in enumerate(seen):
+            steps = (self._decide(stages[: k + 1], draws) for k in range(len(stages)))
+            decision = next((d for d in steps if d is not None), None)
+            if decision is None:
+                raise ValueError(
+                    f"At alpha {draws.alpha:g} image {i} would go on to sigma {self.sigmas[len(stages)]:g}, for which "
+                    "nothing was drawn; choose a smaller alpha, or certify again."
+                )
+            decisions.append(decision)
+        return replace(_certificate(decisions, seen, draws.n0 + draws.n), draws=found.draws)
+
+    def _decide(self, stages: Sequence[Stage], draws: Draws) -> Decision | None:
+        """The decision at the last of these stages, or None: go on."""
+        selected, counts = zip(*stages, strict=True)
+        return decide(counts, selected, self.sigmas, draws.alpha, self.p0, self.mode)
 
     def reachable(self, draws: Draws) -> float:
         if draws.stop is not None:
-            raise ValueError("A cascade makes all its draws; leave early stopping out.")
+            raise ValueError("A cascade makes all its draws; leave anytime sampling out.")
         level = MODES[self.mode].level(draws.alpha, 0, len(self.scales))
-        low = best_bound(draws, level, self.p0)
+        low = check_reached(float(lower_bound(draws.n, draws.n, level)), self.p0, draws, level)
         return float(self.sigmas[0] * (norm.ppf(low) - norm.ppf(self.p0)))
 
     def predict(

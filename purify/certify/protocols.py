@@ -15,6 +15,16 @@ class Classifier(Protocol):
     def __call__(self, noisy: Tensor, /) -> Tensor: ...
 
 
+class KeyedClassifier(Protocol):
+    """A classifier with randomness of its own, as far as ``accepts_keys`` says so: a function of its keys, as
+    ``Purifier.forward``."""
+
+    @property
+    def accepts_keys(self) -> bool: ...
+
+    def __call__(self, noisy: Tensor, /, *, sample_ids: Tensor, draw: Tensor, seed: int) -> Tensor: ...
+
+
 class Denoiser(Protocol):
     """Knows the noise at each time and the mean of the clean images behind noisy ones, as a ``ScoreModel`` does."""
 

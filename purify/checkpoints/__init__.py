@@ -37,7 +37,7 @@ def load_score_model(name_or_path: str | Path, *, head_channels: int | None = No
         head_channels: channels per attention head, which a U-Net of guided-diffusion or improved-diffusion does not
             tell. None: the published 64, or a quarter of the width.
         settings: of :class:`~purify.diffusion.score.ScoreModel`, where they differ from what the format says:
-            ``schedule``, ``prediction``, ``image_shape``, ``time_scale``, ``time_offset``, ``autocast``.
+            ``schedule``, ``prediction``, ``image_shape``, ``time_scale``, ``time_offset``, ``autocast``, ``classes``.
 
     Returns:
         The model in eval mode with frozen weights.
@@ -98,7 +98,7 @@ def _layout(path: Path, head_channels: int | None, settings: Mapping[str, Any]) 
     if path.is_dir():
         if head_channels is not None:
             raise ValueError("A folder of diffusers tells its head width; leave head_channels out.")
-        return read_folder(path, with_schedule="schedule" not in settings)
+        return read_folder(path, with_schedule="schedule" not in settings, with_classes="classes" in settings)
     content = read(path)
     for format in FORMATS.values():
         if format.recognises(content):

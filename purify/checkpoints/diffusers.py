@@ -22,6 +22,9 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
+TELL = "say which it is told, as load_score_model(..., classes='unconditional') or a class"
+
+
 def _linear(steps: int, start: float, end: float) -> DiscreteVP:
     return DiscreteVP.linear(steps, start, end)
 
@@ -41,15 +44,17 @@ SCHEDULES: dict[str, Callable[[int, float, float], DiscreteVP]] = {
 }
 
 
-def read_folder(folder: Path, with_schedule: bool = True) -> Layout:
+def read_folder(folder: Path, with_schedule: bool = True, with_classes: bool = False) -> Layout:
     """The U-Net in ``folder`` and, unless told otherwise, the schedule and prediction that its scheduler says.
+
+    ``with_classes``: whether it is known what a class-conditional one is told.
 
     Raises:
         ValueError: files missing; another class of network; a scheduler that is not variance-preserving.
     """
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     config = _json(unet_folder / "config.json")
-    _check_class(config, unet_folder)
+    _check_class(config, unet_folder, with_classes)
     try:
         network = unet(**config)
     except Exception as error:  # diffusers checks its arguments as it uses them
@@ -78,12 +83,15 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_class(config: Mapping[str, Any], folder: Path) -> None:
+def _check_class(config: Mapping[str, Any], folder: Path, with_classes: bool) -> None:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"{folder} holds a {kind}; purification needs an unconditional UNet2DModel in pixel space.")
-    if config.get("class_embed_type") or config.get("num_class_embeds"):
-        raise ValueError(f"{folder} is class-conditional; purification needs an unconditional network.")
+    if config.get("class_embed_type"):
+        kind = config["class_embed_type"]
+        raise ValueError(f"{folder} is conditional on embeddings ({kind}), not on a table of classes.")
+    if config.get("num_class_embeds") and not with_classes:
+        raise ValueError(f"{folder} is conditional on {config['num_class_embeds']} classes; {TELL}.")
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -36,7 +36,9 @@ ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "class_embedding": "label_emb",  # of class-conditional ones
 }
+TABLE = "label_emb.weight"
 # Image sizes of both programs' channel multipliers.
 SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
 
@@ -71,14 +73,12 @@ def recognises(content: Mapping[str, Any]) -> bool:
 def read(content: Mapping[str, Any], source: Path, head_channels: int | None = None) -> Layout:
     """The U-Net; ``head_channels`` where it is not the published one."""
     check_tensors(content, source)
-    if "label_emb.weight" in content:
-        raise ValueError(f"{source} is class-conditional; purification needs an unconditional network.")
     shape = _shape(content, source)
     heads = _published_heads(shape, source) if head_channels is None else head_channels
     check_count(heads, "head_channels")
     if any(w % heads for w in _attending(shape)):
         raise ValueError(f"head_channels = {heads} does not divide the widths {_attending(shape)} that attend.")
-    network = _network(shape, heads)
+    network = _network(shape, heads, len(content[TABLE]) if TABLE in content else None)
     names = _names(shape, network)
     weights = renamed(content, names, source)
     weights = {ours: _converted(ours, w, heads) for ours, w in weights.items()}
@@ -141,7 +141,7 @@ def _attending(shape: Shape) -> list[int]:
     return sorted({w for w, a in zip(shape.widths, shape.attends, strict=True) if a} | {shape.widths[-1]})
 
 
-def _network(shape: Shape, head_channels: int) -> nn.Module:
+def _network(shape: Shape, head_channels: int, classes: int | None) -> nn.Module:
     plain, resample = ("Resnet{}sampleBlock2D", "resnet") if shape.residual_resampling else ("{}Block2D", "conv")
     return unet(
         in_channels=shape.channels,
@@ -160,6 +160,7 @@ def _network(shape: Shape, head_channels: int) -> nn.Module:
         resnet_time_scale_shift="scale_shift" if shape.scale_shift else "default",
         flip_sin_to_cos=True,
         freq_shift=0,
+        num_class_embeds=classes,
     )
 
 

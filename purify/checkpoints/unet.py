@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from purify.networks.timesteps import with_double_time
+
 
 def unet(**config: Any) -> Any:
     """The network on the meta device; float labels (N,), returns an object with ``.sample``.
 
-    Its attention is written out: fused kernels have no second derivative, which guidance needs under attack.
+    Its attention is written out: fused kernels have no second derivative, which guidance needs under attack. Its time
+    features are in float64 where labels are.
     """
     from diffusers.models.attention_processor import Attention, AttnProcessor
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -20,4 +23,4 @@ def unet(**config: Any) -> Any:
     for module in network.modules():
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
-    return network
+    return with_double_time(network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from purify.attacks import Attack
@@ -12,12 +13,17 @@ from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.budgets import reduced
 from purify.evaluate.description import Evaluation
-from purify.evaluate.dryrun import duration
+from purify.evaluate.dryrun import Cost, duration
 from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.finish import Finished
+from purify.evaluate.protocols import shown
+from purify.evaluate.protocols.measure import Measured, planned
+from purify.evaluate.protocols.measure import purified as with_purifier
 from purify.evaluate.ranks import leave
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples
+from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier
 
 EXAMPLES = """examples:
@@ -28,6 +34,7 @@ EXAMPLES = """examples:
   %(prog)s --purifier diffpure,gdmp,agdm --noise-level constant,ssni-n --set gdmp.scale=300
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
   %(prog)s --data cifar10 --model Standard --score-model score-sde-cifar10 --budget paper --device cuda
+  %(prog)s --recipe lee-kim-cifar10-linf --score-model score-sde-cifar10 --device cuda
   %(prog)s --config runs/NAME/run.yaml         the same run again
 """
 
@@ -37,6 +44,9 @@ def parser(prog: str = "purify attack") -> Parser:
     p = describe_parser(
         Evaluation, prog, "Attack a purified classifier through exact gradients and report what holds.", EXAMPLES
     )
+    known = ", ".join(RECIPES)
+    p.add_argument("--recipe", metavar="NAME", help=f"a paper's evaluation; other options change parts of it: {known}")
+    p.recipes = {name: recipe.options for name, recipe in RECIPES.items()}
     p.add_argument(
         "--dry-run", action="store_true", help="check everything, estimate time and memory, and stop before any attack"
     )
@@ -66,10 +76,12 @@ def run(args: Any, command: str) -> int:
         new = prepared.attack(folder)
         if prepared.ranks.first and asked.part:
             note_shard(asked.part, folder)
-        elif prepared.ranks.first:
+        found = {} if asked.part else prepared.protocols(folder)
+        if prepared.ranks.first and not asked.part:
             if not new:
                 print("Nothing was left to attack; what follows is made from the records.")
-            show(prepared, folder, prepared.finish(folder))
+            show(prepared, folder, prepared.finish(folder, protocols=found))
+            show_published(args.recipe)
     leave()
     return 0
 
@@ -90,7 +102,18 @@ def show_dry_run(prepared: Prepared) -> int:
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
+    if prepared.protocol_names:
+        print(f"Protocols: about {duration(protocol_seconds(prepared, costs))} more.")
     return 0
+
+
+def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:
+    """What the protocols will take, by the time of a forward pass of each defence."""
+    total = 0.0
+    for d in with_purifier(prepared.defences):
+        passes = planned(prepared.protocol_names, d, prepared.effort) / calls(d.model).forward
+        total += passes * costs[d.name].forward * len(prepared.samples)
+    return total
 
 
 def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
@@ -108,9 +131,11 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
         show_more(folder, finished.results, purified, samples)
+    show_protocols(finished.protocols)
     show_checks(finished)
     show_budget(prepared, purified)
     pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
+    pictures += [shown.draw(folder.path, name, found.points) for name, found in finished.protocols.items()]
     print(f"Wrote {', '.join(str(p) for p in (finished.file, *pictures) if p)}.")
 
 
@@ -128,6 +153,27 @@ def show_more(folder: RunFolder, found: dict[str, dict[str, Any]], purified: lis
         print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
     if any(d.model.level_varies for d in purified):
         print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+
+
+def show_protocols(found: Mapping[str, Measured]) -> None:
+    """What each number means, if protocols were asked for, and what they took."""
+    if not found:
+        return
+    print("\nWhat the number means: accuracy and clean control in %, [95 % interval]; network calls per image")
+    for name, lines in shown.table(found).groupby(level="defence", sort=False):
+        print(f"\n{name}\n{lines.droplevel('defence').to_string()}")
+    print("\n" + "\n".join(shown.costs(found)))
+
+
+def show_published(recipe: str | None) -> None:
+    """The numbers of the paper whose recipe this is."""
+    if recipe is None:
+        return
+    chosen = RECIPES[recipe]
+    print(f"\nPublished, not re-measured ({recipe}; not as published: {chosen.differs}):")
+    for p in chosen.published:
+        clean = "" if p.clean is None else f", {p.clean:.2f} clean"
+        print(f"  {p.defence}, {p.classifier}: {p.robust:.2f}{clean}; {p.means} ({p.source})")
 
 
 def show_checks(finished: Finished) -> None:

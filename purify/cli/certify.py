@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
-from purify.certify.metrics import certified_accuracy
-from purify.cli.parsing import Parser, describe_parser, described
+from purify.cli.parsing import Parser, describe_parser, described, taking
 from purify.cli.shell import guarded, note_data, note_shard
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import Summary
-from purify.evaluate.description import Certification
+from purify.evaluate.certification import Summary, estimates
+from purify.evaluate.description import OLD, Certification
 from purify.evaluate.ranks import leave
-from purify.evaluate.records import RunFolder, curve_picture, writing
-from purify.evaluate.systems import Ready, prepare
+from purify.evaluate.recompute import recompute
+from purify.evaluate.records import SCHEMA, RunFolder, curve_picture, write_json, writing
+from purify.evaluate.systems import Ready, prepare, summed
+from purify.options import PATH, flags, options, plain
 
+INSIDE = "changed by PGD inside"
 EXAMPLES = """examples:
   %(prog)s                                             the demo: digits, denoised smoothing at three sigmas
   %(prog)s --method cohen,multiscale --budget standard
+  %(prog)s --sigma 0.25 --radii 0.25,0.5 --draws 10000 --sampling anytime
   %(prog)s --data fashion_mnist --method multiscale --sigma 0.25,0.5,1 --draws 10000
   %(prog)s --method dssn --model runs/train/digits-dssn.safetensors
+  %(prog)s --recompute runs/digits-certified-cohen-quick --alpha 0.0001
   torchrun --nproc-per-node=4 %(prog)s --threads 1 --budget standard
 """
 
@@ -30,7 +36,12 @@ EXAMPLES = """examples:
 def parser(prog: str = "purify certify") -> Parser:
     """All options of :class:`Certification`, in groups."""
     text = "Certify smoothed classifiers, attack them inside the certified radii, and report what holds."
-    return describe_parser(Certification, prog, text, EXAMPLES)
+    p = describe_parser(Certification, prog, text, EXAMPLES)
+    text = "finished run whose radii are computed anew for --alpha and --radii, from its records; nothing is drawn"
+    p.add_argument("--recompute", type=taking(PATH), metavar="RUN_DIR", help=text)
+    for name in OLD:
+        p.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
+    return p
 
 
 def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
@@ -40,7 +51,9 @@ def main(argv: list[str] | None = None, prog: str = "purify certify") -> int:
 
 def run(args: Any, command: str) -> int:
     """Check everything, then certify, attack and report."""
-    asked = described(Certification, args)
+    asked = described(Certification, args, OLD)
+    if args.recompute is not None:
+        return show_recomputed(args.recompute, asked)
     ready = prepare(asked)
     draws = ready.order.draws
     with ready.open(command) as folder:
@@ -56,6 +69,25 @@ def run(args: Any, command: str) -> int:
             if ready.drawn:
                 small(draws.n)
     leave()
+    return 0
+
+
+def show_recomputed(folder: Path, asked: Certification) -> int:
+    """Print the tables of a finished run at another alpha, and write them beside its result.json."""
+    changed = plain(asked.replace(alpha=Certification().alpha, radii=None))
+    other = [flags(f)[0] for f in options(Certification) if changed.get(f.name) != plain(Certification()).get(f.name)]
+    if other:
+        raise ValueError(f"--recompute takes --alpha and --radii, all else is the run's; leave {other[0]} out.")
+    found = recompute(folder, asked.alpha, asked.radii)
+    for norm in dict.fromkeys(r.norm for r in found.values()):
+        part = {name: r.summary for name, r in found.items() if r.norm == norm}
+        rest = further(part, {name: r.reachable for name, r in found.items()}).drop(columns=INSIDE)
+        print(f"\n{norm}, alpha {asked.alpha:g}: certified accuracy in % at radii, [95 % interval]")
+        print(f"{table(part).to_string()}\n\n{rest.to_string()}")
+    path = folder / f"result-alpha-{asked.alpha:g}.json"
+    results = {name: {"norm": r.norm, **summed(r.summary)} for name, r in found.items()}
+    write_json(path, {"schema": SCHEMA, "alpha": asked.alpha, "results": results})
+    print(f"\nWrote {path}.")
     return 0
 
 
@@ -79,6 +111,11 @@ def show(ready: Ready, folder: RunFolder) -> None:
         print(f"\n{norm}: certified accuracy in % at radii, [95 % interval]\n{table(part).to_string()}")
         print(f"\n{further(part, reachable).to_string()}")
         written.append(curve(curve_picture(folder.path, norm), part, norm))
+    linf = ready.linf(found)
+    if linf:
+        print("\nL_inf: certified accuracy in % at radii, from those above, [95 % interval]")
+        print(table(linf).to_string())
+        written.append(curve(curve_picture(folder.path, "Linf"), linf, "L_inf"))
     for name, summary in found.items():
         if summary.refuted:
             changed = f"{summary.refuted} of {summary.attacked} attacks inside the radius changed the answer"
@@ -100,7 +137,7 @@ def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFr
             "reachable": f"{reachable[name]:.3f}",
             "abstained %": str(s.abstained),
             "draws per image": f"{s.draws:.0f}",
-            "changed by PGD inside": f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),
+            INSIDE: f"{s.refuted} of {s.attacked}" + (f" ({s.unsure} unsure)" if s.unsure else ""),
         }
         for name, s in found.items()
     }
@@ -108,7 +145,7 @@ def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFr
 
 
 def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
-    """PNG of certified accuracy over the radius."""
+    """PNG of certified accuracy over the radius, with bands of Wilson's 95 % intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,8 +155,11 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     top = max(max(float(s.correct.max()) for s in found.values()), 1e-3)
     grid = torch.linspace(0, 1.05 * top, 400).numpy()
     for name, summary in found.items():
-        shares = 100 * certified_accuracy(summary.correct, grid)
-        ax.step(grid, shares, where="post", label=f"{name} (ACR {summary.acr.value:.3f})")
+        points = estimates(summary.correct, grid)
+        low, high = (100 * np.array([getattr(p, side) for p in points]) for side in ("low", "high"))
+        shares, label = [100 * p.value for p in points], f"{name} (ACR {summary.acr.value:.3f})"
+        (line,) = ax.step(grid, shares, where="post", label=label)
+        ax.fill_between(grid, low, high, step="post", color=line.get_color(), alpha=0.12, linewidth=0)
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)
     fig.legend(loc="outside lower center", ncols=2, fontsize=8)

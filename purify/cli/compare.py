@@ -26,9 +26,7 @@ from purify.options import PATH
 def parser(prog: str = "purify compare") -> Parser:
     """All options."""
     p = Parser(prog=prog, description=__doc__)
-    p.add_argument(
-        "base", type=taking(PATH), metavar="BASE_DIR", help="the run with the defence to compare with"
-    )
+    p.add_argument("base", type=taking(PATH), metavar="BASE_DIR", help="the run with the defence to compare with")
     p.add_argument("runs", nargs="+", type=taking(PATH), metavar="RUN_DIR", help="folders of finished runs")
     p.add_argument("--defence", default="diffpure", help="name of that defence (default: %(default)s)")
     return p

@@ -6,15 +6,20 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from purify import zoo
+from purify import registry, zoo
 from purify.attacks import ATTACKS
+from purify.attacks import PUBLISHED as PUBLISHED_ATTACKS
 from purify.checkpoints.public import PUBLIC
 from purify.checks import choose
 from purify.cli.parsing import Parser
 from purify.cli.shell import guarded
 from purify.data import DATASETS
+from purify.diffusion.reverse import REVERSE_RULES
+from purify.evaluate.protocols import PROTOCOLS
+from purify.evaluate.recipes import RECIPES
 from purify.presets import PURIFIERS
 from purify.purification.levels import LEVELS
+from purify.purification.plans import PLANS, FixedDt
 from purify.settings import SETTINGS
 
 Lines = Iterable[tuple[str, str]]
@@ -47,13 +52,17 @@ def purifiers() -> Lines:
     yield from first_sentences(PURIFIERS)
     for (purifier, dataset), s in SETTINGS.items():
         if purifier:
+            steps = f"{s.steps} steps" if isinstance(s.steps, int) else named(registry.describe(s.steps, PLANS))
+            steps = f"{s.steps.dt} per step" if isinstance(s.steps, FixedDt) else steps
+            rule = s.reverse if isinstance(s.reverse, str) else named(registry.describe(s.reverse, REVERSE_RULES))
             own = "".join(f", {key} {value}" for key, value in s.own.items())
-            where = f"{purifier} on {dataset or 'other data'}"
-            yield (
-                f"  {where}",
-                f"t* {s.t_star:g}, {s.steps if isinstance(s.steps, int) else s.steps.dt} "
-                + (f"{'steps' if isinstance(s.steps, int) else 'per step'}, {s.reverse}{own} ({s.source})"),
-            )
+            yield f"  {purifier} on {dataset or 'other data'}", f"t* {s.t_star:g}, {steps}, {rule}{own} ({s.source})"
+
+
+def named(part: Mapping[str, Any]) -> str:
+    """A part's config in words: its name, then its parameters."""
+    given = (f"{key} {value}" for key, value in part.items() if key != "kind" and value is not None)
+    return " ".join([part["kind"], *given])
 
 
 def datasets() -> Lines:
@@ -68,7 +77,9 @@ KINDS: dict[str, Callable[[], Lines]] = {
     "score-models": score_models,
     "purifiers": purifiers,
     "levels": lambda: first_sentences(LEVELS),
-    "attacks": lambda: first_sentences(ATTACKS),
+    "attacks": lambda: first_sentences(ATTACKS | PUBLISHED_ATTACKS),
+    "protocols": lambda: first_sentences({name: type(protocol) for name, protocol in PROTOCOLS.items()}),
+    "recipes": lambda: ((name, recipe.about) for name, recipe in RECIPES.items()),
     "datasets": datasets,
 }
 

@@ -10,15 +10,17 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
-from purify.checks import nearest
-from purify.options import ASSIGNMENTS, Kind, flags, options, plain_value
+from purify.checks import choose, nearest
+from purify.evaluate.description import Description
+from purify.options import ASSIGNMENTS, Kind, flags, note, options, plain_value
 
-T = TypeVar("T")
+D = TypeVar("D", bound=Description)
 UNKNOWN = re.compile(r"(?:Option|Key) '([^']+)' is not accepted|does not accept.*option '([^']+)'")
 
 
@@ -28,6 +30,7 @@ class Parser(jsonargparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(allow_abbrev=False, default_env=False, formatter_class=formatter, **settings)
+        self.recipes: Mapping[str, Mapping[str, Any]] = {}  # defaults of the options, by the names that --recipe takes
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = UNKNOWN.search(message)
@@ -49,7 +52,19 @@ class Parser(jsonargparse.ArgumentParser):
             first = word.partition("=")[0]
             if first.startswith("--") and first != "--" and first not in self._option_string_actions:
                 self.error(f"unknown option {first}{nearest(first, self._option_string_actions)}")
+        if self.recipes:
+            self._take_recipe(given)
         return super().parse_args(given, **settings)
+
+    def _take_recipe(self, given: Sequence[str]) -> None:
+        """What --recipe names becomes the default, wherever it stands: other options go before it."""
+        for word, after in pairwise([*given, ""]):
+            name = after if word == "--recipe" else word.removeprefix("--recipe=")
+            if word.partition("=")[0] == "--recipe" and name:
+                try:
+                    self.set_defaults(dict(choose(name, self.recipes, "recipe")))
+                except ValueError as error:
+                    self.error(str(error))
 
 
 class _Assign(argparse.Action):
@@ -79,11 +94,6 @@ class _NowSet(argparse.Action):
         name = self.option_strings[0].removeprefix("--").removeprefix("ssni-").replace("-", "_")
         note(f"{option} {values} is now called --set {name}={values}")
         namespace.settings = {**(namespace.settings or {}), name: plain_value(values)}
-
-
-def note(text: str) -> None:
-    """A sentence about an old name."""
-    print(f"note: {text}; the old name goes with version 0.3.", file=sys.stderr)
 
 
 def describe_parser(cls: type, prog: str, text: str, examples: str) -> Parser:
@@ -116,14 +126,14 @@ def add_option(group: Any, field: dataclasses.Field[Any]) -> None:
     group.add_argument(*names, dest=field.name, default=default, metavar=metavar, help=text, **action)
 
 
-def described(cls: type[T], args: Any) -> T:
-    """The description that was parsed.
+def described(cls: type[D], args: Any, old: Sequence[str] = ()) -> D:
+    """The description that was parsed; ``old`` are names that its options had.
 
     Raises:
         ValueError: a value that an option cannot take; names the option.
     """
-    values = {field.name: getattr(args, field.name) for field in options(cls)}
-    return cls(**{name: value for name, value in values.items() if value is not None})
+    values = {name: getattr(args, name) for name in [*(field.name for field in options(cls)), *old]}
+    return cls(**cls.renamed({name: value for name, value in values.items() if value is not None}))
 
 
 def taking(kind: Kind) -> Any:

@@ -115,6 +115,9 @@ class Health:
     @property
     def sentence(self) -> str:
         """What was found, and what to do."""
+        if math.inf in self.declared.errors:
+            level = self.levels[self.declared.errors.index(math.inf)]
+            return f"This network answers NaN or infinity at noise level {level:.3g}; check its weights and precision."
         found = f"as declared ({self.declared}) its denoising error is {self.error:.2g} of the best trivial denoiser's"
         if self.gain > MARGIN:
             return f"This network's output fits {self.best}, with {self.relative(self.best):.2g}; {found}."
@@ -235,7 +238,8 @@ def _read(model: ScoreModel, asked: Reading, u: Tensor, levels: Sequence[float],
     for s, label, noise in zip(levels, labels, z, strict=True):
         alpha = u.new_tensor(1 / math.sqrt(1 + s * s))
         noisy = alpha * shown + s * alpha * (noise.flip(1) if flipped else noise)
-        output = evaluate(model.network, noisy, label.expand(len(u)), model.autocast).to(u.dtype)
+        seen, classes = model.seen(noisy, alpha, s * alpha), model.classes_for(noisy)
+        output = evaluate(model.network, seen, label.expand(len(u)), model.autocast, classes).to(u.dtype)
         model.check_output(output, noisy)
         for kind in kinds:
             part = output.chunk(2, dim=1)[0] if learned and kind != model.prediction else output

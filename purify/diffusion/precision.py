@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purify.diffusion.classes import call
+
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32 = "float32"
 PRECISIONS = {FLOAT32: None, "bf16": "bfloat16", "fp16": "float16"}  # of attacks, as the command line has them
 
 
-def evaluate(network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None) -> Tensor:
+def evaluate(
+    network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None, classes: Tensor | None = None
+) -> Tensor:
     """``network(u, labels)``, its ``.sample`` if it has one, under autocast to a type of ``AUTOCAST`` if not None.
+
+    ``classes``: a third argument, see :func:`purify.diffusion.classes.call`.
 
     Gradients below 6e-8 vanish in float16. There, the gradient that enters the network is brought to about 1 for each
     sample by a power of two, and what leaves it is scaled back: exactly, whatever the loss is multiplied by. That
@@ -26,15 +32,17 @@ def evaluate(network: nn.Module, u: Tensor, labels: Tensor, autocast: str | None
             network's inner graph unscaled, where they could not be told apart, and vanish).
     """
     if autocast is None:
-        return _plain(network, u, labels)
+        return _plain(network, u, labels, classes)
     check_autocast(network, autocast)
     frozen = not any(p.requires_grad for p in network.parameters())
     scaled = autocast == "float16" and torch.is_grad_enabled() and frozen
     scale = _Scale()
     if scaled:
         u, labels = (_Leave.apply(v, scale) for v in (u, labels))
+        if classes is not None and classes.is_floating_point():
+            classes = _Leave.apply(classes, scale)
     with torch.autocast(u.device.type, dtype=AUTOCAST[autocast]):
-        output = _plain(network, u, labels)
+        output = _plain(network, u, labels, classes)
     output = output.to(u.dtype)
     return _Enter.apply(output, scale) if scaled else output
 
@@ -59,8 +67,8 @@ def float32_proper() -> Iterator[None]:
             part.fp32_precision = precision
 
 
-def _plain(network: nn.Module, u: Tensor, labels: Tensor) -> Tensor:
-    output = network(u, labels)
+def _plain(network: nn.Module, u: Tensor, labels: Tensor, classes: Tensor | None) -> Tensor:
+    output = call(network, u, labels, classes)
     output = getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         kind = type(output).__name__

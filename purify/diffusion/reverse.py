@@ -7,7 +7,7 @@ checkpointing, mixed noise levels in a batch and bit-equal recomputation possibl
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torchdiffeq import odeint
 
 from purify.checks import choose, is_number
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
+from purify.finite import clamped
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -57,8 +58,34 @@ class ReverseRule(ABC):
         """Network calls per step, or None where an adaptive solver decides."""
         return 1
 
+    @property
+    def held(self) -> bool:
+        """Whether its steps stay at their time: t = s, from the image as it came. The others step down in time."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """Whether autograd's derivative of a step is that of the step."""
+        return True
+
     def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
         """Raise ValueError if the rule cannot drive ``model``."""
+
+    def begin(self, u: Tensor) -> Tensor:
+        """The state that a held rule steps from, of images u (N, C, H, W): (N, C', H, W)."""
+        return u
+
+    def finish(self, state: Tensor) -> Tensor:
+        """The images (N, C, H, W) of a held rule's last state."""
+        return state
+
+    def drawn(self, shape: Sequence[int]) -> Sequence[int]:
+        """The shape of z for states of ``shape`` (C', H, W)."""
+        return shape
+
+    def rebuilt(self, model: ScoreModel, t: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What the backward pass of a step at ``t`` builds beyond what the step keeps, as a function of the state."""
+        return None
 
     @abstractmethod
     def __call__(
@@ -94,7 +121,7 @@ class EulerMaruyama(GaussianRule):
     ) -> tuple[Tensor, Tensor]:
         rate = model.schedule.beta(t) * (t - s)
         pull = per_sample(rate / model.schedule.sigma(t), u)
-        mean = u + per_sample(0.5 * rate, u) * u - pull * prediction.eps
+        mean = u + per_sample(0.5 * rate, u) * u - pull * model.noise(prediction, t)
         return mean, per_sample(safe_sqrt(rate), u)
 
 
@@ -125,9 +152,9 @@ class Ancestral(GaussianRule):
         var_t, var_s = schedule.variance(t), schedule.variance(s)
         log_ratio = schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s)  # log(1 - beta) of this step
         beta = -torch.expm1(log_ratio)
-        u0 = model.denoised(prediction.eps, u, t)
+        u0 = model.clean(prediction, u, t)
         if self.clip_denoised:
-            u0 = u0.clamp(-1, 1)
+            u0 = clamped(u0, -1, 1)
         mean = per_sample(schedule.alpha(s) * beta / var_t, u) * u0
         mean = mean + per_sample((0.5 * log_ratio).exp() * var_s / var_t, u) * u
         posterior = beta * var_s / var_t
@@ -169,7 +196,7 @@ class DDIM(GaussianRule):
         var_t, var_s = schedule.variance(t), schedule.variance(s)
         beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
         noise_var = self.eta**2 * beta * var_s / var_t
-        u0 = model.denoised(prediction.eps, u, t)
+        u0 = model.clean(prediction, u, t)
         mean = per_sample(schedule.alpha(s), u) * u0
         mean = mean + per_sample(safe_sqrt(var_s - noise_var), u) * prediction.eps
         return mean, per_sample(safe_sqrt(noise_var), u)
@@ -178,6 +205,30 @@ class DDIM(GaussianRule):
         self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
     ) -> Tensor:
         return super().__call__(model, u, t, s, z, lambda *at: (bent(model, *look(*at), t), None))
+
+
+@dataclass(frozen=True)
+class RandomSampling(GaussianRule):
+    """u_s = alpha(s) u0_hat + std z: the DDPM posterior's std, but the last noise is forgotten (Zhang et al. 2024)."""
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        schedule = model.schedule
+        beta = -torch.expm1(schedule.log_alpha_bar(t) - schedule.log_alpha_bar(s))
+        variance = beta * schedule.variance(s) / schedule.variance(t)
+        return per_sample(schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(safe_sqrt(variance), u)
+
+
+@dataclass(frozen=True)
+class ConsistencySampling(GaussianRule):
+    """u_s = alpha(s) u0_hat + sigma(s) z: the estimate diffused anew (Song et al. 2023, algorithm 1)."""
+
+    def moments(
+        self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        std = safe_sqrt(model.schedule.variance(s))
+        return per_sample(model.schedule.alpha(s), u) * model.clean(prediction, u, t), per_sample(std, u)
 
 
 # torchdiffeq's solvers with their network calls per step; None: adaptive, as many as the tolerance asks for.
@@ -228,7 +279,7 @@ class ProbabilityFlow(ReverseRule):
         """du/dt at (u, t): (N, C, H, W) and (N,). Guidance bends the score."""
         t = t.clamp_min(self.t_min)
         half_beta = 0.5 * model.schedule.beta(t)
-        eps = bent(model, *look(model, u, t), t).eps
+        eps = model.noise(bent(model, *look(model, u, t), t), t)
         return per_sample(half_beta / model.schedule.sigma(t), u) * eps - per_sample(half_beta, u) * u
 
     def __call__(
@@ -266,7 +317,7 @@ class OneShot(ReverseRule):
     def __call__(
         self, model: ScoreModel, u: Tensor, t: Tensor, s: Tensor, z: Tensor | None, look: Look = unguided
     ) -> Tensor:
-        return model.denoised(bent(model, *look(model, u, t), t).eps, u, t)
+        return model.clean(bent(model, *look(model, u, t), t), u, t)
 
 
 REVERSE_RULES: dict[str, type[ReverseRule]] = {
@@ -275,4 +326,6 @@ REVERSE_RULES: dict[str, type[ReverseRule]] = {
     "ddim": DDIM,
     "ode": ProbabilityFlow,
     "one-shot": OneShot,
+    "random": RandomSampling,
+    "consistency": ConsistencySampling,
 }

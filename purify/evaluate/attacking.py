@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from purify.diffusion.health import Health
 from purify.diffusion.precision import PRECISIONS
 from purify.evaluate.build import Request, build_attacks, build_defences
 from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.precision import AUTO, choose_precision
+from purify.evaluate.protocols import AVERAGES, Effort, Fresh
+from purify.evaluate.protocols.measure import Measured, check_protocols, measure_protocols
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
-from purify.evaluate.runner import Defence, Samples, check_together, evaluate
+from purify.evaluate.runner import Defence, Samples, check_clean, check_together, evaluate
 from purify.evaluate.selfchecks import health
 from purify.machine import set_threads
 from purify.named import check_device
@@ -51,6 +55,11 @@ def load_samples(asked: Description, data: Dataset, n: int, device: torch.device
     if n > len(images):
         raise ValueError(f"{asked.dataset} has {len(images)} test images; --n-examples {n} is too many.")
     return Samples(images[:n].to(device), labels[:n].to(device), torch.arange(n))
+
+
+def known_classes(asked: Description, data: Dataset) -> int | None:
+    """Classes of a built-in data set; data of one's own may hold images of some only."""
+    return data.num_classes if asked.dataset in DATASETS else None
 
 
 def open_folder(
@@ -119,13 +128,32 @@ class Prepared:
         """Attack and judge what the folder does not hold; returns how many records were added."""
         e = self.request.asked
         rows = self.request.max_rows
-        return evaluate(
-            folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part
-        )
+        return evaluate(folder, self.defences, self.samples, e.seed, e.batch_size, rows, progress, e.worst_only, e.part)
 
-    def finish(self, folder: RunFolder, progress: bool = True) -> Finished:
-        """Accuracies, self-checks and result.json of a folder that is complete."""
-        return finish(folder, self.defences, self.samples, self.stated, self.request.max_rows, progress)
+    @property
+    def protocol_names(self) -> tuple[str, ...]:
+        """The protocols that were asked for, beside fresh purifications; none if only these were."""
+        others = [name for name in self.request.asked.protocol if name != Fresh.name]
+        return (Fresh.name, *others) if others else ()
+
+    @property
+    def effort(self) -> Effort:
+        """What protocols may spend."""
+        e = self.request.asked
+        return Effort(self.request.budget.steps, e.averages or AVERAGES, e.batch_size, self.request.max_rows)
+
+    def protocols(self, folder: RunFolder, progress: bool = True) -> dict[str, Measured]:
+        """What the protocols that were asked for come to, by purified defence, in a folder that is complete."""
+        if not self.protocol_names:
+            return {}
+        return measure_protocols(folder, self.defences, self.samples, self.protocol_names, self.effort, progress)
+
+    def finish(
+        self, folder: RunFolder, progress: bool = True, protocols: Mapping[str, Measured] | None = None
+    ) -> Finished:
+        """Accuracies, self-checks and result.json of a folder that is complete, with what its protocols came to."""
+        rows = self.request.max_rows
+        return finish(folder, self.defences, self.samples, self.stated, rows, progress, protocols or {})
 
     def dry_run(self) -> dict[str, Cost]:
         """What each defence would take.
@@ -159,7 +187,12 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed)
+    check_protocols(asked.protocol, defences)
+    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    for defence in defences:
+        check_gradient(defence, samples.images)
+        if not isinstance(defence.model, DefendedClassifier):
+            check_clean(defence.name, defence.model, samples, data.num_classes, seed=asked.seed)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, find_attack
+from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
+from purify.diffusion.classes import Predicted
 from purify.diffusion.precision import FLOAT32
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
@@ -25,6 +26,7 @@ from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
 from purify.plugin import is_in_file
 from purify.presets import SHARED, find_preset
+from purify.purification.blackbox import BlackBox, BPDAClassifier
 from purify.purification.defended import DefendedClassifier
 from purify.purification.gradients import ENGINES, Checkpoint, Full, Surrogate
 from purify.purification.levels import find_level
@@ -87,9 +89,13 @@ class Request:
 
 
 def build_attacks(request: Request) -> list[Attack]:
-    """The attacks by name; ``strongest`` stands for all."""
+    """The attacks by name; ``strongest`` stands for all. Without a gradient those that need none, and square."""
     names = tuple(ATTACKS) if request.asked.attacks == ("strongest",) else request.asked.attacks
-    return [attack for name in names for attack in build_attack(find_attack(name), request)]
+    found = [attack for name in names for attack in build_attack(find_attack(name), request)]
+    if request.asked.model_gradient != "none":
+        return found
+    found = [a for a in found if not a.takes_gradient]
+    return found if any(isinstance(a, Square) for a in found) else [*found, *build_attack(Square, request)]
 
 
 def build_attack(kind: type[Attack], request: Request) -> list[Attack]:
@@ -206,8 +212,8 @@ def build_purified(
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
     if not applicable:
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
-    weights = {**described(model_name(request), bare), "score_model": score_model.fingerprint()}
-    config = {**model.config(), **weights, "exact": built.exact}
+    weights = {**described(model_name(request), bare), "score_model": built.score_model.fingerprint()}
+    config = {**model.config(), **weights, "exact": built.exact, **gradient_facts(bare)}
     precision = FLOAT32 if e.precision == AUTO else e.precision  # which is chosen once all are built
     return Defence(title, model, applicable, request.budget.judge_draws, config, precision)
 
@@ -222,7 +228,35 @@ def model_name(request: Request) -> str:
 
 def described(name: str, classifier: nn.Module) -> dict[str, str]:
     """A classifier by name and weights, as manifests have it."""
-    return {"model": name, "classifier": fingerprint(classifier)}
+    own = classifier.classifier if isinstance(classifier, BlackBox) else classifier
+    return {"model": name, "classifier": fingerprint(own)}
+
+
+def with_model_gradient(classifier: nn.Module, name: str, request: Request) -> nn.Module:
+    """The classifier with the backward pass that the description asks for.
+
+    Raises:
+        ValueError: there is no surrogate to take it from.
+    """
+    e, standard = request.asked, f"{request.known}-standard"
+    if e.model_gradient == "exact":
+        return classifier
+    if e.model_gradient == "none":
+        return BlackBox(classifier)
+    usual = standard if standard in zoo.names("classifier") and name != standard else None
+    surrogate = e.model_surrogate or usual
+    if surrogate is None:
+        raise ValueError(f"--model-gradient bpda takes the backward pass of another network than {name}; name it with "
+                         "--model-surrogate.")  # fmt: skip
+    return BPDAClassifier(classifier, load_classifier(surrogate, request.known, e.threat_model))
+
+
+def gradient_facts(classifier: nn.Module) -> dict[str, Any]:
+    """What manifests say of a classifier whose gradient is not its own; nothing of others."""
+    if not isinstance(classifier, BlackBox):
+        return {}
+    surrogate = fingerprint(classifier.surrogate) if isinstance(classifier, BPDAClassifier) else None
+    return {"exact": False, "model_surrogate": surrogate}
 
 
 def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]:
@@ -230,13 +264,14 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     e, known, name = request.asked, request.known, model_name(request)
     pairs = build_pairs(request)
     given = build_settings(e.settings, pairs)
-    bare = load_classifier(name, known, e.threat_model).to(request.device)
-    score_model = load_score(e.score_model or default_score_model(known), known).to(request.device)
+    bare = with_model_gradient(load_classifier(name, known, e.threat_model), name, request).to(request.device)
+    classes = Predicted(bare) if e.score_classes == "predicted" else e.score_classes
+    score_model = load_score(e.score_model or default_score_model(known), known, classes).to(request.device)
     purified = [build_purified(p, n, bare, score_model, request, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
-    if not any(isinstance(a, PGD | Adaptive) for a in once):
+    if e.model_gradient != "none" and not any(isinstance(a, PGD | Adaptive) for a in once):
         once.append(PGD(e.threat_model, request.eps, steps=request.budget.steps, eot=1))
-    defences = [Defence(UNDEFENDED, bare, once, 1, described(name, bare)), *purified]
+    defences = [Defence(UNDEFENDED, bare, once, 1, {**described(name, bare), **gradient_facts(bare)}), *purified]
     baseline = f"{known}-at"
     if baseline in zoo.names("classifier") and e.model is None:
         trained = zoo.classifier(baseline).to(request.device)

@@ -12,15 +12,19 @@ import torch
 from tqdm import tqdm
 
 from purify.attacks import PGD
+from purify.attacks.base import num_classes
 from purify.attacks.norms import BALLS
-from purify.certify.base import ABSTAIN, Certifier, Draws
-from purify.certify.metrics import abstentions, certified_accuracy, correct_radii
+from purify.certify.base import ABSTAIN, Certifier
+from purify.certify.metrics import abstentions, certified_accuracy, correct_radii, linf_share
+from purify.certify.sampling import Draws
 from purify.checks import check_count, check_images, check_labels, check_unique
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32
+from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
 from purify.evaluate.ranks import Shard
 from purify.evaluate.records import RunFolder
-from purify.evaluate.runner import Samples, batches, share_out
+from purify.evaluate.runner import Samples, batches, check_classes, share_out
 from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"
@@ -64,6 +68,11 @@ class System:
     attack: Inside
     config: dict[str, Any]
 
+    @property
+    def precision(self) -> str:
+        """Of the denoiser: another one is another function, with other certificates."""
+        return str(self.config.get("precision", FLOAT32))
+
     def stages(self) -> list[str]:
         """What is recorded: the certificates, then an attack on each noisy model."""
         models = self.certifier.noisy_models() if self.attack.samples else {}
@@ -99,12 +108,7 @@ def certify_all(
     Raises:
         ValueError: bad images or labels, or two images of one id, before anything runs.
     """
-    check_images(samples.images)
-    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
-    check_labels(samples.labels, len(samples))
-    for system in systems:
-        for noisy in system.certifier.noisy_models().values():
-            check_steady(system.name, noisy.classifier, samples.images, samples.ids)
+    check_systems(systems, samples)
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
     own = share_out(samples, batch_size, folder.ranks, shard)
@@ -118,6 +122,23 @@ def certify_all(
                 chosen = own if stage == CERTIFICATE else parts[system.name]
                 run(folder, system, stage, chosen, seed, batch_size, bar)
     folder.merge()
+
+
+def check_systems(systems: Sequence[System], samples: Samples, classes: int | None = None) -> None:
+    """Raise ValueError unless the classifiers can take the samples one by one and know their labels and ``classes``."""
+    check_images(samples.images)
+    check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
+    for system in systems:
+        for noisy in system.certifier.noisy_models().values():
+            k = num_classes(noisy.classifier, samples.images, samples.ids, 0, system.name)
+            check_classes(system.name, k, classes)
+            check_labels(samples.labels, len(samples), k)
+            check_steady(system.name, noisy.classifier, samples.images, samples.ids)
+            if system.attack.samples and not is_differentiable(noisy.classifier, samples.images, system.name):
+                raise ValueError(
+                    f"{system.name} leaves autograd (numpy, ONNX, detach or no_grad inside), so nothing can be "
+                    "attacked inside its radius; certify it with --attack-examples 0."
+                )
 
 
 def attacked(samples: Samples, system: System) -> Samples:
@@ -163,7 +184,11 @@ def certificates(system: System, batch: Samples, seed: int) -> Iterator[dict[str
             "radius": float(found.radii[i]),
             "counts": found.counts[i].tolist(),
             "draws": int(found.draws[i]),
+            "selected": int(found.selected[i]),
+            **({} if found.hits is None else {"hits": found.hits[i][found.hits[i] >= 0].tolist()}),
             **({} if found.stages is None else {"stage": int(found.stages[i])}),
+            **({"passed": found.passed[i]} if found.passed and found.passed[i] else {}),
+            **({} if system.precision == FLOAT32 else {"precision": system.precision}),
             "seconds": round(seconds, 4),
         }
 
@@ -201,6 +226,17 @@ def attack(
     return record, image[0].cpu().numpy()
 
 
+def estimates(correct: np.ndarray, radii: Sequence[float] | np.ndarray) -> list[Estimate]:
+    """Certified accuracy at each radius, with Wilson's 95 % intervals; ``correct`` (N,) as in a Summary."""
+    n = len(correct)
+    return [wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)]
+
+
+def mean_radius(correct: np.ndarray) -> Estimate:
+    """Average certified radius with its interval."""
+    return bounded(np.maximum(correct, 0), 0.0, np.inf, spread=max(float(correct.max()), 0.0))
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a system's certificates are worth, over N samples.
@@ -226,6 +262,16 @@ class Summary:
     correct: np.ndarray
 
 
+def in_linf(summary: Summary, norm: str, dimension: int, radii: Sequence[float]) -> Summary:
+    """What a summary's certificates say in L_inf, at other radii; ``dimension``: values of an image.
+
+    Every image within eps of another in L_inf is within eps sqrt(d) of it in L2, and within eps d in L1.
+    """
+    correct = np.where(summary.correct > 0, summary.correct * linf_share(norm, dimension), summary.correct)
+    certified = estimates(correct, radii)
+    return replace(summary, radii=list(radii), certified=certified, acr=mean_radius(correct), correct=correct)
+
+
 def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequence[float]) -> Summary:
     """Sum up a finished system.
 
@@ -238,6 +284,12 @@ def summarize(folder: RunFolder, system: System, samples: Samples, radii: Sequen
         if record["label"] != label or "radius" not in record:
             what = f"sample {record['sample']} ({system.name})"
             raise ValueError(f"The record of {what} in {folder.path} was changed by hand; remove its line.")
+        if record.get("precision", FLOAT32) != system.precision:
+            was = record.get("precision", FLOAT32)
+            raise ValueError(
+                f"Sample {record['sample']} was certified with a denoiser of {was}, and {system.name} has one of "
+                f"{system.precision}, which is another function; remove its line to have it certified."
+            )
     stages, ids = system.stages()[1:], attacked(samples, system).ids.tolist()
     return sum_up(records, [folder.get(system.name, stage, i) for stage in stages for i in ids], radii)
 
@@ -251,8 +303,8 @@ def sum_up(
     correct, n = correct_radii(classes, np.array([r["radius"] for r in certificates]), labels), len(certificates)
     return Summary(
         radii=list(radii),
-        certified=[wilson(round(float(share) * n), n) for share in certified_accuracy(correct, radii)],
-        acr=bounded(np.maximum(correct, 0), 0.0, np.inf, spread=max(float(correct.max()), 0.0)),
+        certified=estimates(correct, radii),
+        acr=mean_radius(correct),
         abstained=wilson(round(abstentions(classes) * n), n),
         draws=float(np.mean([r["draws"] for r in certificates])),
         attacked=sum(r["certified"] != ABSTAIN and r["radius"] > 0 for r in attacks),

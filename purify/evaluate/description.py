@@ -7,6 +7,7 @@ repeats it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,15 @@ import yaml
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
-from purify.checks import check_count, choose, nearest
+from purify.checks import check_count, check_unique, choose, nearest
 from purify.data import DATASETS, Dataset
 from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
 from purify.evaluate.precision import AUTO, COSINE
+from purify.evaluate.protocols import AVERAGES, PROTOCOLS
 from purify.evaluate.ranks import Shard
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
     ASSIGNMENTS,
@@ -35,8 +38,10 @@ from purify.options import (
     SIZE,
     TEXT,
     WHOLE,
+    WHOLES,
     convert,
     flags,
+    note,
     option,
     options,
     plain,
@@ -60,12 +65,17 @@ MODEL = (
 )
 SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
 WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
-GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale)", "splitting noise (ssn, dssn)"
+GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
 BUDGET, RUN = "budget (by name, or its parts)", "run"
+SAMPLING = ("fixed", "anytime")
+OLD = ("stop_radius", "looks")  # options of certificates until 0.2
 EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
+
+
+MODEL_GRADIENTS = ("exact", "bpda", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +127,16 @@ class Description:
             raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold NAME: VALUE lines, the options of a run.")
-        known = {f.name for f in options(cls)}
+        known, found = {f.name for f in options(cls)}, cls.renamed(found)
         for name in found:
             if name not in known:
                 raise ValueError(f"{path} has an unknown option {name!r}{nearest(name, known)}.")
         return cls(**found)
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options by the names they have today; notes what had an old one."""
+        return dict(given)
 
     def to_yaml(self) -> str:
         """The options that are set, as :meth:`from_yaml` takes them."""
@@ -180,6 +195,10 @@ class Evaluation(Description):
         "gdmp.rounds=2 or ssni-l.t_min=0.01; agdm.auxiliary takes what --model takes; may be repeated", "--set",
     )  # fmt: skip
     score_model: str | None = option(None, TEXT, DEFENCE, SCORE_MODEL)
+    score_classes: str | None = option(
+        None, TEXT, DEFENCE,
+        "what a class-conditional score network is told: unconditional, predicted (what --model says), or a class",
+    )  # fmt: skip
     t_star: float | None = option(None, NUMBER, DEFENCE, "noise level in (0, 1]")
     noise_level: tuple[str, ...] | None = option(
         None, NAMES, DEFENCE,
@@ -211,6 +230,13 @@ class Evaluation(Description):
         "bytes of step graphs that full, checkpoint or surrogate may keep, as 512M, or auto: what is free, less some "
         "room (default: full all, others 1G)",
     )  # fmt: skip
+    model_gradient: str = option(
+        "exact", TEXT, THREAT,
+        "backward pass of the classifier: exact; bpda, that of --model-surrogate; none, attacks without gradients only",
+    )  # fmt: skip
+    model_surrogate: str | None = option(
+        None, TEXT, THREAT, "network of --model-gradient bpda; as --model (default: DATASET-standard)"
+    )
     precision: str = option(
         FLOAT32, TEXT, THREAT,
         f"of the score network under attack: {', '.join(PRECISIONS)}, or {AUTO}, the fastest of them whose gradient "
@@ -227,13 +253,23 @@ class Evaluation(Description):
         None, TEXT, BUDGET,
         f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
     )  # fmt: skip
+    protocol: tuple[str, ...] = option(
+        ("fresh",), NAMES, BUDGET, f"how purified defences are judged: {', '.join(PROTOCOLS)}; separated by commas"
+    )
+    averages: tuple[int, ...] | None = option(
+        None, WHOLES, BUDGET,
+        f"purifications per answer of the protocol averaged (default: {','.join(map(str, AVERAGES))})",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known |= {"worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
         known["precision"] = (*PRECISIONS, AUTO)
-        for name, names in {**known, "worst_only": WORST_ONLY, "reverse": REVERSE_RULES}.items():
+        for name, names in known.items():
             self._choose(name, names)
+        if self.model_surrogate is not None and self.model_gradient != "bpda":
+            raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
             raise ValueError("--steps and --dt exclude each other; give one.")
         if self.shard is not None and self.precision == AUTO:
@@ -243,6 +279,30 @@ class Evaluation(Description):
             value = getattr(self, name)
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")
+
+        self._check_protocols()
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> Evaluation:
+        """The evaluation of a paper, see :mod:`purify.evaluate.recipes`, with some options changed.
+
+        Raises:
+            ValueError: there is no such recipe, or an option is unknown or cannot take its value.
+        """
+        return cls(**{**choose(name, RECIPES, "recipe").options, **changes})
+
+    def _check_protocols(self) -> None:
+        for name in self.protocol:
+            choose(name, PROTOCOLS, "--protocol")
+        if self.worst_only is not None and self.protocol != ("fresh",):
+            raise ValueError("--worst-only spares broken samples the attacks that --protocol needs; leave one out.")
+        if self.averages is None:
+            return
+        if "averaged" not in self.protocol:
+            raise ValueError("--averages is for --protocol averaged; add it, or leave --averages out.")
+        for k in self.averages:
+            check_count(k, "--averages")
+        check_unique(self.averages, "entries of --averages", "name each number once")
 
     def rows(self, device: torch.device) -> int:
         """Images times draws in the model at once."""
@@ -260,7 +320,7 @@ class Evaluation(Description):
         prepared = prepare(self)
         with prepared.open("from Python") as folder:
             prepared.attack(folder, progress)
-            return prepared.finish(folder, progress)
+            return prepared.finish(folder, progress, prepared.protocols(folder, progress))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,13 +332,20 @@ class Certification(Description):
     """
 
     batch_size: int = option(16, WHOLE, RUN, "samples at once")
-    method: tuple[str, ...] = option(("cohen",), NAMES, WHAT, "cohen, multiscale, ssn, dssn; separated by commas")
+    method: tuple[str, ...] = option(
+        ("cohen",), NAMES, WHAT, "cohen, multiscale, densepure, ssn, dssn; separated by commas"
+    )
     sigma: tuple[float, ...] = option((0.25, 0.5, 1.0), NUMBERS, GAUSSIAN, "scales, separated by commas")
     score_model: tuple[str, ...] | None = option(
         None, NAMES, GAUSSIAN, f"denoisers, separated by commas: {SCORE_MODEL}; none: no denoiser"
     )
+    precision: str = option(
+        FLOAT32, TEXT, GAUSSIAN, f"of the denoiser, part of what is certified: {', '.join(PRECISIONS)}"
+    )
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
+    votes: int = option(5, WHOLE, GAUSSIAN, "reverse processes of densepure for each noisy image")
+    reverse_steps: int = option(5, WHOLE, GAUSSIAN, "reverse steps of each")
     lam: float | None = option(
         None, NUMBER, SPLITTING, "lambda (default: the one that the classifier was trained with)"
     )
@@ -286,21 +353,37 @@ class Certification(Description):
     selection_draws: int | None = option(None, WHOLE, BUDGET, "n0, draws that choose the class")
     draws: int | None = option(None, WHOLE, BUDGET, "n, draws that bound its probability")
     alpha: float = option(0.001, NUMBER, BUDGET, "probability of failure")
-    stop_radius: float | None = option(
-        None, NUMBER, BUDGET, "stop drawing once it is settled whether this radius holds"
-    )
-    looks: int = option(4, WHOLE, BUDGET, "looks at the bound under --stop-radius")
+    sampling: str = option(
+        "fixed", TEXT, BUDGET,
+        f"{' or '.join(SAMPLING)}: all draws, or for each image until it is settled which of --radii hold",
+    )  # fmt: skip
     attack_examples: int | None = option(None, WHOLE, BUDGET, "images attacked inside their radius")
     attack_steps: int = option(20, WHOLE, BUDGET, "steps of that PGD")
     eot: int = option(16, WHOLE, BUDGET, "draws per gradient of that PGD")
     radii: tuple[float, ...] | None = option(
-        None, NUMBERS, RUN, "radii of the table, separated by commas (default: L2 up to 2, L1 shares of lambda)"
+        None, NUMBERS, RUN,
+        "radii of the table and of anytime sampling, separated by commas (default: L2 up to 2, L1 shares of lambda)",
+    )  # fmt: skip
+
+    linf_radii: tuple[float, ...] | None = option(
+        None, NUMBERS, RUN, "also a table and curve in L_inf at these radii, which follow from each system's own"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose("mode", MODES)
         self._choose("budget", DRAWS)
+        self._choose("sampling", SAMPLING)
+        self._choose("precision", PRECISIONS)
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in given.items() if name not in OLD}
+        if given.get("stop_radius") is not None:
+            radius = given["stop_radius"]
+            note(f"--stop-radius {radius} is now called --sampling anytime --radii {radius}, and needs no --looks")
+            found.update(sampling="anytime", radii=radius)
+        return found
 
     def run(self) -> dict[str, Summary]:
         """Certify and attack inside the radii, resuming what is in the run's folder: a summary for each system.

@@ -48,8 +48,9 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     """
     model = defence.attacked
     try:
-        forward, gradient = seconds_per_row(model, samples, rows)
-        judged = forward if model is defence.model else seconds_per_row(defence.model, samples, rows)[0]
+        asked = any(attack.takes_gradient for attack in defence.attacks)
+        forward, gradient = seconds_per_row(model, samples, rows, asked)
+        judged = forward if model is defence.model else seconds_per_row(defence.model, samples, rows, False)[0]
         memory = most_held(defence, samples.images[:1], rows)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
@@ -78,28 +79,31 @@ def most_held(defence: Defence, x: Tensor, rows: int) -> int:
     return max((cost.held_bytes(part.purifier, x, rows * part.purifications) for part in purified), default=0)
 
 
-def seconds_per_row(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
-    """Of a forward pass and of a gradient."""
+def seconds_per_row(model: nn.Module, samples: Samples, rows: int, with_gradient: bool) -> tuple[float, float]:
+    """Of a forward pass and of a gradient, if asked for."""
     if isinstance(model, DefendedClassifier):
-        return purified_times(model, samples, rows)
-    return times(model, samples, rows)
+        return purified_times(model, samples, rows, with_gradient)
+    return times(model, samples, rows, with_gradient)
 
 
-def purified_times(model: DefendedClassifier, samples: Samples, rows: int) -> tuple[float, float]:
+def purified_times(
+    model: DefendedClassifier, samples: Samples, rows: int, with_gradient: bool = True
+) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all.
 
     A few steps fit into a memory budget that all of them may not: those that are recomputed cost a forward pass more.
     """
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
-    short = times(_shortened(model, 1), samples, rows)
+    short = times(_shortened(model, 1), samples, rows, with_gradient)
     if steps <= rounds:
         return short
-    longer = times(_shortened(model, 3), samples, rows)
+    longer = times(_shortened(model, 3), samples, rows, with_gradient)
     more = min(3 * rounds, steps) - rounds
     forward, gradient = (max(b - a, 0.0) / more for a, b in zip(short, longer, strict=True))
     left = steps - rounds
-    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if _budgeted(purifier) else 0
+    again = with_gradient and _budgeted(purifier)
+    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if again else 0
     return short[0] + forward * left, short[1] + gradient * left + recomputed * forward
 
 
@@ -112,8 +116,9 @@ def _budgeted(purifier: Purifier) -> bool:
     return isinstance(purifier.engine, Full | Checkpoint) and purifier.engine.memory_budget is not None
 
 
-def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
-    """Seconds per row of a forward pass and of a gradient, in batches that grow until they fill or take too long."""
+def times(model: nn.Module, samples: Samples, rows: int, with_gradient: bool = True) -> tuple[float, float]:
+    """Seconds per row of a forward pass and of a gradient, if asked for, in batches that grow until they fill or take
+    too long."""
     call, size = keyed(model, 0), 1
     while True:
         index = torch.arange(size) % len(samples)
@@ -128,7 +133,8 @@ def times(model: nn.Module, samples: Samples, rows: int) -> tuple[float, float]:
             images = x.clone().requires_grad_()
             return torch.autograd.grad(call(images, ids, draws).logsumexp(1).sum(), images)[0]
 
-        spent = [[seconds(work, x.device) for _ in range(2)][1] for work in (forward, gradient)]
+        works = (forward, gradient) if with_gradient else (forward,)
+        spent = [*([seconds(work, x.device) for _ in range(2)][1] for work in works), 0.0]
         if size >= rows or sum(spent) > PATIENCE:
             return spent[0] / size, spent[1] / size
         size = min(2 * size, rows)

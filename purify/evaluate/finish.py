@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from purify.attacks import PGD
 from purify.evaluate import report
 from purify.evaluate.progress import Progress
+from purify.evaluate.protocols import shown
+from purify.evaluate.protocols.measure import Measured
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import RunFolder
@@ -58,12 +61,14 @@ class Finished:
         checks: the self-checks of all defences.
         verdict: the worst case of each defence, in words.
         file: result.json.
+        protocols: what the protocols that were asked for came to, by purified defence.
     """
 
     results: dict[str, dict[str, Any]]
     checks: list[Check]
     verdict: str
     file: Path
+    protocols: Mapping[str, Measured] = field(default_factory=dict)
 
 
 def finish(
@@ -73,6 +78,7 @@ def finish(
     budget: Mapping[str, Any] | None = None,
     max_rows: int = 256,
     progress: bool = True,
+    protocols: Mapping[str, Measured] = MappingProxyType({}),
 ) -> Finished:
     """Accuracies and self-checks of a run whose records are complete, and its result.json, which stands alone.
 
@@ -81,6 +87,7 @@ def finish(
         budget: what the attacks were allowed, by name; default: that of the attacks themselves.
         max_rows: images times draws in the model at once.
         progress: whether a bar shows the self-checks.
+        protocols: what other protocols came to, by defence; see :mod:`purify.evaluate.protocols`.
     """
     config, file = folder.config, folder.path / "result.json"
     criterion, seed = config["worst_only"], config["seed"]
@@ -93,6 +100,8 @@ def finish(
     verdict = report.verdict(found, defences, f"{attack.norm} eps {attack.eps:g}", data, criterion or "mean")
     stated = dict(budget or own_budget(defences))
     context = {"verdict": verdict, "config": config, "budget": stated, "sessions": folder.sessions}
+    if protocols:
+        context["protocols"] = shown.plain(protocols)
     if not report.is_complete(file):  # the checks may take long, or fail
         report.write_result(file, found, defences, context)
     checks: list[Check] = []
@@ -104,7 +113,7 @@ def finish(
                 warn_overshoot(d.model.purifier, samples.images[:OVERSHOT], seed)
             checks += self_checks(folder, d, samples, seed, criterion is None, max_rows, bar)
     report.write_result(file, found, defences, {**context, "self_checks": [plain(check) for check in checks]})
-    return Finished(found, checks, verdict, file)
+    return Finished(found, checks, verdict, file, protocols)
 
 
 def own_budget(defences: Sequence[Defence]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-
     def agree(self, decide: Callable[[], T]) -> T:
         """What rank 0 decides, on all ranks."""
         found: list[Any] = [decide() if self.first else None]

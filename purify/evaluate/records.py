@@ -295,6 +295,11 @@ def samples_picture(folder: Path, defence: str) -> Path:
     return folder / f"samples-{defence.replace(' ', '-')}.png"
 
 
+def averages_picture(folder: Path, defence: str) -> Path:
+    """Where the picture of a defence's accuracy over purifications per answer is."""
+    return folder / f"averaged-{defence.replace(' ', '-')}.png"
+
+
 def curve_picture(folder: Path, norm: str) -> Path:
     """Where the picture of certified accuracy over the radius is."""
     return folder / f"certified-{norm}.png"

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from purify.answers import ask
 from purify.attacks.noise import RandomNoise
 from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
@@ -59,7 +60,8 @@ def verdict(
         worst, clean = results[d.name]["worst case"][criterion], results[d.name][CLEAN][criterion]
         interval = f"[{100 * worst.low:.1f}, {100 * worst.high:.1f}]"
         share, clean = f"{100 * worst.value:.1f} %", f"{100 * clean.value:.1f} % clean"
-        blind = isinstance(d.model, DefendedClassifier) and all(a.black_box for a in d.attacks)
+        purified = isinstance(d.model, DefendedClassifier)
+        blind = all(a.black_box if purified else not a.takes_gradient for a in d.attacks)
         warning = "; no gradient attack was run on it" if blind else ""
         lines.append(f"  {d.name}: {share} {interval} in the worst case, {clean}{warning}")
     return "\n".join([f"{threat}, {data}:", *lines])
@@ -128,8 +130,7 @@ def figure(folder: RunFolder, defence: Defence, undefended: nn.Module, samples: 
     records = [folder.get(defence.name, attack, int(i)) for i in shown.ids]
     votes = [_vote(r["predictions"]) for r in records]
     share = [np.mean(np.array(r["predictions"]) == r["label"]) for r in records]
-    bare = undefended(adversarial).argmax(1).tolist()
-    first = undefended(shown.images).argmax(1).tolist()
+    bare, first = (ask(undefended, x).argmax(1).tolist() for x in (adversarial, shown.images))
     scale = (adversarial - shown.images).abs().max().clamp_min(1e-12)
     rows: list[tuple[str, Tensor, list[tuple[str, bool | None]]]] = [
         ("original\nundefended says", shown.images, _said(first, shown.labels)),

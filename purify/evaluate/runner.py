@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.base import Attack, keyed, num_classes
+from purify.attacks.base import Attack, AttackResult, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
-from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
+from purify.evaluate.metrics import CRITERIA, Estimate, summarize, wilson, worst_case
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
@@ -161,14 +161,43 @@ def evaluate(
     return new
 
 
-def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0) -> None:
-    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ."""
+def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None) -> None:
+    """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
+
+    ``classes``: of the data; a model of fewer is refused, one of more gets a warning.
+    """
     check_images(samples.images)
     check_unique(samples.ids.tolist(), "images", "give every image an id of its own")
     check_unique([d.name for d in defences], "defences", "give each a name of its own")
     for defence in defences:
-        check_labels(samples.labels, len(samples), num_classes(defence.model, samples.images, samples.ids, seed))
+        k = num_classes(defence.model, samples.images, samples.ids, seed, defence.name)
+        check_classes(defence.name, k, classes)
+        check_labels(samples.labels, len(samples), k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
+
+
+@torch.no_grad()
+def check_clean(name: str, model: nn.Module, samples: Samples, classes: int, most: int = 64, seed: int = 0) -> None:
+    """Warn if a model without randomness is hardly better than guessing on the first images as they are."""
+    few = samples[torch.arange(min(most, len(samples)))]
+    ids = few.ids.to(few.images.device)
+    right = int((keyed(model, seed, name)(few.images, ids, torch.zeros_like(ids)).argmax(1) == few.labels).sum())
+    if wilson(right, len(few)).high < 2 / classes:
+        warnings.warn(
+            f"{name} is right on {right} of {len(few)} clean images, hardly more than guessing: does it expect images "
+            "that are normalised, or other classes? It gets them in [0, 1].",
+            stacklevel=2,
+        )
+
+
+def check_classes(name: str, found: int | None, classes: int | None) -> None:
+    """Raise ValueError if a model tells fewer classes apart than the data has; warn of more."""
+    if found is None or classes is None or found == classes:
+        return
+    sentence = f"{name} tells {found} classes apart, the data has {classes}"
+    if found < classes:
+        raise ValueError(f"{sentence}; take a classifier of these classes.")
+    warnings.warn(f"{sentence}: an attack may end in a class that the data does not know.", stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -215,11 +244,11 @@ class _Stage:
 
     def _batch(self, batch: Samples, wanted: Tensor) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
-        adversarial, loss, calls = batch.images, torch.full((len(batch),), float("nan")), None
+        adversarial, loss, found = batch.images, torch.full((len(batch),), float("nan")), None
         if self.attack is not None:
             model, attack_seed = self.defence.attacked, derive_seed(self.seed, "attack")
-            result = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
-            adversarial, loss, calls = result.images, result.loss, result.calls
+            found = self.attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=attack_seed)
+            adversarial, loss = found.images, found.loss
         judged = judge(self.defence, adversarial, batch.ids, self.seed, self.max_rows)
         seconds = (time.perf_counter() - start) / len(batch)
         distances = {n: ball.distance(adversarial - batch.images).tolist() for n, ball in BALLS.items()}
@@ -233,12 +262,20 @@ class _Stage:
                 **{n: values[i] for n, values in distances.items()},
                 **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
-                **({} if calls is None else {"calls": int(calls[i])}),
+                **({} if found is None else counted(found, i)),
                 "seconds": round(seconds, 4),
             }
             image = None if self.attack is None else adversarial[i].cpu().numpy()
             self.folder.append(record, image)
             yield record
+
+
+def counted(found: AttackResult, i: int) -> dict[str, int]:
+    """What an attack counted on sample i: its network calls, the answers to its iterates, those that were wrong."""
+    calls = {} if found.calls is None else {"calls": int(found.calls[i])}
+    if found.submitted is None:
+        return calls
+    return {**calls, "submitted": int(found.submitted.asked[i]), "submitted_wrong": int(found.submitted.wrong[i])}
 
 
 @dataclass(frozen=True)
@@ -258,34 +295,30 @@ def judge(defence: Defence, images: Tensor, ids: Tensor, seed: int, max_rows: in
     """The model's answers on draws that no attack has seen: their seed is the judges' own.
 
     Raises:
-        ValueError: it answers NaN or infinity, which is no class.
+        ValueError: it answers NaN, infinity, or the same for all classes, which is no class.
     """
     seed = derive_seed(seed, "judge")
     n, draws = len(images), defence.draws
     ids = ids.to(images.device)
 
     def ask(part: Tensor) -> tuple[Tensor, Trace | None]:
-        return answer(defence.model, images[part // draws], ids[part // draws], part % draws, seed)
+        return answer(defence.model, images[part // draws], ids[part // draws], part % draws, seed, defence.name)
 
     rows = torch.arange(n * draws, device=images.device)
     answers = [found for _, found in Parts(max_rows).of(rows, ask)]
-    lost = torch.cat([logits.isnan().any(1) | ~logits.amax(1).isfinite() for logits, _ in answers])
-    if bool(lost.any()):
-        raise ValueError(
-            f"{defence.name} answers NaN or infinity on sample {int(ids[rows[lost] // draws][0])}; check weights, "
-            "precision and the guidance's scale."
-        )
     predictions = torch.cat([logits.argmax(1) for logits, _ in answers]).reshape(n, draws)
     values = means([trace for _, trace in answers if trace is not None])
     return Judgement(predictions, {name: v.reshape(n, draws).mean(1) for name, v in values.items()})
 
 
-def answer(model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int) -> tuple[Tensor, Trace | None]:
+def answer(
+    model: nn.Module, images: Tensor, ids: Tensor, draws: Tensor, seed: int, name: str
+) -> tuple[Tensor, Trace | None]:
     """Logits of any model, with the trace of the purifications behind them if it has any."""
     if has(model, HasDetails):
         details = model.details(images, sample_ids=ids, draw=draws, seed=seed)
         return details.logits, details
-    return keyed(model, seed)(images, ids, draws), None
+    return keyed(model, seed, name)(images, ids, draws), None
 
 
 def means(traces: Sequence[Trace]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from purify.diffusion.noise import derive_seed
 from purify.evaluate.progress import GRADIENT, Progress, cost, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
+from purify.purification.blackbox import BlackBox
 from purify.purification.defended import DefendedClassifier
 
 GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
@@ -29,6 +30,8 @@ LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the 
 HEALTH_LEVELS = (0.1, 0.3, 1.0, 3.0)  # noise levels, and images, at which a run asks its score network
 HEALTH_IMAGES = 8
 QUERIES = 200  # of Square on a model without randomness
+COSINE = "cosine of the gradient with float64 full backpropagation, least of the samples"
+ZEROS = "share of zero entries in the gradient"
 INEXACT = "accuracy that attacks with an inexact gradient take beyond exact white-box ones"
 
 
@@ -80,15 +83,38 @@ def self_checks(
     bar = bar or Progress(0, shown=False)
     few, fewer = _few(samples)
     recorded = Recorded(folder, defence, samples)
-    purified = isinstance(defence.model, DefendedClassifier)
     asked = [health(defence.model, samples.images)] if isinstance(defence.model, DefendedClassifier) else []
     return [
-        *(gradient_checks(defence, fewer, seed, bar) if purified else zero_checks(defence, fewer, seed)),
+        *asked_of_gradient(defence, fewer, seed, bar),
         *(check for found in asked for check in health_checks(defence.name, found)),
         *(black_box_check(recorded, few, seed) if complete else []),
         *(inexact_check(defence.name, recorded.found(), defence.config.get("exact", True)) if complete else []),
         *convergence_checks(defence, few, seed, recorded if complete else None, max_rows, bar),
     ]
+
+
+def asked_of_gradient(defence: Defence, samples: Samples, seed: int, bar: Progress) -> list[Check]:
+    """What is asked of the gradient that attacks took, if they took any."""
+    if not _has_gradient(defence):
+        meaning = "No attack with a gradient was run: the accuracy is an upper bound of what holds."
+        return [Check(defence.name, ZEROS, None, 0.1, False, meaning)]
+    if _compared(defence):
+        return gradient_checks(defence, samples, seed, bar)
+    found = zero_checks(defence, samples, seed)
+    if any(isinstance(part, BlackBox) for part in defence.model.modules()):
+        meaning = "The classifier's backward pass is that of another network; its own may lead further."
+        found.append(Check(defence.name, COSINE, None, 0.99, False, meaning))
+    return found
+
+
+def _has_gradient(defence: Defence) -> bool:
+    return any(attack.takes_gradient for attack in defence.attacks)
+
+
+def _compared(defence: Defence) -> bool:
+    """Whether the gradient is compared with full backpropagation in float64."""
+    parts = defence.model.modules()
+    return isinstance(defence.model, DefendedClassifier) and not any(isinstance(part, BlackBox) for part in parts)
 
 
 def _few(samples: Samples) -> tuple[Samples, Samples]:
@@ -103,7 +129,7 @@ def _few(samples: Samples) -> tuple[Samples, Samples]:
 def checks_work(folder: RunFolder, defence: Defence, samples: Samples, complete: bool = True) -> float:
     """Network calls of :func:`self_checks`, in the units of :func:`purify.evaluate.progress.weight`."""
     few, fewer = _few(samples)
-    gradients = _gradients_work(defence, fewer) if isinstance(defence.model, DefendedClassifier) else 0.0
+    gradients = _gradients_work(defence, fewer) if _compared(defence) and _has_gradient(defence) else 0.0
     attack = _to_converge(defence, Recorded(folder, defence, samples) if complete else None)
     if attack is None:
         return gradients
@@ -165,7 +191,7 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress
     return [
         Check(
             defence.name,
-            "cosine of the gradient with float64 full backpropagation, least of the samples",
+            COSINE,
             cosine,
             0.99,
             at_most(0.99, cosine),
@@ -188,7 +214,7 @@ def zero_check(defence: str, gradient: Tensor) -> Check:
     """The share of zeros in a gradient."""
     zeros = (gradient == 0).double().mean().item()
     meaning = "The gradient vanishes in places; an attack on logits or margins may do better."
-    return Check(defence, "share of zero entries in the gradient", zeros, 0.1, at_most(zeros, 0.1), meaning)
+    return Check(defence, ZEROS, zeros, 0.1, at_most(zeros, 0.1), meaning)
 
 
 def health(model: DefendedClassifier, images: Tensor) -> Health:

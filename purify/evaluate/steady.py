@@ -23,7 +23,7 @@ def check_steady(name: str, model: nn.Module, images: Tensor, ids: Tensor, seed:
     x, ids = images[:FEW], ids[:FEW].to(images.device)
     if len(x) < 2:
         return
-    call, draw = keyed(model, seed), torch.zeros_like(ids)
+    call, draw = keyed(model, seed, name), torch.zeros_like(ids)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         together, again = call(x, ids, draw), call(x, ids, draw)
         alone = torch.cat([call(x[i : i + 1], ids[i : i + 1], draw[:1]) for i in range(len(x))])

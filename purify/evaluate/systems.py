@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,33 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.certify import DSSN, SSN, Cascade, Certifier, Draws, EarlyStop, Smooth, denoised_smoothing, to_grid
+from purify.certify import (
+    DSSN,
+    SSN,
+    Anytime,
+    Cascade,
+    Certifier,
+    Draws,
+    Smooth,
+    denoised_smoothing,
+    dense_smoothing,
+    to_grid,
+)
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
-from purify.evaluate.attacking import RECORD, begin, load_samples, open_folder
+from purify.diffusion.precision import FLOAT32, PRECISIONS
+from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
-from purify.evaluate.certification import Inside, Summary, System, certify_all, summarize
+from purify.evaluate.certification import (
+    Inside,
+    Summary,
+    System,
+    certify_all,
+    check_systems,
+    in_linf,
+    summarize,
+)
 from purify.evaluate.description import Certification
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
@@ -33,16 +54,18 @@ SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius 
 
 # Options that only some methods read.
 READ_BY = {
-    "sigma": ("cohen", "multiscale"),
-    "score_model": ("cohen", "multiscale"),
+    "sigma": ("cohen", "multiscale", "densepure"),
+    "score_model": ("cohen", "multiscale", "densepure"),
+    "precision": ("cohen", "multiscale", "densepure"),
     "p0": ("multiscale",),
     "mode": ("multiscale",),
+    "votes": ("densepure",),
+    "reverse_steps": ("densepure",),
     "lam": ("ssn", "dssn"),
-    "selection_draws": ("cohen", "multiscale", "ssn"),
-    "draws": ("cohen", "multiscale", "ssn"),
-    "alpha": ("cohen", "multiscale", "ssn"),
-    "stop_radius": ("cohen", "ssn"),
-    "looks": ("cohen", "ssn"),
+    "selection_draws": ("cohen", "multiscale", "densepure", "ssn"),
+    "draws": ("cohen", "multiscale", "densepure", "ssn"),
+    "alpha": ("cohen", "multiscale", "densepure", "ssn"),
+    "sampling": ("cohen", "densepure", "ssn"),
 }
 
 
@@ -69,8 +92,7 @@ def build_budget(c: Certification) -> tuple[Draws, Inside, int]:
     asked = (c.selection_draws, c.draws, c.n_examples, c.attack_examples)
     n0, n, samples, attacked = (u if a is None else a for a, u in zip(asked, DRAWS[c.budget], strict=True))
     check_count(samples, "n-examples")
-    stop = None if c.stop_radius is None else EarlyStop(c.stop_radius, c.looks)
-    return Draws(n0, n, c.alpha, stop), Inside(attacked, c.attack_steps, c.eot), samples
+    return Draws(n0, n, c.alpha), Inside(attacked, c.attack_steps, c.eot), samples
 
 
 def check_meant(c: Certification) -> None:
@@ -93,8 +115,8 @@ class Denoised:
     networks: dict[str, Any]
 
 
-def gaussian(order: Order) -> list[Denoised]:
-    """One entry for each denoiser."""
+def gaussian(order: Order, build: Callable[..., Smooth] = denoised_smoothing) -> list[Denoised]:
+    """One entry for each denoiser; ``build`` puts it before the classifier."""
     c, known = order.asked, order.known
     standard = f"{known}-standard"
     default = standard if standard in zoo.names("classifier") else "Standard"
@@ -104,11 +126,16 @@ def gaussian(order: Order) -> list[Denoised]:
     for name in names:
         networks, suffix = {"classifier": fingerprint(classifier)}, f", {short(name)}" if len(names) > 1 else ""
         if name == "none":
+            if c.precision != FLOAT32:
+                raise ValueError(f"--precision {c.precision} is the denoiser's; there is none with --score-model none.")
             scales = [Smooth(classifier, s, max_rows=c.max_rows) for s in c.sigma]
         else:
             score = load_score(name, known).to(order.device)
             networks["score_model"] = score.fingerprint()
-            scales = [denoised_smoothing(classifier, score, s, c.max_rows) for s in c.sigma]
+            if c.precision != FLOAT32:
+                score.set_autocast(PRECISIONS[c.precision])
+                networks["precision"] = c.precision
+            scales = [build(classifier, score, s, max_rows=c.max_rows) for s in c.sigma]
         found.append(Denoised(tuple(scales), suffix, networks))
     return found
 
@@ -130,14 +157,28 @@ def cohen(order: Order) -> list[System]:
 
 def multiscale(order: Order) -> list[System]:
     """The cascade over all sigmas."""
-    if order.draws.stop is not None:
-        raise ValueError("A cascade makes all its draws; leave --stop-radius out.")
+    if order.asked.sampling == "anytime":
+        raise ValueError("A cascade makes all its draws; leave --sampling anytime out.")
     systems = []
     for d in gaussian(order):
         cascade = Cascade(d.scales, order.asked.p0, order.asked.mode)
         config = {**cascade.config(), **d.networks}
         systems.append(System(f"multiscale{d.suffix}", cascade, order.draws, order.inside, config))
     return systems
+
+
+def densepure(order: Order) -> list[System]:
+    """The vote over reverse processes, at each sigma by itself."""
+    c = order.asked
+    if "none" in (c.score_model or ()):
+        raise ValueError("densepure votes over reverse processes of a diffusion model; there is none with none.")
+    size = {"votes": c.votes, "steps": c.reverse_steps}
+    build = partial(dense_smoothing, votes=c.votes, steps=c.reverse_steps)
+    return [
+        System(f"densepure {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **size, **d.networks})
+        for d in gaussian(order, build)
+        for s in d.scales
+    ]
 
 
 def splitting(kind: type[SSN] | type[DSSN]) -> Callable[[Order], list[System]]:
@@ -159,10 +200,11 @@ def splitting(kind: type[SSN] | type[DSSN]) -> Callable[[Order], list[System]]:
 METHODS: dict[str, Callable[[Order], list[System]]] = {
     "cohen": cohen,
     "multiscale": multiscale,
+    "densepure": densepure,
     "ssn": splitting(SSN),
     "dssn": splitting(DSSN),
 }
-GAUSSIAN = ("cohen", "multiscale")
+GAUSSIAN = ("cohen", "multiscale", "densepure")
 
 
 def any_classifier(name: str, known: str, norm: str) -> nn.Module:
@@ -198,8 +240,6 @@ def build_systems(order: Order) -> list[System]:
     systems = [system for build in builders for system in build(order)]
     advice = "name each method and sigma once, and give each denoiser a file name of its own"
     check_unique([s.name for s in systems], "systems", advice)
-    for s in systems:
-        s.certifier.reachable(s.draws)  # says so if there is none
     return systems
 
 
@@ -214,9 +254,28 @@ def build_radii(c: Certification, systems: Sequence[System]) -> dict[str, list[f
             found[norm] = [share * lam for share in SHARES]
         else:
             found[norm] = list(RADII)
-        if not all(math.isfinite(r) and r >= 0 for r in found[norm]):
-            raise ValueError(f"--radii takes numbers of at least 0, got {', '.join(map(str, found[norm]))}.")
+        check_radii("--radii", found[norm])
     return found
+
+
+def check_radii(name: str, radii: Sequence[float]) -> None:
+    """Raise ValueError unless all radii are numbers of at least 0."""
+    if not all(math.isfinite(r) and r >= 0 for r in radii):
+        raise ValueError(f"{name} takes numbers of at least 0, got {', '.join(map(str, radii))}.")
+
+
+def set_sampling(systems: Sequence[System], sampling: str, radii: Mapping[str, Sequence[float]]) -> list[System]:
+    """The systems with draws that are fixed, or stop for each image once the radii of their norm are settled.
+
+    Raises:
+        ValueError: no image can get any of these radii, or any at all.
+    """
+    if sampling == "anytime":
+        anytime = {norm: Anytime(tuple(values)) for norm, values in radii.items()}
+        systems = [replace(s, draws=replace(s.draws, stop=anytime[s.certifier.norm])) for s in systems]
+    for s in systems:
+        s.certifier.reachable(s.draws)  # says so
+    return list(systems)
 
 
 @dataclass(frozen=True)
@@ -270,13 +329,22 @@ class Ready:
     def finish(self, folder: RunFolder) -> dict[str, Summary]:
         """Sum up a folder that is complete, by system, and write its result.json."""
         found = {s.name: summarize(folder, s, self.samples, self.radii[s.certifier.norm]) for s in self.systems}
-        body = {s.name: {"norm": s.certifier.norm, **plain(found[s.name])} for s in self.systems}
+        body = {s.name: {"norm": s.certifier.norm, **summed(found[s.name])} for s in self.systems}
+        for name, summary in self.linf(found).items():
+            body[name]["Linf"] = {k: v for k, v in summed(summary).items() if k in ("radii", "certified", "acr")}
         context = {"schema": SCHEMA, "config": folder.config, "preset": self.order.asked.budget}
         write_json(folder.path / "result.json", {**context, "sessions": folder.sessions, "results": body})
         return found
 
+    def linf(self, found: Mapping[str, Summary]) -> dict[str, Summary]:
+        """What the certificates say in L_inf at the radii asked for; nothing if none were."""
+        radii, d = self.order.asked.linf_radii, self.samples.images[0].numel()
+        if radii is None:
+            return {}
+        return {s.name: in_linf(found[s.name], s.certifier.norm, d, radii) for s in self.systems}
 
-def plain(summary: Summary) -> dict[str, Any]:
+
+def summed(summary: Summary) -> dict[str, Any]:
     """A summary for result.json, without what the records hold."""
     return {k: v for k, v in asdict(summary).items() if k != "correct"}
 
@@ -292,7 +360,10 @@ def prepare(asked: Certification) -> Ready:
     order = Order(asked, asked.known(data), device, draws, inside)
     systems = build_systems(order)
     radii = build_radii(asked, systems)
+    check_radii("--linf-radii", asked.linf_radii or ())
+    systems = set_sampling(systems, asked.sampling, radii)
     samples = load_samples(asked, data, n, device)
     if any(s.certifier.norm == "L1" for s in systems):
         samples = replace(samples, images=to_grid(samples.images))
+    check_systems(systems, samples, known_classes(asked, data))
     return Ready(order, data, systems, radii, samples, ranks)

@@ -61,6 +61,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     for name, system in config["systems"].items():
         draws, attack, exact = system["draws"], system["attack"], system["kind"] in EXACT
         found = _sum_up(folder, name, config["n_examples"], results.get(name, {}), records)
+        precision = f", {system['precision']} denoiser" if "precision" in system else ""
         drawn = f"all {found.draws:.0f} noise levels" if exact else _stated(draws)
         inside = f"PGD {attack['steps']} x EOT {attack['eot']} inside the radius"
         row = CertifiedRow(
@@ -70,7 +71,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
             norm=results[name]["norm"],
             found=found,
             alpha=None if exact else draws["alpha"],
-            budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
+            budget=f"{drawn}{precision}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
             samples=config["n_examples"],
             seed=config["seed"],
             command=sessions[0]["command"],
@@ -116,6 +117,9 @@ def _sum_up(
 
 def _stated(draws: dict[str, Any]) -> str:
     """Draws as text."""
-    stop = draws["stop"]
-    early = "" if stop is None else f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
+    stop, early = draws["stop"], ""
+    if stop is not None and "looks" in stop:  # until 0.2
+        early = f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
+    elif stop is not None:
+        early = f" at most, stopped once the radii {', '.join(f'{r:g}' for r in stop['radii'])} are settled"
     return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}"

@@ -9,7 +9,7 @@ from purify.leaderboard.rows import Row
 
 
 def ranked(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows by systems, each system's lowest worst case first.
+    """The rows by systems, each system's measurement on most images first, of equally many the lowest worst case.
 
     Systems stand by data set and threat model, by the worst case that leads them from high to low, and after all
     others those measured with a reduced budget.
@@ -19,8 +19,13 @@ def ranked(rows: Iterable[Row]) -> list[list[Row]]:
         own = [any(one_system(row, other) for other in group) for group in groups]
         joined = [other for group, o in zip(groups, own, strict=True) if o for other in group]
         groups = [[row, *joined], *(group for group, o in zip(groups, own, strict=True) if not o)]
-    groups = [sorted(group, key=lambda r: (lowest(r), -len(r.attacks), r.run, r.name)) for group in groups]
+    groups = [sorted(group, key=_first) for group in groups]
     return sorted(groups, key=lambda g: (g[0].reduced, *threat(g[0]), -lowest(g[0]), g[0].title, g[0].classifier))
+
+
+def _first(row: Row) -> tuple[Any, ...]:
+    """What the measurements of one system stand by."""
+    return -len(row.images), lowest(row), -len(row.attacks), row.run, row.name
 
 
 def one_system(row: Row, other: Row) -> bool:
@@ -48,7 +53,7 @@ def lowest(row: Row) -> float:
 
 def system(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a defence's entry in a manifest decides its answers, not how it is named, differentiated or judged."""
-    part = without(config, "model", "draws", "exact", "precision")
+    part = without(config, "model", "draws", "exact", "model_surrogate", "precision")
     if "purifier" in part:
         part["purifier"] = without(part["purifier"], "gradient", "through_level")
         guidance = part["purifier"].get("guidance")

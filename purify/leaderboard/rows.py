@@ -47,6 +47,7 @@ class Row:
         config: the defence as its manifest states it.
         command, run, git: the command that reproduces the run, its folder, the revisions that ran.
         called: what runs call the classifier by itself, if they say more than that it is undefended.
+        protocols: numbers of other protocols, as result.json has them; see :mod:`purify.evaluate.protocols`.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Row:
     run: str
     git: str | None
     called: str | None = None
+    protocols: tuple[dict[str, Any], ...] = ()
 
     @property
     def bare(self) -> bool:
@@ -97,7 +99,7 @@ class Row:
 
     def repeats(self, other: Row) -> bool:
         """Whether both are one measurement, as of the undefended classifier that several runs attack alike."""
-        origin: dict[str, Any] = {"name": "", "command": "", "run": "", "git": None}
+        origin: dict[str, Any] = {"name": "", "command": "", "run": "", "git": None, "protocols": ()}
         return replace(self, **origin) == replace(other, **origin)
 
 
@@ -113,6 +115,7 @@ def read_run(folder: str | Path) -> list[Row]:
     if "systems" in config:
         raise ValueError(f"{folder} is a run of certificates (run_certify.py); give folders of run_autoattack.py.")
     result = dict(zip(RESULT, load_json(folder / "result.json", *RESULT), strict=True))
+    result["protocols"] = json.loads((folder / "result.json").read_text()).get("protocols", {})
     if config.get("worst_only"):
         raise ValueError(
             f"{folder} was made with --worst-only; a leaderboard needs every attack on every sample: run its command "
@@ -223,6 +226,7 @@ def _row(
         command=sessions[0]["command"],
         run=str(folder),
         git=", ".join(dict.fromkeys(str(session["git"]) for session in sessions if session["git"])) or None,
+        protocols=tuple(result["protocols"].get(name, {}).get("lines", ())),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from purify.evaluate.metrics import Estimate
+from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import write_json
 from purify.evaluate.runner import UNDEFENDED
 from purify.leaderboard.certified import CertifiedRow, read_certified
@@ -46,7 +47,10 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Row], list[CertifiedR
 def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequence[CertifiedRow] = ()) -> None:
     """Write all files into ``folder``, the strongest defence of each data set first, those of reduced budgets last.
 
-    A system that several runs measured is ranked by its lowest worst case; the other measurements follow it.
+    Numbers of papers stand apart, in ``published.json`` and in a list of their own.
+
+    A system that several runs measured is ranked by the one on most images, of equally many by the lowest worst case;
+    the other measurements follow it.
     ``leaderboard.json`` lists attacked defences; certified systems have a file of their own, ``certified.json``, so
     that all entries of a file have the same fields.
 
@@ -67,6 +71,8 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
         content["rows"] = [row for group in content["groups"] for row in group]
         write_json(folder / "leaderboard.json", content["rows"])
         write_json(folder / "certified.json", content["certified"])
+        content["published"] = published()
+        write_json(folder / "published.json", content["published"])
         content["plots"], content["curves"] = draw_plots([g[0] for g in groups], folder), draw_curves(certified, folder)
         environment = Environment(
             loader=PackageLoader("purify.leaderboard"), autoescape=select_autoescape(), trim_blocks=True
@@ -78,10 +84,10 @@ def write_leaderboard(rows: Sequence[Row], folder: str | Path, certified: Sequen
         raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --out.") from error
 
 
-def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
+def entry(row: Row, folder: Path, leader: Row) -> dict[str, Any]:
     """A row as plain data: the fields of RobustBench's model_info (accuracies in %), and ours.
 
-    ``lowest``: the row of the same system with the lowest worst case; unless it is this one, its manifest is named.
+    ``leader``: the row that stands for the same system; unless it is this one, its manifest is named.
     """
     return {
         "name": row.title,
@@ -96,7 +102,7 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
         "external": None,
         "unreliable": row.marked,
         "reduced": row.reduced,
-        "stronger": None if row is lowest else manifest(lowest, folder),
+        "stronger": None if row is leader else manifest(leader, folder),
         "robust_acc": f"{100 * row.worst['mean'].value:.1f}",
         "strongest_attack": row.strongest,
         "clean": texts(row.clean),
@@ -112,8 +118,21 @@ def entry(row: Row, folder: Path, lowest: Row) -> dict[str, Any]:
         "seed": row.seed,
         "failed_checks": list(row.failed_checks),
         "exact_gradient": row.exact,
+        "protocols": [protocol_entry(line) for line in row.protocols],
         **origin(row, folder),
     }
+
+
+def protocol_entry(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A number of a protocol: accuracies as text, and as shares below ``estimates``."""
+    found = {name: Estimate(**line[name]) for name in ("accuracy", "clean")}
+    said = {name: line[name] for name in ("protocol", "number", "assumes", "calls")}
+    return {**said, **texts(found), "estimates": plain(found)}
+
+
+def published() -> list[dict[str, Any]]:
+    """The numbers of papers, with their recipes and sources: references, which nobody measured here."""
+    return [{"recipe": name, **asdict(found)} for name, recipe in RECIPES.items() for found in recipe.published]
 
 
 def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from purify.checks import short
 from purify.diffusion.schedule import ContinuousVP
@@ -29,8 +32,16 @@ class EDMDenoiser(nn.Module):
         self.denoiser = denoiser
         self.schedule = schedule or ContinuousVP()
 
-    def forward(self, u: Tensor, labels: Tensor) -> Tensor:
-        """u0_hat at u_t (N, C, H, W) and labels 1000 t (N,)."""
+    takes_weights = True  # of classes, besides their indices
+
+    def forward(self, u: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+        """u0_hat at u_t (N, C, H, W) and labels 1000 t (N,); ``classes``: int64 (N,) or weights (N, K), None: none."""
         t = labels.double() / 1000
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        return self.denoiser(u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(labels.dtype))
+        inputs = u / alpha.to(u.dtype)[:, None, None, None], (sigma / alpha).to(labels.dtype)
+        if classes is None:
+            return self.denoiser(*inputs)
+        if not classes.is_floating_point():
+            k: Any = self.denoiser.label_dim
+            classes = one_hot(classes, k).to(u.dtype)
+        return self.denoiser(*inputs, classes)

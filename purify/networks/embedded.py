@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from purify.checks import choose
+from purify.networks.timesteps import with_double_time
 
 
 class PatchUNet(nn.Module):
@@ -23,7 +24,7 @@ class PatchUNet(nn.Module):
         from diffusers.models.unets.unet_2d import UNet2DModel
 
         self.patch = patch
-        self.unet = UNet2DModel(
+        unet = UNet2DModel(
             sample_size=size // patch,
             in_channels=channels * patch**2,
             out_channels=channels * patch**2,
@@ -34,6 +35,7 @@ class PatchUNet(nn.Module):
             norm_num_groups=8,
             add_attention=False,
         )
+        self.unet = with_double_time(unet)
 
     def forward(self, u: Tensor, labels: Tensor) -> Tensor:
         """u (N, C, H, W), float labels (N,) -> (N, C, H, W)."""

@@ -40,7 +40,7 @@ def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:
         step = linear(lambda x: graph_bytes(purifier, x), x, rows)
         recomputed = steps - engine.kept(step, steps, free) if engine.keeps_states else 0
         chain = engine.held(step, steps, free) + recomputed * rows * purifier.resized(x).nbytes
-        chain += linear(lambda x: rebuilt_bytes(purifier, x), x, rows) if purifier.guidance is not None else 0
+        chain += linear(lambda x: rebuilt_bytes(purifier, x), x, rows)
     term, terms = level_bytes(purifier, x, rows)
     return max(term * engine.kept(term, terms, free) + chain, engine.held(term, terms, free))
 
@@ -66,14 +66,14 @@ def graph_bytes(purifier: Purifier, x: Tensor) -> int:
 
 
 def rebuilt_bytes(purifier: Purifier, x: Tensor) -> int:
-    """Bytes of graph that guidance holds on top: of what came in, and of one grad D in the backward pass."""
-    step, u = _first_step(purifier, x)
-    guidance = purifier.guidance
-    assert guidance is not None
-    assert isinstance(step.look, Guide)
-    of_input = saved_bytes(guidance.bind, u)[1]
-    second_order = guidance.exact and guidance.scale != 0
-    return of_input + (saved_bytes(step.look.rebuilt(purifier.score_model, step.t), u)[1] if second_order else 0)
+    """Bytes of graph on top: of what guidance keeps of the input, and of what one step's backward pass builds."""
+    step, state = _first_step(purifier, x)
+    guidance, model = purifier.guidance, purifier.score_model
+    of_input = 0 if guidance is None else saved_bytes(guidance.bind, (2 * x - 1).requires_grad_())[1]
+    built = [step.rule.rebuilt(model, step.t)]
+    if isinstance(step.look, Guide) and step.look.guidance.second_order and step.look.guidance.scale != 0:
+        built.append(step.look.rebuilt(model, step.t))
+    return of_input + max((saved_bytes(build, state)[1] for build in built if build is not None), default=0)
 
 
 def level_bytes(purifier: Purifier, x: Tensor, rows: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from purify.answers import ask
 from purify.checks import (
     check_count,
     check_eval,
     check_images,
-    check_logits,
     check_shape,
     check_weights,
     choose,
-    fitting,
     sample_keys,
     whole_numbers,
 )
@@ -26,11 +26,20 @@ from purify.purification.gradients import GradientEngine
 from purify.purification.outcomes import Details
 from purify.purification.plans import FixedSteps
 from purify.purification.purifier import Purifier, twin
+from purify.transforms import run_eagerly, set_mode
 
 
 def mean_logits(logits: Tensor) -> Tensor:
     """Mean over purifications: (N, M, K) -> (N, K)."""
     return logits.mean(1)
+
+
+def log_mean_softmax(logits: Tensor) -> Tensor:
+    """Logarithm of the mean softmax over purifications: (N, M, K) -> (N, K).
+
+    The same answers as the mean softmax, whose own gradient fades where every purification is sure.
+    """
+    return logits.log_softmax(-1).logsumexp(1) - math.log(logits.shape[1])
 
 
 def vote_shares(logits: Tensor) -> Tensor:
@@ -43,7 +52,11 @@ def vote_shares(logits: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {"logits": mean_logits, "votes": vote_shares}
+AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "logits": mean_logits,
+    "softmax": log_mean_softmax,
+    "votes": vote_shares,
+}
 
 
 class Auxiliary(nn.Module):
@@ -56,7 +69,7 @@ class Auxiliary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) in [0, 1] to the network's logits."""
         assert self.purifier.auxiliary is not None
-        return self.purifier.auxiliary(self.purifier.resized(x))
+        return ask(self.purifier.auxiliary, self.purifier.resized(x), "The auxiliary network")
 
 
 class DefendedClassifier(nn.Module):
@@ -70,12 +83,14 @@ class DefendedClassifier(nn.Module):
         classifier: any module from images in [0, 1] to logits (a RobustBench model, say), in eval mode.
         purifier: the purifier in front of it.
         purifications: independent purifications per call.
-        aggregate: ``logits`` (their mean) or ``votes`` (shares of votes; see :func:`vote_shares`).
+        aggregate: ``logits`` (their mean), ``softmax`` (the log of their mean softmax) or ``votes`` (shares of votes;
+            see :func:`vote_shares`).
         image_shape: (C, H, W) of the images, checked when given; None: what the purifier takes.
 
     Raises:
         ValueError: classifier or purifier of another type, classifier in train mode or with NaN in its weights, unknown
-            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take.
+            aggregate, purifications < 1; at the call: images that the purifier or the classifier cannot take, answers
+            that are no logits, NaN, infinite or all equal.
     """
 
     accepts_keys = True  # tells runners and attacks that forward takes sample_ids, draw and seed
@@ -105,6 +120,13 @@ class DefendedClassifier(nn.Module):
         self.image_shape = None if image_shape is None else check_shape(image_shape)
         self.eval()
 
+    def train(self, mode: bool = True) -> DefendedClassifier:
+        """As usual; an exported classifier keeps the mode of its export."""
+        self.training = mode
+        for part in (self.classifier, self.purifier):
+            set_mode(part, mode)
+        return self
+
     def forward(
         self,
         x: Tensor,
@@ -129,6 +151,11 @@ class DefendedClassifier(nn.Module):
         deviation: bool = False,
     ) -> Details:
         """As :meth:`forward`, with noise levels and network calls, and deviations if asked for."""
+        return run_eagerly(self._details, x, sample_ids, draw, seed, deviation)
+
+    def _details(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Details:
         check_eval(self.classifier, "attacking it")
         check_images(x)
         if self.image_shape is not None and tuple(x.shape[1:]) != self.image_shape:
@@ -146,9 +173,8 @@ class DefendedClassifier(nn.Module):
             draw = (draws[:, None] * m + torch.arange(m, device=x.device)).flatten()
         rows = x.repeat_interleave(m, 0) if m > 1 else x
         purified = self.purifier.purify(rows, sample_ids=sample_ids, draw=draw, seed=seed, deviation=deviation)
-        with fitting(purified.images, "The classifier"):
-            logits = self.classifier(purified.images)
-        check_logits(logits, len(rows))
+        ids = None if sample_ids is None else sample_keys(sample_ids, rows)
+        logits = ask(self.classifier, purified.images, ids=ids)
         return Details.of(self._aggregate(logits.unflatten(0, (len(x), m))), purified, m)
 
     @property
@@ -195,6 +221,12 @@ class DefendedClassifier(nn.Module):
     def with_purifier(self, purifier: Purifier) -> DefendedClassifier:
         """The same classifier (sharing its weights) behind another purifier."""
         return twin(self, purifier=purifier)
+
+    def with_purifications(self, purifications: int, aggregate: str = "logits") -> DefendedClassifier:
+        """The same model (sharing all weights) with another number of purifications per call, combined like this."""
+        check_count(purifications, "purifications")
+        combine = choose(aggregate, AGGREGATES, "aggregate")
+        return twin(self, purifications=purifications, aggregate=aggregate, _aggregate=combine)
 
     def config(self) -> dict[str, Any]:
         """Plain data: the purifier's config and how its purifications are combined."""

@@ -26,6 +26,7 @@ from purify.diffusion.reverse import OneShot, ProbabilityFlow
 from purify.memory import free_bytes
 from purify.purification.plans import FixedSteps, Plan
 from purify.purification.process import Evaluate, Process, ReverseStep, Round, Step
+from purify.purification.rebuilt import Straight
 from purify.purification.scorenorm import plain_total
 
 DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
@@ -303,7 +304,7 @@ class BPDA(GradientEngine):
         return Shorter((), ())
 
     def __call__(self, build: Build, u: Tensor) -> Tensor:
-        return _with_gradient_of(_forward(build, u), u)
+        return with_gradient_of(_forward(build, u), u)
 
 
 @dataclass(frozen=True)
@@ -346,7 +347,7 @@ class Surrogate(_Budgeted):
         if not torch.is_grad_enabled():
             return _forward(build, u)
         shorter = self.shorter(len(build(None).rounds))
-        return _with_gradient_of(_forward(build, u), self._run(build(shorter), u))
+        return with_gradient_of(_forward(build, u), self._run(build(shorter), u))
 
 
 def _forward(build: Build, u: Tensor) -> Tensor:
@@ -354,19 +355,9 @@ def _forward(build: Build, u: Tensor) -> Tensor:
         return build(None).run(u, keep)
 
 
-def _with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, proxy: Tensor) -> Tensor:
     """``value`` forward, bit for bit; the gradient of ``proxy`` backward."""
-    return _Straight.apply(proxy, value)
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, proxy: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    return Straight.apply(proxy, value)
 
 
 ENGINES: dict[str, type[GradientEngine]] = {

@@ -8,7 +8,7 @@ or ``ddpm`` step with variance Sigma_t is shifted by -s_t Sigma_t grad_{u_t} D (
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,25 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purify.checks import choose, is_number
+from purify.answers import as_logits
+from purify.checks import NO_GRADIENT, choose, fitting, is_number
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import Prediction, ScoreModel, per_sample
+from purify.purification.conditioning import Conditioning, check_true_or_false
+from purify.purification.rebuilt import Rebuilt, check_frozen, gradient_of
 
 # s_t in units of ``scale``.
 GROWTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "constant": lambda alpha, sigma: torch.ones_like(sigma),
     "noise-to-signal": lambda alpha, sigma: sigma / alpha,
 }
-ROUNDING = 1e-9  # by which a step's time may miss the number that was meant
 POINTS = ("u_t", "u0_hat")
 REFERENCES = ("diffused", "input")
 
 
 @dataclass(frozen=True)
-class Guidance(ABC):
+class Guidance(Conditioning):
     """A distance D and how it guides. Distances are per sample, so that batch-mates do not matter.
 
-    Args:
+    Arguments as for :class:`~purify.purification.conditioning.Conditioning`, and
+
         scale: a in s_t = a * growth, at least 0; 0 is no guidance.
         growth: one of ``GROWTHS``: ``constant``, or ``noise-to-signal``, sigma(t) / alpha(t).
         point: what is compared: ``u_t``, or ``u0_hat``, the score model's guess of the clean image.
@@ -43,49 +46,38 @@ class Guidance(ABC):
             with noise of its own in each step.
         through_score: where ``point`` is u0_hat: whether its gradient goes through the score network, which costs a
             backward pass of it per step, or takes the predicted noise for constant, so that du0_hat/du_t = 1/alpha.
-        t_min, t_max: only steps that start in (t_min, t_max] are guided.
-        second_order: whether attacks' gradients go through ``grad D``. False is an approximation that published
-            attacks made: gradients are then not exact.
+        second_order: whether attacks' gradients go through ``grad D``.
     """
 
-    scale: float
     growth: str = "noise-to-signal"
     point: str = "u_t"
     reference: str = "diffused"
     through_score: bool = False
-    t_min: float = 0.0
-    t_max: float = 1.0
-    second_order: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("scale", "t_min", "t_max"):
-            if not is_number(getattr(self, name)):
-                raise ValueError(f"{name} of the guidance must be a finite number, got {getattr(self, name)!r}.")
-        for name in ("through_score", "second_order"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} of the guidance must be true or false, got {getattr(self, name)!r}.")
-        if self.scale < 0:
-            raise ValueError(f"The guidance scale must be a number of at least 0, got {self.scale}.")
+        super().__post_init__()
+        check_true_or_false(self.through_score, "through_score")
         choose(self.growth, GROWTHS, "growth of the guidance scale")
         choose(self.point, dict.fromkeys(POINTS), "guided point")
         choose(self.reference, dict.fromkeys(REFERENCES), "guidance reference")
-        if not 0 <= self.t_min < self.t_max <= 1:
-            raise ValueError(f"Guidance needs 0 <= t_min < t_max <= 1, got {self.t_min} and {self.t_max}.")
 
     @property
-    def exact(self) -> bool:
-        """Whether gradients through guided steps are those of the steps."""
-        return self.second_order or self.scale == 0
+    def takes_gradients(self) -> bool:
+        return True
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        if self.scale == 0:
+            return 0, 0
+        through = int(self.point == "u0_hat" and self.through_score)  # backward through the score network
+        if self.network is None:
+            return through, 0
+        each_reference = int(self.reference == "diffused")
+        return 2 + through + each_reference, 1 - each_reference
 
     @property
     def twice(self) -> bool:
-        """Whether gradients through guided steps take second derivatives of the score network."""
         return self.second_order and self.scale != 0 and self.point == "u0_hat" and self.through_score
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The auxiliary network, if there is one; the purifier freezes it and moves it between devices."""
-        return None
 
     def represent(self, u: Tensor) -> Tensor:
         """What is compared of images u (N, C, H, W) in [-1, 1] space: (N, ...)."""
@@ -120,8 +112,10 @@ class Guidance(ABC):
     def strength(self, model: ScoreModel, t: Tensor) -> Tensor:
         """s_t at times t: float64 (N,)."""
         strength = self.scale * GROWTHS[self.growth](model.schedule.alpha(t), model.schedule.sigma(t))
-        inside = (t > self.t_min + ROUNDING) & (t <= self.t_max + ROUNDING)
-        return torch.where(inside, strength, 0.0)
+        return torch.where(self.inside(t), strength, 0.0)
+
+    def look(self, bound: Tensor, noise: Noise, index: int | Tensor) -> Guide:
+        return Guide(self, bound, noise, index)
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,7 @@ class Guide:
         if not bool((strength != 0).any()):
             return model.predict(u, t), None
         through = self.guidance.point == "u0_hat" and self.guidance.through_score
-        self._check_frozen(model, u)
+        check_frozen((model.network, self.guidance.network), u)
         if through and (self.guidance.second_order or not torch.is_grad_enabled()):
             gradient, *parts = Rebuilt.apply(partial(self._through_score, model), u, self.bound, t)
             return Prediction(*parts), per_sample(strength, u) * gradient
@@ -175,15 +169,6 @@ class Guide:
                 return torch.zeros_like(u)
             (turned,) = torch.autograd.grad(gradient, w, v)
         return per_sample(strength, u) * turned
-
-    def _check_frozen(self, model: ScoreModel, u: Tensor) -> None:
-        if not (torch.is_grad_enabled() and u.requires_grad):
-            return
-        networks = [n for n in (model.network, self.guidance.network) if n is not None]
-        if any(p.requires_grad for network in networks for p in network.parameters()):
-            raise ValueError(
-                "Gradients of guided steps do not reach weights; freeze all networks (requires_grad_(False))."
-            )
 
     def _through_score(self, model: ScoreModel, u: Tensor, bound: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """grad_{u_t} D through the score network, and what that said."""
@@ -215,65 +200,6 @@ class Guide:
             alpha, sigma = per_sample(model.schedule.alpha(t), w), per_sample(model.schedule.sigma(t), w)
             reference = self.guidance.represent(alpha * reference + sigma * z)
         return self.guidance.distance(self.guidance.represent(w), reference)
-
-
-def gradient_of(distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
-    """grad_w of the sum of ``distance``, itself differentiable under torch's grad mode."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        w = w if again and w.requires_grad else w.detach().requires_grad_()
-        total = distance(w).sum()
-        if not total.requires_grad:  # a network that ignores its input
-            return torch.zeros_like(w)
-        (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=again, allow_unused=True)
-    return torch.zeros_like(w) if gradient is None else gradient
-
-
-class Rebuilt(torch.autograd.Function):
-    """``function(*inputs)``, a tuple of tensors, whose graph exists in the backward pass only.
-
-    A gradient taken inside a checkpointed step would ask for that step's graph at once, and hold on to it: nothing
-    would be saved. Here the first pass takes it outside of any graph. Tensors that ``function`` closes over count as
-    constants.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        kind = inputs[0].device.type
-        ctx.autocast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
-        ctx.autocast["dtype"] = torch.get_autocast_dtype(kind)
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-        # Not the tensors themselves: a part of the graph that nobody runs back would hold on to itself.
-        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, itself):
-            return function(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            # Views end the gradient at this function's inputs, whatever those were computed from.
-            inputs = [
-                x.view_as(x) if again else x.detach().requires_grad_(n)
-                for x, n in zip(ctx.saved_tensors, needed, strict=True)
-            ]
-            outputs = ctx.function(*inputs)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        found: list[Tensor | None] = [None] * len(inputs)
-        wanted = [i for i, n in enumerate(needed) if n]
-        if pairs:
-            ends, starts = zip(*pairs, strict=True)
-            gradients = torch.autograd.grad(
-                ends, [inputs[i] for i in wanted], starts, create_graph=again, allow_unused=True
-            )
-            for i, gradient in zip(wanted, gradients, strict=True):
-                found[i] = gradient
-        return None, *found
-
-
-def itself(x: Tensor) -> Tensor:
-    return x
 
 
 @dataclass(frozen=True)
@@ -359,19 +285,38 @@ class AdversarialGuidance(Guidance):
         network, seen = self.auxiliary, []
         assert network is not None
         if self.layer is None:
-            return _tensor(network((u + 1) / 2), "The auxiliary network")
+            return _tensor(as_logits(_asked(network, u)), "The auxiliary network")
 
         def see(module: nn.Module, arguments: Any, output: Any) -> None:
             seen.append(_tensor(output, f"Layer {self.layer!r}").clone())  # what follows may work in place
 
         handle = network.get_submodule(self.layer).register_forward_hook(see)
         try:
-            network((u + 1) / 2)
+            _asked(network, u)
         finally:
             handle.remove()
         if not seen:
             raise ValueError(f"Layer {self.layer!r} of the auxiliary network does not run; name another.")
         return seen[-1]
+
+
+def _asked(network: nn.Module, u: Tensor) -> Any:
+    """What the network returns for images in [-1, 1] space.
+
+    Raises:
+        ValueError: it cannot take them, or leaves autograd.
+    """
+    x = (u + 1) / 2
+    try:
+        with fitting(x, "The auxiliary network"):
+            return network(x)
+    except ValueError as error:
+        if NO_GRADIENT not in str(error):
+            raise
+        raise ValueError(
+            "The auxiliary network leaves autograd (numpy or ONNX inside), and guidance is a gradient of it; take a "
+            "network of torch."
+        ) from error
 
 
 def _tensor(output: Any, what: str) -> Tensor:
@@ -380,7 +325,7 @@ def _tensor(output: Any, what: str) -> Tensor:
     return output
 
 
-GUIDANCES: dict[str, type[Guidance]] = {
+GUIDANCES: dict[str, type[Conditioning]] = {
     "mse": MSEGuidance,
     "ssim": SSIMGuidance,
     "adversarial": AdversarialGuidance,

@@ -277,7 +277,9 @@ class Share(NoiseLevel):
 
 def _check_level(value: Any, what: str) -> None:
     if not (is_number(value) and 0 < value <= 1):
-        raise ValueError(f"{what} must lie in (0, 1], got {short(value)}.")
+        steps = is_number(value) and value > 1
+        advice = f"; of 1000 diffusion steps, {value:g} are {value / 1000:g}" if steps and value <= 1000 else ""
+        raise ValueError(f"{what} must lie in (0, 1], got {short(value)}{advice}.")
 
 
 LEVELS: dict[str, type[NoiseLevel]] = {"constant": Constant, "ssni-l": SSNILinear, "ssni-n": SSNISigmoid}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,7 +15,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import ReverseRule
 from purify.diffusion.schedule import Schedule
 from purify.diffusion.score import ScoreModel
-from purify.purification.guidance import Guidance, Guide
+from purify.purification.conditioning import Conditioning
 from purify.purification.process import DiffuseStep, PackedRound, ReverseStep, Round, Tick
 
 
@@ -37,7 +37,7 @@ class StepFactory:
     forward_schedule: Schedule
     t_end: float = 0.0
     first_index: int = 0
-    guidance: Guidance | None = None
+    guidance: Conditioning | None = None
     bound: Tensor | None = None
 
     def diffuse(self, t_star: Tensor) -> DiffuseStep:
@@ -46,11 +46,14 @@ class StepFactory:
     def step(self, t: Tensor, s: Tensor, position: int | Tensor, rows: Tensor | None = None) -> ReverseStep:
         """The step from t to s that is the ``position``-th of its samples, counted from 0; of some ``rows`` only."""
         noise, index = self.noise if rows is None else self.noise[rows], self.first_index + 1 + position
+        model = self.model if rows is None else self.model[rows]
         if self.guidance is None:
-            return ReverseStep(self.rule, self.model, t, s, noise, index)
+            return ReverseStep(self.rule, model, t, s, noise, index)
         assert self.bound is not None
         bound = self.bound if rows is None else self.bound[rows]
-        return ReverseStep(self.rule, self.model, t, s, noise, index, Guide(self.guidance, bound, noise, index))
+        look = self.guidance.look(bound, noise, index)
+        enter = self.guidance.enter(model, s, bound, noise, index)
+        return ReverseStep(self.rule, model, t, s, noise, index, look, enter)
 
 
 class Plan(ABC):
@@ -157,6 +160,46 @@ class FixedDt(Plan):
         return min(self.dt, t_star)
 
 
+@dataclass(frozen=True)
+class Held(Plan):
+    """``steps`` steps at t*, from the image as it came: for rules that hold their time (``langevin``, ``likelihood``).
+
+    Args:
+        steps: how many.
+        spread: each step is at t* (1 + spread r), r uniform in (-1, 1) for every step and sample; in [0, 1).
+    """
+
+    steps: int = 100
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count(self.steps, "steps")
+        if not (is_number(self.spread) and 0 <= self.spread < 1):
+            raise ValueError(f"spread of the held plan must lie in [0, 1), got {self.spread!r}.")
+
+    def counts(self, t_star: Tensor) -> Tensor:
+        return torch.full_like(t_star, self.steps, dtype=torch.int64)
+
+    def round(self, factory: StepFactory, t_star: Tensor) -> Round:
+        steps = []
+        for j in range(self.steps):
+            t = self._at(factory, t_star, j)
+            steps.append(factory.step(t, t, j))
+        return Round(factory.rule.begin, tuple(steps), factory.rule.finish)
+
+    def _at(self, factory: StepFactory, t_star: Tensor, position: int) -> Tensor:
+        if self.spread == 0:
+            return t_star
+        share = factory.noise.stream("time").uniform(factory.first_index + 1 + position, (), torch.float64)
+        return (t_star * (1 + self.spread * (2 * share - 1))).clamp_max(1.0)
+
+    def at_most(self, steps: int) -> Held:
+        return replace(self, steps=min(self.steps, steps))
+
+    def step_length(self, t_star: float) -> float:
+        return t_star
+
+
 def packing(counts: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Network batches of at most ``room`` samples that give sample i ``counts[i]`` steps.
 
@@ -175,4 +218,4 @@ def packing(counts: Tensor, room: int) -> Iterator[tuple[Tensor, Tensor, Tensor]
         done = torch.cat([done[going] + 1, torch.zeros_like(admitted)])
 
 
-PLANS: dict[str, type[Plan]] = {"fixed_steps": FixedSteps, "fixed_dt": FixedDt}
+PLANS: dict[str, type[Plan]] = {"fixed_steps": FixedSteps, "fixed_dt": FixedDt, "held": Held}

@@ -12,9 +12,11 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Look, ReverseRule, unguided
 from purify.diffusion.schedule import Schedule
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.finite import clamped
 
 Step = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Step, Tensor], Tensor]  # how a gradient engine runs one step
+Enter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # what becomes of u_t and t before a step is taken
 Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and the state after it
 
 
@@ -44,7 +46,7 @@ class DiffuseStep:
 class ReverseStep:
     """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation.
 
-    ``look``: what guides the step.
+    ``look``: what guides the step. ``enter``: what is done to the state and its time first.
     """
 
     rule: ReverseRule
@@ -54,10 +56,13 @@ class ReverseStep:
     noise: Noise
     index: int | Tensor
     look: Look = unguided
+    enter: Enter | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
-        z = self.noise.normal(self.index, u.shape[1:], u.dtype) if self.rule.stochastic else None
-        return self.rule(self.model, u, self.t, self.s, z, self.look)
+        shape = self.rule.drawn(u.shape[1:])
+        z = self.noise.normal(self.index, shape, u.dtype) if self.rule.stochastic else None
+        u, t = (u, self.t) if self.enter is None else self.enter(u, self.t)
+        return self.rule(self.model, u, t, self.s, z, self.look)
 
     def __len__(self) -> int:
         return len(self.t)
@@ -65,10 +70,14 @@ class ReverseStep:
 
 @dataclass(frozen=True)
 class Round:
-    """One diffusion and the reverse steps that undo it, all samples in step."""
+    """One diffusion and the reverse steps that undo it, all samples in step.
 
-    diffuse: DiffuseStep
+    Where the rule holds its time, ``diffuse`` makes its state of the image as it came, and ``finish`` the image of it.
+    """
+
+    diffuse: Step
     reverse: tuple[ReverseStep, ...]
+    finish: Step | None = None
 
     def run(self, u: Tensor, evaluate: Evaluate, watch: Watch = unwatched) -> Tensor:
         """Purified u; every reverse step goes through ``evaluate``."""
@@ -76,7 +85,7 @@ class Round:
         for step in self.reverse:
             u = evaluate(step, u)
             watch(step, u)
-        return u
+        return u if self.finish is None else self.finish(u)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ class Process:
 
     def finish(self, u: Tensor) -> Tensor:
         """What is done to the last state."""
-        return u.clamp(-1, 1) if self.clip else u
+        return clamped(u, -1, 1) if self.clip else u
 
     def batch_sizes(self) -> list[int]:
         """Samples in each reverse step."""

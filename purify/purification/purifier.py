@@ -21,6 +21,9 @@ from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.fingerprint import weights_digest
+from purify.finite import broken
+from purify.purification import faults
+from purify.purification.conditioning import Conditioning
 from purify.purification.gradients import (
     DEFAULT_BUDGET,
     ENGINES,
@@ -29,11 +32,12 @@ from purify.purification.gradients import (
     Shorter,
     Task,
 )
-from purify.purification.guidance import GUIDANCES, Guidance
+from purify.purification.guidance import GUIDANCES
 from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
 from purify.purification.outcomes import Purified
-from purify.purification.plans import PLANS, FixedSteps, Plan, StepFactory
+from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
+from purify.transforms import func_in_words, readable, run_eagerly
 
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
@@ -50,7 +54,8 @@ class Purifier(nn.Module):
         level: noise level t* in (0, 1], or a :class:`~purify.purification.levels.NoiseLevel` rule.
         reverse: name of a reverse rule (``purify.diffusion.reverse.REVERSE_RULES``), a rule, or its config.
         steps: number of reverse steps from t* to ``t_end``, or an execution plan (``purify.purification.plans.PLANS``):
-            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run.
+            ``FixedSteps(n)``, what a number stands for, or ``FixedDt(dt)``, where t* decides how many steps run; for
+            rules that hold their time ``Held(n)``, there what a number stands for.
         t_end: time at which the reverse process stops.
         gradient: name of a gradient engine (``purify.purification.gradients.ENGINES``), an engine, or its config;
             default: exact, keeping up to 1 GiB of step graphs and recomputing the others.
@@ -58,8 +63,9 @@ class Purifier(nn.Module):
         clip: clamp the purified image to [0, 1]; its exact gradient is zero where it clamps.
         through_level: whether gradients flow through t* where it depends on the image; without, they are those of an
             attacker who takes t* for constant.
-        guidance: what bends the reverse steps towards the image that came in, a
-            :class:`~purify.purification.guidance.Guidance`, or its config if it has no network; default: nothing.
+        guidance: what ties the reverse steps to the image that came in, a
+            :class:`~purify.purification.conditioning.Conditioning` (:class:`~purify.purification.guidance.Guidance` or
+            a correction), or its config if it has no network; default: nothing.
         rounds: how many times in a row the image is diffused and stepped back, or for each time the share of t* in
             (0, 1] to which it is diffused. The plan holds for each round.
         resize: bring images bilinearly to the score model's size and the purified ones back to theirs, as DiffPure
@@ -82,7 +88,7 @@ class Purifier(nn.Module):
         forward_schedule: Schedule | str | None = None,
         clip: bool = True,
         through_level: bool = True,
-        guidance: Guidance | Mapping[str, Any] | None = None,
+        guidance: Conditioning | Mapping[str, Any] | None = None,
         rounds: int | Sequence[float] = 1,
         resize: bool = False,
     ) -> None:
@@ -98,11 +104,11 @@ class Purifier(nn.Module):
         self.score_model = score_model.eval().requires_grad_(False)
         self.level = _level(level)
         self.level.check(score_model)
-        self.plan = _plan(steps)
         self.rounds = _rounds(rounds)
         self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.plan = _plan(steps, self.rule)
         self.rule.check(score_model)
-        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Guidance, "guidance")
+        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Conditioning, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
             self.auxiliary = self.guidance.network.eval().requires_grad_(False)
@@ -123,6 +129,9 @@ class Purifier(nn.Module):
             raise ValueError(f"There can be {MOST_ROUNDS} rounds of {ROUND_INDICES - 1} steps at most.")
         if isinstance(self.rule, OneShot) and self.plan != FixedSteps(1):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
+        if self.rule.held != isinstance(self.plan, Held):
+            kind = "stays at its time" if self.rule.held else "steps down in time"
+            raise ValueError(f"The rule {type(self.rule).__name__} {kind}, which {self.plan} does not; give a number.")
         if self.resize and self.score_model.image_shape is None:
             raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
         self.engine.check(self.task)
@@ -165,9 +174,14 @@ class Purifier(nn.Module):
 
         Raises:
             ValueError: the deviation of a process whose samples are not in step, or under an engine that is not exact;
-                guidance in inference mode.
+                guidance in inference mode; NaN or infinity on the way, with the first network, layer, step and time.
         """
-        if self.guidance is not None and torch.is_inference_mode_enabled():
+        return run_eagerly(self._purify, x, sample_ids, draw, seed, deviation)
+
+    def _purify(
+        self, x: Tensor, sample_ids: Tensor | Sequence[int] | None, draw: int | Tensor, seed: int, deviation: bool
+    ) -> Purified:
+        if self.guidance is not None and self.guidance.takes_gradients and torch.is_inference_mode_enabled():
             raise ValueError("Guidance takes gradients, which torch.inference_mode() forbids; use torch.no_grad().")
         if deviation and not isinstance(self.plan, FixedSteps):
             raise ValueError("Intermediate steps can be compared under the plan fixed_steps only.")
@@ -183,12 +197,20 @@ class Purifier(nn.Module):
         t_star = self.level.level(statistic)
         held = t_star if self.through_level and self.engine.through_level else t_star.detach()
         watch = Deviation(u) if deviation else unwatched
-        purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        with func_in_words():
+            purified = self.engine(lambda shorter: self.process(held, noise, shorter, watch, u), u)
+        self._check_numbers(purified, statistic, u, noise)
         images = (self._sized(purified, x.shape[1:]) + 1) / 2
         calls = None if self.rule.calls is None else self.level.calls + self.steps(t_star) * self.rule.calls
         standard = (statistic - self.level.centre) / self.level.scale
         deviated = watch.mean() if isinstance(watch, Deviation) else None
         return Purified(images, t_star=t_star, statistic=standard, network_calls=calls, deviation=deviated)
+
+    def _check_numbers(self, purified: Tensor, statistic: Tensor, u: Tensor, noise: Noise) -> None:
+        """Raise ValueError if a noise level or a purified image is no number; says where it stopped to be one."""
+        bad = broken(purified) | ~statistic.detach().isfinite()
+        if readable(bad) and bool(bad.any()):
+            raise ValueError(faults.sentence(self, u.detach(), noise, int(bad.nonzero()[0, 0])))
 
     def _nothing(self, x: Tensor) -> Purified:
         """The purification of an empty batch, which not every network could take."""
@@ -214,7 +236,7 @@ class Purifier(nn.Module):
 
     def statistic(self, u: Tensor, noise: Noise) -> Tensor:
         """What the noise level is computed from, float64 (N,), for u in [-1, 1] space."""
-        return self.level.statistic(self.score_model, u, noise, self.engine.total)
+        return self.level.statistic(self.score_model.bind(u), u, noise, self.engine.total)
 
     def train(self, mode: bool = True) -> Purifier:
         """Sets the flag as usual, but keeps all networks in eval mode: dropout would break keyed noise."""
@@ -250,10 +272,11 @@ class Purifier(nn.Module):
         """
         forward = self.forward_schedule or self.score_model.schedule
         bound = None if self.guidance is None or images is None else self.guidance.bind(images)
+        model = self.score_model if images is None else self.score_model.bind(images)
         rounds = []
         for j, plan in self._plans(shorter):
             index = j * ROUND_INDICES
-            factory = StepFactory(self.score_model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
+            factory = StepFactory(model, self.rule, noise, forward, self.t_end, index, self.guidance, bound)
             rounds.append(plan.round(factory, self.rounds[j] * t_star))
         return Process(tuple(rounds), self.clip, watch)
 
@@ -300,7 +323,7 @@ class Purifier(nn.Module):
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""
-        return self._with(plan=_plan(steps))
+        return self._with(plan=_plan(steps, self.rule))
 
     def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) with another rule for its noise level."""
@@ -320,8 +343,8 @@ class Purifier(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether gradients are those of the purification that runs."""
-        guided = self.guidance is None or self.guidance.exact
-        return self.engine.exact and guided and (self.through_level or not self.level.varies)
+        steps = self.rule.exact and (self.guidance is None or self.guidance.exact)
+        return self.engine.exact and steps and (self.through_level or not self.level.varies)
 
     def with_resize(self, resize: bool = True) -> Purifier:
         """The same purifier (sharing its weights), with or without resizing images to its score model's size."""
@@ -406,12 +429,12 @@ def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
     return _part(level, LEVELS, NoiseLevel, "noise level")
 
 
-def _plan(steps: Any) -> Plan:
-    """A plan given as itself, by its config, or as a number of steps."""
+def _plan(steps: Any, rule: ReverseRule) -> Plan:
+    """A plan given as itself, by its config, or as a number of steps of ``rule``."""
     if isinstance(steps, (Plan, Mapping)):
         return _part(steps, PLANS, Plan, "execution plan")
     check_count(steps, "steps")
-    return FixedSteps(steps)
+    return Held(steps) if rule.held else FixedSteps(steps)
 
 
 def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from purify.checks import check_count, check_images, choose, is_number, short
 from purify.diffusion.noise import Noise
 from purify.diffusion.resize import resized
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.finite import broken
 
 # Sum of independent network evaluations of u; a gradient engine decides which of their graphs are kept.
 Total = Callable[[Sequence[Callable[[Tensor], Tensor]], Tensor], Tensor]
@@ -162,7 +163,7 @@ def calibrate(
     that resizes.
 
     Raises:
-        ValueError: bad images, or all with the same norm; resize without a known size.
+        ValueError: bad images, or all with the same norm; a norm that is NaN or infinite; resize without a known size.
     """
     norm = norm or ScoreNorm()
     if not isinstance(model, ScoreModel):
@@ -181,5 +182,8 @@ def calibrate(
     bar = tqdm(parts, desc="calibrating", unit="batch", disable=not progress)
     sized = (resized(x, shape) if resize and shape else x for x, _ in bar)
     norms = torch.cat([norm(model, 2 * x - 1, Noise.keyed(seed, i)) for x, (_, i) in zip(sized, parts, strict=True)])
+    if bool(broken(norms[:, None]).any()):
+        first = int(broken(norms[:, None]).nonzero()[0, 0])
+        raise ValueError(f"The score norm of image {first} is NaN or infinite; check the score network's weights.")
     low, high, mean, std = map(float, (norms.min(), norms.max(), norms.mean(), norms.std()))
     return Calibration(low, high, mean, std, len(images), model.fingerprint(), norm)

@@ -39,9 +39,7 @@ def parser(prog: str = "purify train") -> Parser:
         help=f"which recipe: {', '.join(RECIPES)}; or without its data set: guide --dataset digits",
     )
     p.add_argument("--dataset", help="the data set, where the name does not say it (default: digits)")
-    p.add_argument(
-        "--out", type=taking(PATH), default=Path("runs/train"), help="folder (default: %(default)s)"
-    )
+    p.add_argument("--out", type=taking(PATH), default=Path("runs/train"), help="folder (default: %(default)s)")
     p.add_argument("--data-dir", type=taking(PATH), help="folder with the data set's files")
     p.add_argument("--steps", type=taking(WHOLE), help="training steps instead of the recipe's")
     p.add_argument("--seed", type=taking(WHOLE), help="seed instead of the recipe's")
@@ -70,7 +68,7 @@ def build(recipe: Recipe) -> nn.Module:
     network = build_network(recipe.architecture, recipe.hyper.seed)
     if recipe.kind == "classifier":
         return network
-    return ScoreModel(network, ContinuousVP(), image_shape=DATASETS[recipe.dataset].shape)
+    return ScoreModel(network, ContinuousVP(), recipe.prediction, image_shape=DATASETS[recipe.dataset].shape)
 
 
 def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> dict[str, Any]:

@@ -42,6 +42,22 @@ class EpsLoss:
 
 
 @dataclass(frozen=True)
+class FlowMatching:
+    """Mean squared error of the velocity z - u0 on the straight path (Lipman et al. 2023; Liu et al. 2023, eq. 1).
+
+    The module is a :class:`ScoreModel` of prediction ``velocity``, at the times that :class:`EpsLoss` trains at.
+    """
+
+    def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(module, ScoreModel)
+        t = training_times(len(images), generator)
+        z = torch.randn(images.shape, generator=generator)
+        u = 2 * images - 1
+        u_t = per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z
+        return (module.output(u_t, t) - (z - u)).square().mean()
+
+
+@dataclass(frozen=True)
 class CrossEntropy:
     """Cross-entropy on images shifted by up to ``shift`` pixels."""
 
@@ -62,7 +78,7 @@ class AdversarialCrossEntropy:
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         images = shifted(images, self.shift, generator)
         adversarial = ascend(
-            module, images, self.eps, self.attack_steps, generator, lambda logits: cross_entropy(logits, labels)
+            module, images, self.eps, self.attack_steps, generator, lambda x: cross_entropy(module(x), labels)
         )
         return cross_entropy(module(adversarial), labels)
 
@@ -82,7 +98,7 @@ class Trades:
         with torch.no_grad():
             target = log_softmax(module.eval()(images), 1)
         adversarial = ascend(
-            module, images, self.eps, self.attack_steps, generator, lambda logits: divergence(target, logits)
+            module, images, self.eps, self.attack_steps, generator, lambda x: divergence(target, module(x))
         )
         logits = module(images)
         return cross_entropy(logits, labels) + self.beta * divergence(log_softmax(logits, 1), module(adversarial))
@@ -101,13 +117,13 @@ def ascend(
     generator: torch.Generator,
     objective: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Images (N, C, H, W) in [0, 1], at most ``eps`` from x, whose logits raise ``objective``; PGD in eval mode."""
+    """Images (N, C, H, W) in [0, 1], at most ``eps`` from x, that raise ``objective``; PGD, ``module`` in eval mode."""
     module.eval().requires_grad_(False)
     low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
     adversarial = low + (high - low) * torch.rand(x.shape, generator=generator)
     for _ in range(steps):
         adversarial.requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(module(adversarial)), adversarial)
+        (gradient,) = torch.autograd.grad(objective(adversarial), adversarial)
         step = 2.5 * eps / steps * gradient.sign()
         adversarial = torch.minimum(torch.maximum(adversarial.detach() + step, low), high)
     module.train().requires_grad_(True)
@@ -220,6 +236,69 @@ class DiffusionCalibration:
     @cached_property
     def frozen(self) -> nn.Module:
         """f."""
+        return zoo.classifier(self.classifier)
+
+
+@dataclass(frozen=True)
+class BridgeLoss:
+    """ADBM (Li et al. 2025, arXiv 2408.00315): fine-tunes a score model that predicts eps to end at the clean image.
+
+    With delta = u_adv - u, a = abar(t) and A = abar(T), the network sees the bridge from the diffused attacked image at
+    T to the clean one at 0 and is to say what makes its u0_hat the clean image:
+
+        u_t = sqrt(a) u + sqrt(1 - a) z + A (1 - a) / ((1 - A) sqrt(a)) delta
+        target = z + A / (1 - A) sqrt((1 - a) / a) delta
+
+    u_adv is within ``eps`` of u in L_inf: PGD of ``attack_steps`` from a random start, up the cross-entropy of the
+    frozen classifier on u0_hat, with the same t and z. T is uniform in (t_star / 2, t_star) and t in (T_MIN, T) for
+    each image.
+
+    Args:
+        classifier: zoo name, or path of a classifier that purify saved.
+        eps: in units of images in [0, 1].
+        t_star: the noise level at which the network will purify.
+    """
+
+    classifier: str
+    eps: float
+    t_star: float = 0.2
+    attack_steps: int = 3
+
+    def __post_init__(self) -> None:
+        check_weight(self.eps, "eps")
+        check_count(self.attack_steps, "attack_steps", 0)
+        if not (is_number(self.t_star) and 2 * T_MIN < self.t_star <= 1):
+            raise ValueError(f"t_star must lie in ({2 * T_MIN:g}, 1], got {self.t_star}.")
+
+    def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(module, ScoreModel)
+        share, within = torch.rand(2, len(images), generator=generator, dtype=torch.float64)
+        top = self.t_star * (1 + share) / 2
+        t = T_MIN + (top - T_MIN) * within
+        z = torch.randn(images.shape, generator=generator)
+
+        def misled(adversarial: Tensor) -> Tensor:
+            u_t, _ = self.bridge(module, images, adversarial, t, top, z)
+            return cross_entropy(self.frozen((module.denoise(u_t, t) + 1) / 2), labels)
+
+        adversarial = ascend(module, images, self.eps, self.attack_steps, generator, misled)
+        u_t, target = self.bridge(module, images, adversarial, t, top, z)
+        return (module.eps(u_t, t) - target).square().mean()
+
+    def bridge(
+        self, module: ScoreModel, images: Tensor, adversarial: Tensor, t: Tensor, top: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """u_t and the target, (N, C, H, W) each, of images in [0, 1] at times ``t`` under T = ``top``, (N,) each."""
+        u, delta = 2 * images - 1, 2 * (adversarial - images)
+        a, end = module.schedule.alpha_bar(t), module.schedule.alpha_bar(top)
+        ratio = end / (1 - end)
+        u_t = per_sample(a.sqrt(), u) * u + per_sample((1 - a).sqrt(), u) * z
+        u_t = u_t + per_sample(ratio * (1 - a) / a.sqrt(), u) * delta
+        return u_t, z + per_sample(ratio * ((1 - a) / a).sqrt(), u) * delta
+
+    @cached_property
+    def frozen(self) -> nn.Module:
+        """The classifier."""
         return zoo.classifier(self.classifier)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from purify.train.loop import Hyper
 from purify.train.losses import (
     AdversarialCrossEntropy,
+    BridgeLoss,
     CrossEntropy,
     DiffusionCalibration,
     EpsLoss,
+    FlowMatching,
     SplittingLoss,
     Trades,
 )
@@ -23,9 +25,19 @@ class Recipe:
     kind: str  # score or classifier
     dataset: str
     architecture: dict[str, Any]
-    loss: EpsLoss | CrossEntropy | AdversarialCrossEntropy | Trades | SplittingLoss | DiffusionCalibration
+    loss: (
+        EpsLoss
+        | FlowMatching
+        | BridgeLoss
+        | CrossEntropy
+        | AdversarialCrossEntropy
+        | Trades
+        | SplittingLoss
+        | DiffusionCalibration
+    )
     hyper: Hyper
     start: str | None = None  # zoo name of the score model that is fine-tuned
+    prediction: str = "eps"  # of a score model
 
 
 DIGITS_UNET = {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1}
@@ -41,6 +53,14 @@ RECIPES: dict[str, Recipe] = {
         DIGITS_UNET,
         EpsLoss(),
         Hyper(steps=8_000, batch_size=128, lr=2e-3, ema=0.9995),
+    ),
+    "digits-flow": Recipe(
+        "score",
+        "digits",
+        DIGITS_UNET,
+        FlowMatching(),
+        Hyper(steps=3_000, batch_size=64, lr=2e-3, ema=0.998),
+        prediction="velocity",
     ),
     "digits-standard": Recipe(
         "classifier", "digits", DIGITS_CNN, CrossEntropy(shift=1), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
@@ -87,6 +107,15 @@ RECIPES: dict[str, Recipe] = {
         FASHION_CNN,
         Trades(eps=0.1, attack_steps=5),
         Hyper(steps=2_000, batch_size=128, weight_decay=1e-4, lr=2e-3),
+    ),
+    # A score model that ends at the clean image from attacked ones (ADBM), from the one above.
+    "digits-adbm": Recipe(
+        "score",
+        "digits",
+        DIGITS_UNET,
+        BridgeLoss("digits-standard", 0.3),
+        Hyper(steps=1_000, batch_size=64, lr=4e-4, warmup=50, ema=0.995),
+        start="digits",
     ),
     # Calibrated score models for denoised smoothing, from the ones above.
     "digits-calibrated": Recipe(

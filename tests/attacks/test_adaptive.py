@@ -2,18 +2,20 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import TinyClassifier, TinyConvolutions, smooth_model
 from test_attacks import Linear
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
 from purify.attacks import PGD, Adaptive
-from purify.attacks.adaptive.climb import Climb, Mix
+from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import ENOUGH, Race, score
 from purify.attacks.norms import BALLS, unit
+from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, Samples
 from purify.evaluate.progress import cost, weight
@@ -57,25 +59,29 @@ MODELS = {
 class Meter:
     """Network calls by hooks: rows of every network's forward passes, with what is differentiated at its price."""
 
-    def __init__(self, model):
+    def __init__(self, model, monkeypatch):
         self.total, self.passes, self.inside = 0, 0, None
-        model.register_forward_pre_hook(self.enter)
-        model.register_forward_hook(self.leave)
+        details = DefendedClassifier.details
+
+        def metered(model, x, **keys):
+            self.enter(model, x)
+            found = details(model, x, **keys)
+            self.inside = None
+            return found
+
+        monkeypatch.setattr(DefendedClassifier, "details", metered)
         for network in (model.purifier.score_model.network, model.classifier):
             network.register_forward_hook(self.network)
         if model.purifier.auxiliary is not None:
             model.purifier.auxiliary.register_forward_hook(self.auxiliary)
 
-    def enter(self, model, inputs):
+    def enter(self, model, x):
         guidance = model.purifier.guidance
-        asked = torch.is_grad_enabled() and inputs[0].requires_grad
+        asked = torch.is_grad_enabled() and x.requires_grad
         held = guidance is not None and not guidance.second_order
         self.inside = (GRADIENT, GRADIENT - held) if asked else (1, 1)
         self.once = guidance is not None and guidance.reference == "input"
         self.reference = True
-
-    def leave(self, model, inputs, output):
-        self.inside = None
 
     def network(self, network, inputs, output):
         if torch._C._current_graph_task_id() == -1:  # what is recomputed is in the price
@@ -92,14 +98,25 @@ class Meter:
         self.reference = not self.once and not self.reference
 
 
+def lowered(plan, used):
+    """Calls of the statistics' own way back, which hooks on forward passes do not see, in the stages of each image."""
+    total, before = 0, 0
+    for stage in plan:
+        climbs = [p for p in stage.phases if isinstance(p.climb, LevelClimb)]
+        each = sum(p.climb.steps * p.climb.eot * p.model.purifier.level.calls for p in climbs)
+        total += each * int((used > before).sum())
+        before += stage.climbs + stage.race.used * calls(plan[-1].phases[0].model).forward
+    return total
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [300, 1000])
-def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels):
+def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, monkeypatch):
     images, labels, ids = images[:3], labels[:3], IDS[:3]
     model = DefendedClassifier(TinyClassifier(), MODELS[name]())
-    attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model)
+    attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model, monkeypatch)
     found = attack.run(model, images, labels, ids, 0)
-    counted = meter.total
+    counted = meter.total + lowered(attack.stages(model), found.calls)
     assert found.calls.sum() == counted if name != "packed" else found.calls.sum() >= counted
     plan = attack.stages(model)
     full = sum(stage.climbs + stage.race.used * calls(model).forward for stage in plan)
@@ -111,9 +128,9 @@ def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels):
         assert full + warm <= budget
 
 
-def test_several_purifications_cost_as_many(images, labels):
+def test_several_purifications_cost_as_many(images, labels, monkeypatch):
     model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"), purifications=3)
-    meter = Meter(model)
+    meter = Meter(model, monkeypatch)
     found = Adaptive("Linf", 0.1, calls=2000).run(model, images, labels, IDS, 0)
     assert found.calls.sum() == meter.total
     assert calls(model).forward == 3 * 5
@@ -206,7 +223,7 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
     for name, preset in PURIFIERS.items():
         for level in ("constant", "ssni-l") if name in ("diffpure", "agdm") else ("constant",):
             rule = 0.3 if level == "constant" else LEVELS[level](0.3, found)
-            options = {"auxiliary": TinyClassifier(size=4)} if name == "agdm" else {}
+            options = {"auxiliary": TinyConvolutions()} if name in ("agdm", "heterogeneous") else {}
             options |= {"scale": 1.0} if name == "gdmp" else {}
             model = DefendedClassifier(TinyClassifier(), preset(score_model, rule, 3, "ddpm", **options))
             result = Adaptive("Linf", 0.1, calls=200)(model, images[:2], labels[:2])
@@ -224,6 +241,27 @@ def test_the_gradient_goes_through_the_level(images, labels):
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_varying_level_one_climb_lowers_it(images, labels):
+    """By hand: momentum of the two terms, mixed at unit length, in steps of L2 length; from the clean image."""
+    model = DefendedClassifier(TinyClassifier(), varying())
+    first, second = Adaptive("Linf", 0.1, calls=2000).stages(model)
+    level = first.phases[1]
+    assert (level.clean, second.phases[-1].clean) == (True, False)
+    assert level.model.purifier.level.highest == pytest.approx(0.7 * model.purifier.level.highest)
+    climb = replace(level.climb, steps=2, eot=1)
+    path = list(climb.path(climb.target(level.model, images, labels, IDS, 5), images))
+    z, past = images, [0.0, 0.0]
+    for step in range(2):
+        v = z.clone().requires_grad_()
+        found = level.model.details(v, sample_ids=IDS, draw=torch.full_like(IDS, step), seed=5)
+        terms = LOSSES["margin"](found.logits, labels), found.statistic.mean(1)
+        gradients = [torch.autograd.grad(t.sum(), v, retain_graph=True)[0] for t in terms]
+        past = [0.9 * p + g for p, g in zip(past, gradients, strict=True)]
+        size = 0.1 * 4 / 6 * STEP_SCHEDULES["cosine"](step / 2)
+        z = (z + size * unit(unit(past[0]) - unit(past[1]))).clamp(images - 0.1, images + 0.1).clamp(0, 1)
+        torch.testing.assert_close(path[step], z)
 
 
 def test_momentum_survives_a_zero_gradient(images):
@@ -318,3 +356,22 @@ def test_progress_and_convergence_know_it(images, labels):
     assert attack.budget() == {"attack": "adaptive", "norm": "Linf", "eps": 0.1, "calls": 600}
     with pytest.raises(ValueError, match="network calls"):
         Adaptive("Linf", 0.1, calls=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "mse", "rounds"])
+def test_answers_of_the_whole_process_are_counted(name, images, labels):
+    """Against a hook that sees every model's answers, those of the shorter process among them."""
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    seen = torch.zeros(7, 2, dtype=torch.long)
+
+    def see(module, args, kwargs, logits):
+        if module.purifier.plan == model.purifier.plan:
+            for i, answer in zip(kwargs["sample_ids"].tolist(), logits.argmax(1).tolist(), strict=True):
+                seen[i] += torch.tensor([1, int(answer != labels[i])])
+
+    model.register_forward_hook(see, with_kwargs=True)
+    attack = Adaptive("Linf", 0.2, calls=2500)
+    found = attack.run(model, images, labels, IDS, 3).submitted
+    assert found.asked.tolist() == seen[:, 0].tolist()
+    assert found.wrong.tolist() == seen[:, 1].tolist()
+    assert 0 < found.asked.max() <= attack.answers(model)

@@ -5,6 +5,7 @@ import torch
 from conftest import TinyClassifier, smooth_model
 from scipy.fft import dctn
 from test_attacks import Linear
+from torch.nn.functional import cross_entropy
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
 from purify.attacks import (
@@ -12,6 +13,7 @@ from purify.attacks import (
     ATTACKS,
     PGD,
     AutoAttackRand,
+    LeeKimPGD,
     LowFrequencyPGD,
     NormAutoAttackRand,
     Square,
@@ -273,3 +275,47 @@ def test_attacks_about_purifiers_refuse_bare_classifiers(images, labels):
     packed = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, FixedDt(0.1), "ddpm"))
     assert not StepsPGD("Linf", 0.1).applies_to(packed)
     assert Transfer("Linf", 0.1).applies_to(packed)
+
+
+# --- answers to iterates ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [APGD, LowFrequencyPGD, SurrogatePGD])
+def test_answers_to_iterates_are_counted(kind, images, labels):
+    """Against what a hook on the model sees: every draw at every iterate of both runs, the last included."""
+    model, asked = defended(), torch.zeros(7, 2, dtype=torch.long)
+
+    def see(module, args, kwargs, logits):
+        for i, answer in zip(kwargs["sample_ids"].tolist(), logits.argmax(1).tolist(), strict=True):
+            asked[i] += torch.tensor([1, int(answer != labels[i])])
+
+    model.register_forward_hook(see, with_kwargs=True)
+    found = kind("Linf", 0.2, steps=3, eot=2, restarts=2).run(model, images, labels, IDS, 3).submitted
+    assert found.asked.tolist() == asked[:, 0].tolist() == [2 * (3 + 1) * 2] * 7
+    assert found.wrong.tolist() == asked[:, 1].tolist()
+    assert 0 < found.wrong.sum() < found.asked.sum()
+
+
+def test_answers_of_another_network_are_not_counted(images, labels):
+    found = Transfer("Linf", 0.2, steps=3, eot=2).run(defended(), images, labels, IDS, 3)
+    assert found.submitted is None
+
+
+# --- as papers ran them -------------------------------------------------------------------------------------------
+
+
+def test_lee_kims_attack_against_a_loop(images, labels):
+    """Signs of the mean gradient of cross-entropy, from the clean image, and the last iterate."""
+    model, eps = defended(), 0.02
+    found = LeeKimPGD("Linf", eps, steps=4, eot=2).run(model, images, labels, IDS, 3)
+    z = images
+    for step in range(4):
+        x = z.clone().requires_grad_()
+        losses = [cross_entropy(model(x, sample_ids=IDS, draw=2 * step + d, seed=3), labels) for d in range(2)]
+        (gradient,) = torch.autograd.grad(sum(losses), x)
+        z = (z + 0.007 * gradient.sign()).clamp(images - eps, images + eps).clamp(0, 1)
+    torch.testing.assert_close(found.images, z, rtol=0, atol=1e-6)
+    assert (found.images - images).abs().max() == pytest.approx(eps)
+    assert found.submitted is None  # its losses do not say which answers were wrong
+    assert kind_of("pgd-eot-lee-kim") is LeeKimPGD
+    assert "pgd-eot-lee-kim" not in ATTACKS  # strongest is without it

@@ -308,7 +308,7 @@ def test_a_model_that_gives_nan_is_named(images, labels):
             logits = super().forward(x)
             return torch.where(torch.arange(len(x))[:, None] == 2, float("nan"), logits)
 
-    with pytest.raises(ValueError, match="not finite for sample 12"):
+    with pytest.raises(ValueError, match="The model answers NaN or infinity for sample 12"):
         PGD("Linf", 0.1, steps=1, eot=1)(Broken(), images, labels, sample_ids=torch.arange(10, 17))
 
 

@@ -101,7 +101,8 @@ class Cropped(nn.Module):
 
     def forward(self, x):
         self.calls += torch.is_grad_enabled()
-        return self.inner(x[:, :, 2:6, 2:6].flatten(1)) * (0 if self.dead else 1)
+        logits = self.inner(x[:, :, 2:6, 2:6].flatten(1))
+        return 0 * logits + torch.arange(3.0) if self.dead else logits
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -114,6 +115,7 @@ def test_models_without_kinks_are_left_alone(dead, monkeypatch):
     attack = PGD("L2", 0.1, steps=8, eot=1, random_start=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The gradient is zero")
         found = attack(model, x, y).images
     assert model.calls <= 8 + 3
     monkeypatch.setattr(Inside, "ask", lambda self, z, gradient: torch.empty(0, dtype=torch.int64))

@@ -218,7 +218,7 @@ def test_weights_have_labels_of_their_own():
 
 OTHER = ["--score-model", "digits-calibrated"]
 DIGITS = str(zoo.CALIBRATIONS / "digits.json")
-SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2"]
+SMALL = ["--n-examples", "6", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--calls", "100"]
 
 
 def test_the_benchmark_shows_diffpure_and_ssni_side_by_side(tmp_path, capsys):

@@ -17,14 +17,13 @@ from purify.certify import (
     SSN,
     Cascade,
     Draws,
-    EarlyStop,
     NoisyCounts,
     OneShotDenoised,
     Smooth,
     denoised_smoothing,
 )
 from purify.certify.base import predicted
-from purify.certify.bounds import lower_bound, upper_bound
+from purify.certify.bounds import lower_bound
 from purify.certify.gaussian import Gaussian
 from purify.certify.metrics import abstentions, average_certified_radius, certified_accuracy, correct_radii
 
@@ -79,17 +78,6 @@ def test_times_of_sigma_against_the_original():
         assert (schedule.sigma(t) / schedule.alpha(t)).item() / 2 == pytest.approx(case["sigma_at_t"], rel=1e-6)
 
 
-def test_bounds_are_clopper_pearsons():
-    for k, n, alpha in ((3, 10, 0.01), (0, 10, 0.01), (10, 10, 0.01), (700, 1000, 0.001)):
-        low, high = (float(b(k, n, alpha)) for b in (lower_bound, upper_bound))
-        if k > 0:  # at the bound, k or more hits have probability alpha
-            assert stats.binom.sf(k - 1, n, low) == pytest.approx(alpha)
-        if k < n:
-            assert stats.binom.cdf(k, n, high) == pytest.approx(alpha)
-    assert float(lower_bound(0, 10, 0.01)) == 0
-    assert float(upper_bound(10, 10, 0.01)) == 1
-
-
 # --- counts -------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +128,8 @@ def test_nan_and_bad_input_are_refused(images):
             return super().forward(x).abs() * torch.where(x.sum((1, 2, 3)) > 9, self.value, 1.0)[:, None]
 
     for Broken.value in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="NaN or infinity on noisy images"):
+        sentence = "On noise draw 1 the classifier answers NaN or infinity for sample 0, first in Broken"
+        with pytest.raises(ValueError, match=sentence):
             Smooth(Broken(), 0.5).certify(images, Draws(10, 50))
     with pytest.raises(ValueError, match="at least two classes"):
         Smooth(TinyClassifier(classes=1), 0.5).certify(images, Draws(10, 50))
@@ -157,11 +146,9 @@ def test_nan_and_bad_input_are_refused(images):
         Smooth(TinyClassifier(), 0.5).certify(images, sample_ids=torch.arange(3))
     with pytest.raises(ValueError, match="no images"):
         Smooth(TinyClassifier(), 0.5).certify(images[:0])
-    for bad in ({"n0": 0}, {"n": 0}, {"alpha": 0.0}, {"alpha": 1.0}, {"n": 7, "stop": EarlyStop()}):
-        with pytest.raises(ValueError, match=r"must|need"):
+    for bad in ({"n0": 0}, {"n": 0}, {"alpha": 0.0}, {"alpha": 1.0}):
+        with pytest.raises(ValueError, match="must"):
             Draws(**bad)
-    with pytest.raises(ValueError, match="certify at most"):
-        Smooth(TinyClassifier(), 0.5).certify(images, Draws(10, 100, stop=EarlyStop(5.0)))
 
 
 # --- soundness ----------------------------------------------------------------------------------------------------
@@ -172,45 +159,13 @@ def most_failures(trials, alpha):
     return stats.binom.ppf(1 - 1e-4, trials, alpha)
 
 
-# The last stops exactly where the certificate is false: without accounting for its looks it fails twice too often.
-STOPS = [(None, 120), (EarlyStop(0.0, 4), 120), (EarlyStop(0.1, 3), 120), (EarlyStop(0.2 + 1e-9, 6), 512)]
-
-
-@pytest.mark.parametrize(("stop", "n"), STOPS)
-def test_failure_rate_is_at_most_alpha(stop, n):
+def test_failure_rate_is_at_most_alpha():
     """The radius exceeds the exact distance to the smoothed classifier's edge in at most alpha of the runs."""
     trials, alpha, value, sigma = 4000, 0.05, 0.7, 0.5
     distance = value - 0.5  # where Phi((x - 1/2) / sigma) falls to 1/2
-    found = Smooth(Step(), sigma).certify(pixels(value, trials), Draws(15, n, alpha, stop), seed=1)
+    found = Smooth(Step(), sigma).certify(pixels(value, trials), Draws(15, 120, alpha), seed=1)
     failures = ((found.classes == 1) & (found.radii > distance)) | (found.classes == 0)
     assert 0 < int(failures.sum()) <= most_failures(trials, alpha)
-
-
-def test_looking_often_without_accounting_would_fail():
-    """Why they need accounting: the best of many looks at level alpha each is wrong far more often."""
-    rng, trials, alpha, p = np.random.default_rng(0), 4000, 0.05, 0.65
-    hits = (rng.random((trials, 128)) < p).cumsum(1)
-    looks = [8, 16, 32, 64, 128]
-    wrong = np.max([lower_bound(hits[:, n - 1], n, alpha) for n in looks], 0) > p
-    right = np.max([lower_bound(hits[:, n - 1], n, alpha / len(looks)) for n in looks], 0) > p
-    assert wrong.sum() > most_failures(trials, alpha) >= right.sum()
-
-
-def test_early_stop_saves_draws_and_keeps_what_was_asked():
-    sigma, n = 0.5, 4096
-    smooth = Smooth(Step(), sigma)
-    x = torch.linspace(0, 1, 21).reshape(-1, 1, 1, 1)
-    full = smooth.certify(x, Draws(50, n))
-    for radius, share in ((0.0, 0.4), (0.3, 0.8)):
-        stopped = smooth.certify(x, Draws(50, n, stop=EarlyStop(radius, 5)))
-        assert stopped.draws.double().mean() < share * full.draws.double().mean()
-        assert torch.equal(stopped.counts.sum(1) + 50, stopped.draws)
-        # What the full run certifies with room to spare, the stopped one does, too.
-        easy = full.radii > radius + 0.1
-        assert (stopped.classes[easy] == full.classes[easy]).all()
-        assert (stopped.radii[easy] >= radius).all()
-        assert (stopped.radii <= full.radii + 0.1).all()
-    assert (full.draws == 50 + n).all()
 
 
 def test_radius_is_exact_for_a_half_space():

@@ -11,7 +11,7 @@ from conftest import DATA, TinyClassifier
 from scipy import stats
 
 from purify import Noise, derive_seed
-from purify.certify import ABSTAIN, Cascade, Draws, EarlyStop, Smooth
+from purify.certify import ABSTAIN, Anytime, Cascade, Draws, Smooth
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.multiscale import decide, mixed_logits, pool, reached
 
@@ -170,8 +170,8 @@ def test_bad_input_is_refused(images):
         Cascade(())
     with pytest.raises(ValueError, match="Unknown cascade mode 'loose'; known: reference, strict"):
         Cascade((smooth,), mode="loose")
-    with pytest.raises(ValueError, match="leave early stopping out"):
-        Cascade((smooth,)).certify(images, Draws(stop=EarlyStop()))
+    with pytest.raises(ValueError, match="leave anytime sampling out"):
+        Cascade((smooth,)).certify(images, Draws(stop=Anytime((0.0,))))
 
 
 # --- soundness ----------------------------------------------------------------------------------------------------

@@ -68,8 +68,12 @@ def test_unknown_formats_and_names(tmp_path):
     with pytest.raises(ValueError, match="holds a list, not a dict"):
         load_score_model(written(tmp_path / "w.pt", [torch.zeros(1)]))
     conditional = written(tmp_path / "w.pt", {**small_weights("guided"), "label_emb.weight": torch.zeros(10, 128)})
-    with pytest.raises(ValueError, match="is class-conditional"):
-        load_score_model(conditional)
+    with pytest.raises(ValueError, match="conditional on 10 classes; say which it is told"):
+        load_score_model(conditional, head_channels=16)
+    u, t = torch.rand(2, 3, 16, 16), torch.full((2,), 0.1, dtype=torch.float64)
+    told = load_score_model(conditional, head_channels=16, classes=3)  # zeros in the table: as without it
+    plain = load_score_model(written(tmp_path / "plain.pt", small_weights("guided")), head_channels=16)
+    assert torch.equal(told.eps(u, t), plain.eps(u, t))
     with pytest.raises(ValueError, match=r"is no DDPM\+\+ of score_sde"):
         load_score_model(written(tmp_path / "w.pt", {"all_modules.0.W": torch.zeros(1)}))
     with pytest.raises(ValueError, match=r"no score network 'nothing'.* none of digits.* score-sde-cif"):

@@ -62,7 +62,7 @@ def test_other_folders_are_refused(tmp_path):
     config = json.loads((folder / "unet" / "config.json").read_text())
     for change, message in (
         ({"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel; purification needs an unconditional"),
-        ({"num_class_embeds": 10}, "is class-conditional"),
+        ({"num_class_embeds": 10}, "is conditional on 10 classes; say which it is told"),
     ):
         (folder / "unet" / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from purify.__main__ import COMMANDS, main
+from purify.__main__ import main
+from purify.cli import COMMANDS
 
 
 @pytest.fixture
@@ -34,6 +35,16 @@ def here(tmp_path, monkeypatch):
         "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def forward(self, x):\n"
         "        return x.flatten(1)[:, :3]\n\ndef net():\n    return Net().eval()\n\n"
         "def training():\n    return Net()\n\ndef fails():\n    return 1 / 0\n\ndef nothing():\n    return None\n"
+    )
+    Path("odd.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n    def __init__(self, answer):\n"
+        "        super().__init__()\n        self.answer = answer\n        self.eval()\n\n"
+        "    def forward(self, x):\n        return self.answer(x.flatten(1)[:, 10:20])\n\n"
+        "def pair():\n    return Net(lambda z: (z, z))\n\ndef vector():\n    return Net(lambda z: z[:, 0])\n\n"
+        "def few():\n    return Net(lambda z: z[:, :9])\n\ndef named():\n    return Net(lambda z: {'scores': z})\n\n"
+        "def empty():\n    return Net(lambda z: z * float('nan'))\n\ndef same():\n    return Net(torch.zeros_like)\n\n"
+        "def numpy():\n    return Net(lambda z: torch.from_numpy(z.numpy() * 2))\n\n"
+        "def cut():\n    return Net(lambda z: 2 * z.detach())\n"
     )
     Path("calibration.json").write_text("{}")
     Path("runs.json").write_text("[]")
@@ -60,6 +71,7 @@ CASES = {
     "list purifers": "(did you mean 'purifiers'?)",
     "train digits-gide": "(did you mean 'digits-guide'?)",
     "calibrate --dataset digit --out c.json": "(did you mean 'digits'?)",
+    "completion fish": "Argument shell: invalid choice: 'fish'",
     "check --data digit": "(did you mean 'digits'?)",
     "check --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist",
     "image odd.png --purifier gms --out out": "(did you mean 'gns'?)",
@@ -94,6 +106,16 @@ CASES = {
     "attack more": "Unrecognized arguments: more",
     "image odd.png": "--out",
     "calibrate": "--out",
+    "attack --protocol averages": "Unknown --protocol 'averages' (did you mean 'averaged'?)",
+    "attack --protocol in-loop --attacks random-noise,transfer": "in-loop needs an attack that climbs the model's own",
+    "attack --protocol deterministic --worst-only majority": "--worst-only spares broken samples the attacks",
+    "attack --averages 8": "--averages is for --protocol averaged",
+    "attack --protocol averaged --averages 1,0": "--averages must be a whole number of at least 1",
+    "attack --protocol averaged --averages 8,8": "Two entries of --averages are called 8",
+    "attack --protocol averaged --averages many": "--averages takes whole numbers separated by commas, got 'many'",
+    "attack --recipe diffpure-cifar10": "Unknown recipe 'diffpure-cifar10' (did you mean 'diffpure-cifar10-linf'?)",
+    "attack --recipe": "Argument --recipe: expected one argument",
+    "attack --recipe lee-kim-cifar10-linf --steps 5 --dt 0.1": "--steps and --dt exclude each other",
     # no GPU
     "attack --device cuda:3": "There is no GPU 'cuda:3' here",
     "certify --device gpu": "Unknown device 'gpu'",
@@ -111,7 +133,24 @@ CASES = {
     "attack --data cut.safetensors --model digits-standard": "cut.safetensors",
     "attack --data empty --model digits-standard": "empty",
     "attack --data flat --model digits-standard": "flat",
-    "attack --model three.py:net --dry-run": "Labels must be classes 0 to 2",
+    "attack --model three.py:net --dry-run": "undefended gives all 3 classes the same logit for sample 0",
+    "attack --model odd.py:pair --dry-run": "it returned tuple for one image; wrap it in a module that returns the "
+    "logits alone",
+    "attack --model odd.py:vector --dry-run": "it returned shape (1,) for one image",
+    "attack --model odd.py:named": "it returned dict for one image",
+    "attack --model odd.py:few --n-examples 2": "undefended tells 9 classes apart, the data has 10",
+    "attack --model odd.py:empty --dry-run": "undefended answers NaN or infinity for sample 0, first in Net",
+    "attack --model odd.py:same": "undefended gives all 10 classes the same logit for sample 0",
+    "certify --model odd.py:pair --score-model none": "cohen 0.25 must return logits (N, K)",
+    "attack --model odd.py:numpy --n-examples 2 --dry-run": "undefended leaves autograd (numpy, ONNX, detach or "
+    "no_grad inside), so attacks have no gradient; use square, or purify.BPDAClassifier(model, surrogate)",
+    "attack --model odd.py:cut --n-examples 2": "--model-gradient none or bpda",
+    "certify --model odd.py:cut": "cohen 0.25 leaves autograd",
+    "certify --model odd.py:numpy --score-model none": "certify it with --attack-examples 0",
+    "attack --model-gradient bdpa": "Unknown --model-gradient 'bdpa' (did you mean 'bpda'?)",
+    "attack --model-gradient bpda": "takes the backward pass of another network than digits-standard",
+    "attack --model-surrogate digits-at": "--model-surrogate is for --model-gradient bpda",
+    "certify --model odd.py:few": "cohen 0.25 tells 9 classes apart",
     "attack --model three.py:fails": "three.py, line 15, failed with ZeroDivisionError",
     "attack --model three.py:nothing": "three.py:nothing returned NoneType",
     "attack --model three.py:absent": "three.py has no function 'absent'",
@@ -137,7 +176,7 @@ CASES = {
     "leaderboard flat --out text.txt": "flat",
     # what attack and certify refuse besides
     "attack --dataset mnist": "Unknown data set 'mnist'; known: cifar10, cifar100, digits",
-    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffpure",
+    "attack --purifier magic": "Unknown purifier 'magic'; known: agdm, diffap, diffpure",
     "attack --attacks pgd-eot,fgsm": "Unknown attack 'fgsm'; known: adaptive, apgd-margin-eot",
     "attack --model resnet": "Unknown model 'resnet' for digits; known: digits-at, digits-dssn, digits-guide",
     "attack --model nowhere.py:make": "no file nowhere.py",
@@ -161,6 +200,13 @@ CASES = {
     "attack --dataset fashion_mnist --data-dir /nonexistent": "Fashion-MNIST is not in",
     "attack --out /proc/nothing": "cannot be written",
     "attack --score-model nowhere.py:make": "There is no file nowhere.py; a part of your own is file.py:function",
+    "attack --purifier freqpure --set delta=4": "delta must be an angle in [0, pi], got 4",
+    "attack --purifier freqpure --set amplitude_radius=-1": "amplitude_radius must be a number of at least 0",
+    "attack --purifier diffap --set scale=-1": "The guidance scale must be a number of at least 0",
+    "attack --purifier mimicdiffusion --set factor=3": "choose a factor that divides both",
+    "attack --purifier heterogeneous --set threshold=2": "threshold of heterogeneous noise must lie in [0, 1], got 2",
+    "attack --purifier likelihood --set rate=0": "The rate of likelihood ascent must be a number above 0",
+    "attack --purifier langevin --dt 0.01": "Langevin stays at its time, which FixedDt",
     "attack --purifier agdm --set auxiliary=nowhere.py:make": "There is no file nowhere.py",
     "attack --purifier agdm --set auxiliary=magic": "Unknown model 'magic' for digits; known: digits-at",
     "attack --purifier agdm --set auxiliary=fashion_mnist-guide": "was trained on fashion_mnist",
@@ -170,14 +216,24 @@ CASES = {
     "attack --set variant": "--set takes NAME=VALUE",
     "attack --set steps=2": "None of diffpure, constant, ssni-l has a parameter 'steps' for --set; known",
     "attack --noise-level magic": "Unknown noise level 'magic'; known: constant, ssni-l, ssni-n",
-    "certify --method magic": "Unknown method 'magic'; known: cohen, dssn, multiscale, ssn",
+    "certify --method magic": "Unknown method 'magic'; known: cohen, densepure, dssn, multiscale, ssn",
     "certify --dataset mnist": "Unknown data set 'mnist'",
     "certify --budget huge": "Unknown --budget 'huge'; known: paper, quick, standard",
     "certify --sigma 0": "sigma must be a positive number",
     "certify --sigma x": "--sigma takes numbers separated by commas",
     "certify --method multiscale --p0 0.4": "p0 must lie in [1/2, 1)",
     "certify --method multiscale --mode lax": "Unknown --mode 'lax'",
-    "certify --method cohen,multiscale --stop-radius 0": "leave --stop-radius out",
+    "certify --method cohen,multiscale --sampling anytime": "leave --sampling anytime out",
+    "certify --linf-radii 0,-1": "--linf-radii takes numbers of at least 0",
+    "certify --votes 3": "--votes says nothing about cohen; it is for densepure",
+    "certify --method densepure --votes 0": "votes must be a whole number of at least 1",
+    "certify --method densepure --reverse-steps 0": "steps must be a whole number of at least 1",
+    "certify --method densepure --score-model none": "densepure votes over reverse processes of a diffusion model",
+    "certify --precision bf8": "Unknown --precision 'bf8'; known: bf16, float32, fp16",
+    "certify --score-model none --precision bf16": "--precision bf16 is the denoiser's; there is none with",
+    "certify --method ssn --precision bf16": "--precision says nothing about ssn",
+    "certify --sampling always": "Unknown --sampling 'always'; known: anytime, fixed",
+    "certify --sigma 0.25 --sampling anytime --radii 2": "certify at most 0.5442 under this noise (gaussian 0.25)",
     "certify --method ssn --model digits-standard": "does not say for which lambda it was trained; pass --lam",
     "certify --method cohen,ssn --model digits-standard": "One --model cannot serve",
     "certify --method dssn --model digits-standard --lam 0.001": "lambda must lie in [0.00196",
@@ -187,7 +243,8 @@ CASES = {
     "certify --radii nan": "--radii takes numbers separated by commas, got 'nan'",
     "certify --batch-size 0": "--batch-size must be a whole number",
     "certify --p0 0.6": "--p0 says nothing about cohen; it is for multiscale",
-    "certify --method dssn --stop-radius 1": "--stop-radius says nothing about dssn",
+    "certify --method dssn --sampling anytime": "--sampling says nothing about dssn",
+    "certify --stop-radius a": "--radii takes numbers separated by commas, got 'a'",
     "certify --score-model fashion_mnist": "fashion_mnist was trained on fashion_mnist; take a network of digits",
     "certify --model fashion_mnist-standard": "was trained on fashion_mnist",
     "certify --method dssn --model fashion_mnist-dssn": "was trained on fashion_mnist",

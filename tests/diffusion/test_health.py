@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import SmoothNet
 from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, EDMDenoiser, ScoreModel, zoo
@@ -233,6 +234,16 @@ def test_untrained_weights_and_other_data_are_no_better_than_trivial():
         assert not health.passed
         assert health.error > LIMIT
         assert "EMA" in health.sentence
+
+
+def test_no_number_is_named_with_its_noise_level():
+    class Failing(SmoothNet):
+        def forward(self, u, labels):
+            return torch.where(labels.max() > 500, torch.nan, super().forward(u, labels))
+
+    found = ScoreModel(Failing(), ContinuousVP()).check(DIGITS, 4, (0.1, 10.0))
+    assert not found.passed
+    assert found.sentence.startswith("This network answers NaN or infinity at noise level 10;")
 
 
 def test_the_errors_are_those_of_denoise():

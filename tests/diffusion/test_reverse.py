@@ -10,7 +10,15 @@ from torch import nn
 
 from purify import ContinuousVP, DiscreteVP, Purifier, ScoreModel
 from purify.diffusion.noise import Noise
-from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.diffusion.reverse import (
+    DDIM,
+    Ancestral,
+    ConsistencySampling,
+    EulerMaruyama,
+    OneShot,
+    ProbabilityFlow,
+    RandomSampling,
+)
 from purify.presets import diffpure
 from purify.purification.plans import FixedSteps, StepFactory
 
@@ -42,9 +50,7 @@ def test_ancestral_step_of_guided_diffusion(tables, clip):
     assert (mean - f[f"fake_mean_{suffix}"]).abs().max() < 2e-6 * scale
     later = f["t"] > 0
     log_variance = 2 * std.log()
-    torch.testing.assert_close(
-        log_variance[later], f[f"fake_log_variance_{suffix}"][later], rtol=2e-5, atol=2e-5
-    )
+    torch.testing.assert_close(log_variance[later], f[f"fake_log_variance_{suffix}"][later], rtol=2e-5, atol=2e-5)
     sample = rule(model, f["x"], t, s, f["noise"])
     assert (sample - f[f"fake_sample_{suffix}"]).abs().max() < 2e-6 * scale
 
@@ -66,9 +72,7 @@ def test_published_variant_diffuses_as_diffpure_does(tables, t):
     t_star = torch.tensor([t / 1000], dtype=torch.float64)
     diffuse = purifier.process(t_star, Noise.keyed(0, torch.arange(1))).rounds[0].diffuse
     alpha, sigma = (c(diffuse.t).item() for c in (diffuse.schedule.alpha, diffuse.schedule.sigma))
-    torch.testing.assert_close(
-        alpha * f["x0"] + sigma * f["eps"], f[f"diffpure_forward_t{t}"], rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(alpha * f["x0"] + sigma * f["eps"], f[f"diffpure_forward_t{t}"], rtol=1e-5, atol=1e-6)
 
 
 def test_published_variant_reverses_at_diffpures_times():
@@ -111,7 +115,35 @@ def test_ddim_with_eta_1_is_the_ddpm_posterior():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("rule", [EulerMaruyama(), Ancestral(), DDIM(0.5), ProbabilityFlow("rk4"), OneShot()])
+@pytest.mark.parametrize("rule", [RandomSampling(), ConsistencySampling()])
+def test_random_sampling_is_ddpm_without_the_last_noise_and_consistency_diffuses_the_estimate(rule):
+    """Under s = 0 it is one-shot; DiffAP's step is the DDPM posterior's without its multiple of the predicted noise."""
+    model, (u, z) = smooth_model(torch.float64), torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    t, s = torch.tensor([0.1, 0.5, 0.02]).double(), torch.tensor([0.05, 0.1, 0.0]).double()
+    column = lambda x: x.reshape(-1, 1, 1, 1)  # noqa: E731
+    found, schedule = rule(model, u, t, s, z), model.schedule
+    if isinstance(rule, ConsistencySampling):
+        expected = column(schedule.alpha(s)) * model.denoise(u, t) + column(schedule.sigma(s)) * z
+    else:
+        mean, std = Ancestral().moments(model, model.predict(u, t), u, t, s)
+        left = (schedule.variance(s) - std.flatten() ** 2).clamp_min(0).sqrt()
+        expected = mean + std * z - column(left) * model.eps(u, t)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[2], model.denoise(u, t)[2])
+
+
+RULES = [
+    EulerMaruyama(),
+    Ancestral(),
+    DDIM(0.5),
+    ProbabilityFlow("rk4"),
+    OneShot(),
+    RandomSampling(),
+    ConsistencySampling(),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_each_sample_has_its_own_times(rule):
     model = smooth_model(torch.float64)
     u, z = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
@@ -144,9 +176,7 @@ def purified(network, u, t_star, rule, steps):
         return FixedSteps(steps).round(factory, t).run(v, lambda step, u: step(u)).flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("rule", "steps"), [(EulerMaruyama(), 300), (Ancestral(), 100)], ids=["sde", "ddpm"]
-)
+@pytest.mark.parametrize(("rule", "steps"), [(EulerMaruyama(), 300), (Ancestral(), 100)], ids=["sde", "ddpm"])
 def test_gaussian_data_give_the_analytic_posterior(rule, steps):
     u, t_star = torch.tensor([0.9, -0.7, 0.5, 0.2], dtype=torch.float64), 0.3
     samples = purified(GaussianEps(MEAN, COVARIANCE), u, t_star, rule, steps)

@@ -57,7 +57,7 @@ def test_library_attacks_ask_for_at_most_what_they_say(images):
 def test_the_estimate_adds_up(images, monkeypatch):
     """A step takes 2 ms of a forward row and 5 ms of a gradient row, the classifier 1 and 3 ms; 12 steps."""
 
-    def measured(model, samples, rows):
+    def measured(model, samples, rows, with_gradient=True):
         steps = model.purifier.plan.steps
         return 0.001 + 0.002 * steps, 0.003 + 0.005 * steps
 
@@ -72,7 +72,7 @@ def test_the_estimate_adds_up(images, monkeypatch):
 
 @pytest.mark.parametrize(("steps", "rounds"), [(2, 1), (1, 1), (5, 3)])
 def test_few_steps_and_several_rounds_add_up(steps, rounds, images, monkeypatch):
-    def measured(model, samples, rows):
+    def measured(model, samples, rows, with_gradient=True):
         n = len(model.purifier.rounds) * model.purifier.plan.steps
         return 0.001 + 0.002 * n, 0.003 + 0.005 * n
 

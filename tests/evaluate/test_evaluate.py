@@ -122,19 +122,23 @@ def test_an_answer_that_is_not_a_number_is_no_class(tmp_path):
             logits = super().forward(x)
             return torch.where(x.flatten(1).mean(1, keepdim=True) > 0.9, torch.nan, logits)
 
-    images = torch.full((3, 1, 4, 4), 0.5)
-    images[1] = 0.95
-    samples = Samples(images, torch.zeros(3).long(), torch.tensor([4, 7, 9]))
+    images = torch.full((6, 1, 4, 4), 0.5)
+    images[4] = 0.95  # not among those that are asked before a run
+    samples = Samples(images, torch.zeros(6).long(), torch.tensor([4, 7, 9, 10, 12, 14]))
     folder = RunFolder(tmp_path / "run", {}, {})
-    with pytest.raises(ValueError, match="broken answers NaN or infinity on sample 7"):
-        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, progress=False)
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12, first in Broken; check"):
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples, batch_size=4, progress=False)
+    assert [r["sample"] for r in lines(tmp_path / "run")] == [4, 7, 9, 10]  # what was computed before stays
+    assert evaluate(folder, [Defence("broken", TinyClassifier(), [], 2, {})], samples, progress=False) == 2
+    with pytest.raises(ValueError, match="broken answers NaN or infinity for sample 12"):  # asked before
+        evaluate(folder, [Defence("broken", Broken(), [], 2, {})], samples[torch.tensor([4, 5])], progress=False)
 
     class Masked(TinyClassifier):
         def forward(self, x):
             return super().forward(x).index_fill(1, torch.tensor([2]), -torch.inf)
 
     evaluate(folder, [Defence("masked", Masked(), [], 2, {})], samples, progress=False)
-    answers = {p for i in (4, 7, 9) for p in folder.get("masked", "clean", i)["predictions"]}
+    answers = {p for i in (4, 7, 14) for p in folder.get("masked", "clean", i)["predictions"]}
     assert answers <= {0, 1, 3, 4}
 
 
@@ -172,15 +176,24 @@ def test_units_of_samples_are_shared_out_among_processes():
         assert len(share_out(few, 8, Ranks(0, 3))) == 3
 
 
+FOUR = [*TINY, "--attacks", "random-noise,pgd-eot,transfer,bpda-eot"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four attacks on every sample."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main([*FOUR, "--out", str(folder)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("criterion", WORST_ONLY)
-def test_worst_only_skips_what_is_broken_and_finds_the_same_worst_case(criterion, tmp_path):
-    whole, only = tmp_path / "whole", tmp_path / "only"
-    attacks = ["--attacks", "random-noise,pgd-eot,square,bpda-eot"]
-    assert main([*TINY, *attacks, "--out", str(whole)]) == 0
-    assert main([*TINY, *attacks, "--worst-only", criterion, "--out", str(only)]) == 0
+def test_worst_only_skips_what_is_broken_and_finds_the_same_worst_case(criterion, whole, tmp_path):
+    only = tmp_path / "only"
+    assert main([*FOUR, "--worst-only", criterion, "--out", str(only)]) == 0
     every = {(r["defence"], r["attack"], r["sample"]): r for r in lines(whole)}
     kept = {(r["defence"], r["attack"], r["sample"]): r for r in lines(only)}
-    order = ["clean", "random-noise", "pgd-eot", "square", "bpda-eot"]
+    order = ["clean", "random-noise", "pgd-eot", "transfer", "bpda-eot"]
     skipped = 0
     for defence, attack, sample in every:
         earlier = [every.get((defence, a, sample)) for a in order[: order.index(attack)]]
@@ -222,7 +235,7 @@ def test_a_dry_run_looks_at_the_folder(tmp_path, capsys):
 
 def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, capsys):
     small = ["--n-examples", "8", "--attack-steps", "2", "--eot", "2", "--judge-draws", "3", "--threads", "1"]
-    assert main([*small, "--attacks", "pgd-eot,bpda-eot", "--out", str(tmp_path / "run")]) == 0
+    assert main([*small, "--attacks", "pgd-eot,bpda-eot", "--steps", "3", "--out", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
     for word in ("undefended", "diffpure", "adversarial training", "worst case", "REDUCED", "pgd-eot 2 steps x EOT 2"):
         assert word in text
@@ -230,14 +243,14 @@ def test_demo_prints_its_table_and_says_that_the_budget_is_reduced(tmp_path, cap
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["config"]["attacks"]["diffpure"][0] == PGD("Linf", 0.3, steps=2, eot=2).budget()
     assert len(manifest["config"]["defences"]["diffpure"]["score_model"]) == 64
-    assert main([*small, "--out", str(tmp_path / "run"), "--seed", "1"]) == 2
+    assert main([*small, "--steps", "3", "--out", str(tmp_path / "run"), "--seed", "1"]) == 2
     assert "differs in" in capsys.readouterr().err
 
 
 def test_a_model_from_a_file(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("from purify import zoo\ndef make():\n    return zoo.classifier('digits-at')\n")
-    small = ["--n-examples", "4", "--attack-steps", "1", "--eot", "1", "--judge-draws", "1", "--threads", "1"]
-    assert main([*small, "--model", f"{tmp_path}/mine.py:make", "--out", str(tmp_path / "run")]) == 0
+    small = ["--n-examples", "4", "--attack-steps", "1", "--eot", "1", "--judge-draws", "1", "--attacks", "pgd-eot"]
+    assert main([*small, "--model", f"{tmp_path}/mine.py:make", "--steps", "2", "--out", str(tmp_path / "run")]) == 0
     assert "adversarial training" not in capsys.readouterr().out
     assert main([*small, "--model", f"{tmp_path}/mine.py:other", "--out", str(tmp_path / "run2")]) == 2
     assert "has no function 'other'" in capsys.readouterr().err
@@ -396,7 +409,10 @@ def test_the_verdict_says_where_no_gradient_attack_was_run():
     ]
     found = {d.name: {"clean": half, "worst case": half} for d in defences}
     lines = report.verdict(found, defences, "Linf eps 0.1", "4 images").splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines if "no gradient attack was run on it" in line] == ["blind"]
+    assert [line.split(":")[0].strip() for line in lines if "no gradient attack was run on it" in line] == [
+        "undefended",
+        "blind",
+    ]
 
 
 def test_an_evaluation_has_one_bar(tmp_path, capsys):

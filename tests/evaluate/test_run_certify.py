@@ -14,7 +14,8 @@ from torch import nn
 
 from purify import zoo
 from purify.attacks.norms import BALLS
-from purify.certify import ABSTAIN, DSSN, SSN, Cascade, Certifier, Draws, denoised_smoothing, to_grid
+from purify.certify import ABSTAIN, DSSN, SSN, Cascade, Certifier, Draws, denoised_smoothing, dense_smoothing, to_grid
+from purify.certify.metrics import linf_share
 from purify.cli.certify import main
 from purify.data import load_dataset
 from purify.evaluate import RunFolder, Samples
@@ -51,7 +52,8 @@ def splitting_classifier():
 def systems(classifier) -> list[Certifier]:
     standard, score = zoo.classifier("digits-standard"), zoo.score_model("digits")
     scales = [denoised_smoothing(standard, score, s) for s in (0.1, 0.25)]
-    return [scales[1], Cascade(tuple(scales)), SSN(classifier, 0.5), DSSN(classifier, 0.5)]
+    dense = dense_smoothing(standard, score, 0.25, votes=2, steps=1)
+    return [scales[1], Cascade(tuple(scales)), dense, SSN(classifier, 0.5), DSSN(classifier, 0.5)]
 
 
 def test_pgd_inside_the_radius_never_succeeds_and_outside_it_does(splitting_classifier):
@@ -111,6 +113,17 @@ def test_dssn_images_stay_on_the_grid_and_in_the_ball(splitting_classifier):
         moved = 255 * (found - image).double()
         assert float((moved - moved.round()).abs().max()) < 1e-3
         assert steps - 1 <= round(float(moved.abs().sum())) <= steps
+
+
+def test_linf_radii_are_of_cubes_inside_the_certified_balls():
+    """The corner of the cube of a radius lies on the ball, the one of a larger cube does not."""
+    for norm in ("L2", "L1"):
+        for d in (1, 64, 784):
+            corner = torch.full((1, d), linf_share(norm, d), dtype=torch.float64)
+            length = BALLS[norm].distance(corner.reshape(1, 1, 1, d))
+            assert float(length) == pytest.approx(1)
+    with pytest.raises(ValueError, match="Unknown norm of a certificate 'Linf'"):
+        linf_share("Linf", 3)
 
 
 # --- the runner ---------------------------------------------------------------------------------------------------
@@ -173,28 +186,36 @@ def test_torchrun_shares_the_samples_out(tmp_path):
 
 
 def test_the_command_prints_tables_and_draws_curves(tmp_path, capsys):
-    assert main([*TINY, "--n-examples", "6", "--out", str(tmp_path)]) == 0
+    assert main([*TINY, "--n-examples", "6", "--linf-radii", "0,0.02", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
+    assert "L_inf: certified accuracy in % at radii, from those above" in text
+    assert (tmp_path / "certified-Linf.png").stat().st_size > 0
     for word in ("cohen 0.1", "cohen 0.25", "multiscale", "ACR", "abstained", "REDUCED", "changed by PGD inside"):
         assert word in text
     assert "FAILED" not in text
     assert (tmp_path / "certified-L2.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     result = json.loads((tmp_path / "result.json").read_text())["results"]["cohen 0.1"]
     assert result["norm"] == "L2"
+    found = [r for r in lines(tmp_path) if (r["defence"], r["attack"]) == ("cohen 0.1", CERTIFICATE)]
+    share = sum(r["radius"] >= 0.02 * 8 and r["predictions"] == [r["label"]] for r in found) / 6  # 64 pixels
+    assert result["Linf"]["certified"][1]["value"] == pytest.approx(share)
     assert result["certified"][0]["value"] > 0.5
     assert main([*TINY, "--n-examples", "6", "--seed", "1", "--out", str(tmp_path)]) == 2
     assert "differs in seed" in capsys.readouterr().err
 
 
-def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_path, capsys):
+def test_several_denoisers_anytime_sampling_and_a_classifier_for_splitting_noise(tmp_path, capsys):
     small = ["--n-examples", "3", "--selection-draws", "10", "--draws", "64", "--threads", "1"]
     small += ["--attack-examples", "0"]
-    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    arguments = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--sampling", "anytime", "--radii", "0"]
     assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
     assert "cohen 0.1, digits" in text
     assert "cohen 0.1, none" in text
-    assert {r["draws"] for r in lines(tmp_path / "a")} <= {26, 42, 74}
+    assert all(r["draws"] == sum(r["counts"]) + 8 or r["draws"] < 74 for r in lines(tmp_path / "a"))
+    old = [*small, "--sigma", "0.1", "--score-model", "digits,none", "--stop-radius", "0", "--looks", "3"]
+    assert main([*old, "--out", str(tmp_path / "a")]) == 0  # the same run
+    assert "note: --stop-radius 0 is now called --sampling anytime --radii 0, and needs" in capsys.readouterr().err
     model = ["--method", "ssn,dssn", "--model", "digits-standard"]
     assert main([*small, *model, "--lam", "0.05", "--out", str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
@@ -206,6 +227,26 @@ def test_several_denoisers_early_stop_and_a_classifier_for_splitting_noise(tmp_p
     assert "REDUCED" not in text  # it draws nothing
     assert "3 samples, no draws, exact;" in text
     assert all(r["predictions"] != [ABSTAIN] for r in lines(tmp_path / "b") if r["defence"] == "dssn")
+
+
+def test_the_denoisers_precision_is_part_of_what_is_certified(tmp_path, capsys):
+    """bfloat16 is certified, attacked and judged as bfloat16; a run, and a record, of another precision is refused."""
+    few = [*TINY, "--method", "cohen,multiscale", "--n-examples", "3", "--attack-examples", "1"]
+    half = [*few, "--precision", "bf16", "--out", str(tmp_path / "half")]
+    assert main(half) == 0
+    score = zoo.score_model("digits")
+    score.set_autocast("bfloat16")
+    smooth = denoised_smoothing(zoo.classifier("digits-standard"), score, 0.25)
+    expected = smooth.certify(digits(3).images, Draws(10, 50), sample_ids=torch.arange(3))
+    records = [r for r in lines(tmp_path / "half") if r["attack"] == CERTIFICATE]
+    assert {r["precision"] for r in records} == {"bf16"}
+    assert [r["counts"] for r in records if r["defence"] == "cohen 0.25"] == expected.counts.tolist()
+    assert main([*few, "--out", str(tmp_path / "half")]) == 2
+    assert "holds another run, which differs in systems.cohen 0.1.precision" in capsys.readouterr().err
+    file = tmp_path / "half" / "records.jsonl"
+    file.write_text(file.read_text().replace('"precision": "bf16"', '"precision": "float32"'))
+    assert main(half) == 2
+    assert "was certified with a denoiser of float32, and cohen 0.1 has one of bf16, which" in capsys.readouterr().err
 
 
 def test_denoisers_from_a_file(tmp_path, capsys):

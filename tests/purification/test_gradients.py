@@ -269,5 +269,3 @@ def test_engines_are_found_by_name_and_errors_are_clear():
         Checkpoint(memory_budget=-1)
     with pytest.raises(ValueError, match="Unknown gradient engine parameter"):
         diffpure(smooth_model(), gradient={"kind": "full", "steps": 3})
-
-

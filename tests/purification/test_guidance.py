@@ -6,7 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SmoothNet, TinyClassifier, assert_second_derivative, smooth_model
+from conftest import (
+    SmoothNet,
+    TinyClassifier,
+    assert_finite_differences,
+    assert_second_derivative,
+    smooth_model,
+)
+from conftest import gradient_of_weighted as gradient
+from conftest import weighted as loss
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNILinear, calibrate
@@ -45,25 +53,6 @@ def make(kind=None, rule="ddpm", scale=20.0, steps=4, level=0.3, **options):
     guidance = None if kind is None else KINDS[kind](STRONG.get(kind, scale) if scale else 0.0)
     options = {"clip": False, **options}
     return Purifier(smooth_model(torch.float64), level, RULES[rule], steps, guidance=guidance, **options)
-
-
-def loss(purifier, x):
-    weights = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).reshape(x[0].shape)
-    return (purifier(x, sample_ids=IDS, seed=3, draw=1) * weights).sum()
-
-
-def gradient(purifier, x):
-    x = x.clone().requires_grad_()
-    return torch.autograd.grad(loss(purifier, x), x)[0]
-
-
-def assert_finite_differences(purifier, x, tolerance=1e-6):
-    exact = gradient(purifier, x)
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    h = 1e-5
-    with torch.no_grad():
-        found = (loss(purifier, x + h * v) - loss(purifier, x - h * v)) / (2 * h)
-    assert (exact * v).sum().item() == pytest.approx(found.item(), rel=tolerance)
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -210,7 +199,7 @@ def test_a_layer_before_one_that_works_in_place(images):
     ("network", "layer", "message"),
     [
         (nn.Sequential(TinyClassifier()), None, None),
-        (type("Dict", (TinyClassifier,), {"forward": lambda self, x: {"logits": x}})(), None, "it returned dict"),
+        (type("Dict", (TinyClassifier,), {"forward": lambda self, x: {"scores": x}})(), None, "it returned dict"),
         (type("Idle", (TinyClassifier,), {"forward": lambda self, x: x})(), "layers", "'layers' .* does not run"),
     ],
 )

@@ -94,12 +94,13 @@ def draws_by_hand(model, x, m, draw):
     return torch.stack(logits, 1)
 
 
-def test_mean_logits_and_votes_against_a_loop(many):
+def test_aggregates_against_a_loop(many):
     purifier = diffpure(smooth_model(), 0.4, 4)
-    for aggregate in ("logits", "votes"):
-        model = DefendedClassifier(TinyClassifier(), purifier, purifications=5, aggregate=aggregate)
+    for aggregate in ("logits", "softmax", "votes"):
+        model = DefendedClassifier(TinyClassifier(), purifier).with_purifications(5, aggregate)
         logits = draws_by_hand(model, many, 5, draw=2)
-        expected = logits.mean(1)
+        expected = logits.softmax(-1).mean(1).log() if aggregate == "softmax" else logits.mean(1)
+        assert (model.purifications, model.config()["aggregate"]) == (5, aggregate)
         if aggregate == "votes":
             expected = one_hot(logits.argmax(-1), 5).float().mean(1)
             assert ((expected > 0) & (expected < 1)).any()  # purifications disagree somewhere
@@ -163,7 +164,10 @@ def test_bad_images(x, message, purifications):
         (lambda: diffpure(smooth_model(), 1.1), r"t_star must lie in \(0, 1\]"),
         (lambda: diffpure(smooth_model(), 0.1, 0), "steps must be a whole number"),
         (lambda: diffpure(smooth_model(), 0.1, 2.5), "steps must be a whole number"),
-        (lambda: diffpure(smooth_model(), reverse="heun"), "Unknown reverse rule 'heun'; known: ddim, ddpm, ode"),
+        (
+            lambda: diffpure(smooth_model(), reverse="heun"),
+            "Unknown reverse rule 'heun'; known: consistency, ddim, ddpm",
+        ),
         (lambda: diffpure(smooth_model(), variant="mine"), "Unknown DiffPure variant"),
         (lambda: diffpure(smooth_model(), reverse="one-shot"), "steps=1"),
         (lambda: Purifier(smooth_model(), 0.1, t_end=0.2), "t_end = 0.2 must be smaller than a step"),
@@ -175,7 +179,7 @@ def test_bad_images(x, message, purifications):
         (lambda: Purifier(smooth_model(), None), "is not a noise level"),
         (lambda: DefendedClassifier(TinyClassifier().train(), diffpure(smooth_model())), "train mode"),
         (lambda: DefendedClassifier(TinyClassifier(), diffpure(smooth_model()), 0), "purifications must be"),
-        (lambda: DefendedClassifier(TinyClassifier(), diffpure(smooth_model()), 1, "max"), "known: logits, votes"),
+        (lambda: DefendedClassifier(TinyClassifier(), diffpure(smooth_model()), 1, "max"), "logits, softmax, votes"),
     ],
 )
 def test_bad_settings(make, message):

@@ -15,9 +15,11 @@ from purify.networks.embedded import SmallCNN, build_network
 from purify.train.__main__ import build, main, recipe_name
 from purify.train.loop import Hyper, learning_rate, train, update_ema
 from purify.train.losses import (
+    BridgeLoss,
     CrossEntropy,
     DiffusionCalibration,
     EpsLoss,
+    FlowMatching,
     SplittingLoss,
     Trades,
     ascend,
@@ -62,6 +64,61 @@ def test_resumed_equals_undisturbed(tmp_path):
         train(network(), interrupted, *data(), HYPER, tmp_path / "c", save_every=5)
     resumed = train(network(), EpsLoss(), *data(), HYPER, tmp_path / "c", save_every=5)
     assert equal(whole, resumed)
+
+
+def test_flow_matching_is_the_error_of_the_velocity_on_the_straight_path():
+    """The network sees (1 - tau) u + tau z at 1000 tau and should say z - u."""
+    seen, (images, labels) = [], data()
+    images, labels = images[:6], labels[:6]
+
+    class Slow(torch.nn.Module):
+        def forward(self, x, at):
+            seen.append((x, at))
+            return 0.3 * x
+
+    model = ScoreModel(Slow(), ContinuousVP(), "velocity")
+    found = FlowMatching()(model, images, labels, torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(4)
+    t, z = training_times(6, generator), torch.randn(images.shape, generator=generator)
+    ratio = model.schedule.sigma(t) / model.schedule.alpha(t)
+    tau = (ratio / (1 + ratio)).reshape(-1, 1, 1, 1).float()
+    x = (1 - tau) * (2 * images - 1) + tau * z
+    torch.testing.assert_close(seen[0][0], x)
+    torch.testing.assert_close(seen[0][1], 1000 * tau.flatten())
+    assert found.item() == pytest.approx((0.3 * x - z + 2 * images - 1).square().mean().item())
+
+
+def test_the_bridge_goes_from_the_diffused_attacked_image_to_the_clean_one():
+    """At T it is the attacked image diffused; at any time the target's u0_hat is the clean image."""
+    model, (images, _) = network(), data()
+    images, generator = images.double(), torch.Generator().manual_seed(1)
+    adversarial = (images + 0.2 * torch.rand(images.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+    z = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    top = torch.linspace(0.1, 0.2, len(images), dtype=torch.float64)
+    loss = BridgeLoss("digits-standard", 0.3)
+    alpha, sigma = (f(top).reshape(-1, 1, 1, 1) for f in (model.schedule.alpha, model.schedule.sigma))
+    u_t, _ = loss.bridge(model, images, adversarial, top, top, z)
+    torch.testing.assert_close(u_t, alpha * (2 * adversarial - 1) + sigma * z)
+    for share in (0.05, 0.5, 1.0):
+        u_t, target = loss.bridge(model, images, adversarial, share * top, top, z)
+        torch.testing.assert_close(model.denoised(target, u_t, share * top), 2 * images - 1)
+    torch.testing.assert_close(loss.bridge(model, images, images, top, top, z)[1], z)
+
+
+def test_the_bridge_is_trained_against_the_classifier():
+    """Its attack raises the cross-entropy of the estimate, and eps = 0 is the usual loss at its times."""
+    images, labels = (t[:32] for t in load_dataset("digits", "train"))
+    model = zoo.score_model("digits").requires_grad_(True)
+    values = [
+        BridgeLoss("digits-standard", eps, attack_steps=steps)(model, images, labels, torch.Generator().manual_seed(0))
+        for eps, steps in ((0.0, 0), (0.3, 0), (0.3, 3))
+    ]
+    assert values[0] < values[1] < values[2]
+    values[2].backward()
+    assert all(p.grad is not None for p in model.network.parameters())
+    assert not any(p.requires_grad for p in BridgeLoss("digits-standard", 0.3).frozen.parameters())
+    with pytest.raises(ValueError, match="t_star must lie in"):
+        BridgeLoss("digits-standard", 0.3, t_star=0.0)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -139,7 +196,7 @@ def test_adversarial_training_attacks_inside_its_ball_and_raises_the_loss():
     model = SmallCNN(1, [8], 3).eval().requires_grad_(False)
     value = nn.functional.cross_entropy
     generator = torch.Generator().manual_seed(0)
-    adversarial = ascend(model, images, 0.1, 5, generator, lambda logits: value(logits, labels))
+    adversarial = ascend(model, images, 0.1, 5, generator, lambda x: value(model(x), labels))
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
@@ -152,7 +209,7 @@ def test_trades_by_hand():
     loss = Trades(eps=0.1, beta=2.0, attack_steps=3)
     found = loss(model, images, labels, torch.Generator().manual_seed(0))
     target = model(images).log_softmax(1).detach()
-    moved = ascend(model, images, 0.1, 3, torch.Generator().manual_seed(0), lambda logits: divergence(target, logits))
+    moved = ascend(model, images, 0.1, 3, torch.Generator().manual_seed(0), lambda x: divergence(target, model(x)))
     p, q = model(images).softmax(1), model(moved).softmax(1)
     kl = (p * (p / q).log()).sum(1)
     assert (kl > (p * (p / model(0.999 * images).softmax(1)).log()).sum(1)).all()  # the attack raises it

@@ -45,6 +45,13 @@ def test_score_models_measure_what_their_cards_say(dataset):
     assert model.eps(2 * images[:2] - 1, torch.tensor([0.1, 0.2])).shape == images[:2].shape
 
 
+def test_the_flow_network_measures_what_its_card_says_and_is_read_as_declared():
+    model, images = zoo.score_model("digits-flow"), load_dataset("digits", "test")[0]
+    assert model.prediction == "velocity"
+    assert measure_score(model, images) == pytest.approx(zoo.describe("digits-flow")["measured"], rel=1e-3)
+    assert model.check(images).passed
+
+
 @pytest.mark.parametrize("dataset", [data("digits"), data("fashion_mnist")])
 @pytest.mark.parametrize("kind", ["standard", "at"])
 def test_classifiers_measure_what_their_cards_say(dataset, kind):

@@ -15,6 +15,7 @@ from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
 from purify.attacks.pgd import PGD
+from purify.attacks.submitted import Submitted
 from purify.attacks.transfer import GuideTransfer
 from purify.checks import check_count
 from purify.diffusion.noise import Noise, derive_seed
@@ -56,19 +57,22 @@ class Adaptive(Attack):
         start, found = self._start(model, x, y, ids, seed)
         best, loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
         used = torch.full_like(y, self.warm(model))
+        submitted = Submitted(len(x), x.device)
         left = torch.arange(len(x), device=x.device)
         for stage in self.stages(model):
             rows = (x[left], y[left], ids[left])
-            climbed, extra = self._climbs(stage, start, *rows, seed)
+            climbed, extra, answered = self._climbs(stage, start, *rows, seed)
             call = keyed(model, derive_seed(seed, "select"))
             winner = stage.race.run(call, torch.stack([*found, *climbed]), *rows[1:], self.max_rows)
             best[left], loss[left] = winner.images, winner.loss
             used[left] += stage.climbs + extra + stage.race.used * calls(model).forward
+            for answers in (*answered, winner.submitted):
+                submitted.include(left, answers)
             left, start = left[~winner.broken], winner.images[~winner.broken]
             found = [start]
             if len(left) == 0:
                 break
-        return AttackResult(best, loss, used)
+        return AttackResult(best, loss, used, submitted)
 
     def stages(self, model: Any) -> Sequence[Stage]:
         """What is done to a purified model, and what each part may spend."""
@@ -93,15 +97,19 @@ class Adaptive(Attack):
 
     def _climbs(
         self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int
-    ) -> tuple[list[Tensor], Tensor]:
-        """Iterates that may be chosen, and calls beyond the plan, (N,): of gradients taken again inside [0, 1]."""
-        found, extra = [], torch.zeros_like(y)
+    ) -> tuple[list[Tensor], Tensor, list[Submitted]]:
+        """Iterates that may be chosen, calls beyond the plan, (N,), and the model's answers to iterates.
+
+        Beyond the plan are gradients that are taken again inside [0, 1].
+        """
+        found, extra, answered = [], torch.zeros_like(y), []
         for phase in stage.phases:
             target = phase.climb.target(phase.model, x, y, ids, derive_seed(seed, phase.name))
-            path = phase.climb.path(target, start, phase.mix)
+            path = phase.climb.path(target, x if phase.clean else start, phase.mix)
             found += [z for step, z in enumerate(path, start=1) if step in phase.marks]
-            extra += target.inside.tries * phase.climb.eot * calls(phase.model).gradient
-        return found, extra
+            extra += target.inside.tries * phase.climb.eot * phase.drawn
+            answered += [target.submitted] if phase.whole else []
+        return found, extra, answered
 
     @property
     def gradients(self) -> int:
@@ -117,6 +125,13 @@ class Adaptive(Attack):
         plan = self.stages(model)
         climbs = self.warm(model) + sum(stage.climbs for stage in plan)
         return climbs / calls(model).gradient, sum(stage.race.used for stage in plan)
+
+    def answers(self, model: nn.Module) -> int:
+        if not isinstance(model, DefendedClassifier):
+            return 0
+        plan = self.stages(model)
+        climbs = [phase.climb for stage in plan for phase in stage.phases if phase.whole]
+        return sum(climb.steps * climb.eot for climb in climbs) + sum(stage.race.used for stage in plan)
 
     def counts(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):

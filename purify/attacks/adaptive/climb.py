@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.level import NormPGD
 from purify.attacks.norms import unit
 from purify.attacks.pgd import LOSSES, PGD, STEP_SCHEDULES, Target
 from purify.checks import is_number
@@ -41,14 +42,25 @@ class Climb(PGD):
 
     def path(self, target: Target, start: Tensor, mix: Mix | None = None) -> Iterator[Tensor]:
         """Every iterate after ``start``; ``mix``: whose gradient is added."""
-        x, y, z, past = target.x, target.y, start, torch.zeros_like(target.x)
+        x, y, z = target.x, target.y, start
+        past: list[Tensor] = []
         for step in range(self.steps):
             _, gradients = self._eot(target, z, step * self.eot)
-            gradient = gradients[0] if mix is None else mix(gradients[0], z, y)
-            past = self.momentum * past + gradient
+            if mix is not None:
+                gradients[0] = mix(gradients[0], z, y)
+            past = [self.momentum * p + g for p, g in zip(past, gradients, strict=True)] if past else gradients
             size = self.mean_step(x) * STEP_SCHEDULES[self.schedule](step / self.steps)
-            z = self.project(z + size * self.direction([past], z, x), x)
+            z = self.project(z + size * self.direction(past, z, x), x)
             yield z
+
+
+@dataclass(frozen=True)
+class LevelClimb(Climb, NormPGD):
+    """A climb that also lowers the statistic behind t*(x), as ``pgd-eot-norm``: in steps of L2 length."""
+
+    norm_weight: float = 1.0
+
+    name: ClassVar[str] = "climb-norm"
 
 
 @dataclass(frozen=True)

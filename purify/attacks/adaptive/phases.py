@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from purify.attacks.adaptive.climb import Climb, Mix
+from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import Race
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
 
 SHORT = 3  # reverse steps per round of the shorter process
 LONG = 40  # steps of a climb before each gets more draws instead
+SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
@@ -31,19 +32,32 @@ class Phase:
         climb: how.
         mix: another network whose gradient is added.
         kept: iterates of its second half, the last included, that may be chosen.
+        clean: whether it starts at the clean image, whose noise level is small, whatever the others start from.
+        whole: whether its iterates are answered by the very model that is attacked.
     """
 
     name: str
-    model: nn.Module
+    model: Any
     climb: Climb
     mix: Mix | None = None
     kept: int = 4
+    clean: bool = False
+    whole: bool = False
 
     @cached_property
     def calls(self) -> int:
         """Network calls for one image."""
-        each = self.climb.eot * calls(self.model).gradient + (0 if self.mix is None else GRADIENT)
-        return self.climb.steps * each
+        return self.climb.steps * self.each(self.climb.eot)
+
+    @cached_property
+    def drawn(self) -> int:
+        """Network calls of the gradient at one draw."""
+        statistic = self.model.purifier.level.calls if isinstance(self.climb, LevelClimb) else 0  # its own way back
+        return calls(self.model).gradient + self.model.purifications * statistic
+
+    def each(self, eot: int) -> int:
+        """Network calls of a step of ``eot`` draws."""
+        return eot * self.drawn + (0 if self.mix is None else GRADIENT)
 
     @cached_property
     def marks(self) -> frozenset[int]:
@@ -75,12 +89,18 @@ def first_order(model: Any) -> nn.Module:
     return model.with_gradient(second_order=False) if model.guided else model
 
 
+def lower(phase: Phase) -> Phase:
+    """The phase with the loss at a share of t*(x), and a way to images of a smaller one, as ``pgd-eot-low-level``."""
+    climb = phase.climb
+    lowering = LevelClimb(climb.norm, climb.eps, scaled=climb.scaled, max_rows=climb.max_rows)
+    return replace(phase, model=phase.model.at_share(SHARE), climb=lowering)
+
+
 def sized(phase: Phase, share: float) -> Phase:
     """The phase with the steps and draws that ``share`` calls allow: more steps first, then more draws."""
     gradients = max(1, int(share / calls(phase.model).gradient))
     eot = max(1, min(phase.climb.eot, gradients // 2), round(math.sqrt(gradients * phase.climb.eot / LONG)))
-    each = eot * calls(phase.model).gradient + (0 if phase.mix is None else GRADIENT)
-    return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / each))))
+    return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
 
 def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
@@ -89,13 +109,17 @@ def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
     climb = replace(climb, scaled=model.guided)
     forward = calls(model).forward
     short = [Phase("short", first_order(shorter(model)), climb, mix)]
+    if model.level_varies:
+        short.append(lower(Phase("short-level", first_order(shorter(model)), climb, clean=True)))
     given = int(mix is not None)  # the start may be chosen where it is more than random
     stage = _stage(short, CLIMB_SHORT * budget, int(CHOOSE_SHORT * budget / forward), given, 0)
     yield stage
     climb = replace(climb, step_size=climb.eps / 2)
-    full = [Phase("exact", model, climb)]
+    full = [Phase("exact", model, climb, whole=True)]
     if model.guided:
-        full.append(Phase("first-order", first_order(model), climb, mix))
+        full.append(Phase("first-order", first_order(model), climb, mix, whole=True))
+    if model.level_varies:
+        full.append(lower(Phase("level", model, climb)))
     yield _stage(full, CLIMB_FULL * budget, int(CHOOSE_FULL * budget / forward), 1, stage.race.draws)
 
 

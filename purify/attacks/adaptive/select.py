@@ -10,6 +10,7 @@ from torch import Tensor
 
 from purify.attacks.base import KeyedCall
 from purify.attacks.pgd import margin_loss
+from purify.attacks.submitted import Submitted
 from purify.memory import Parts
 
 
@@ -55,24 +56,28 @@ class Race:
         """The winner of ``candidates`` (K, N, C, H, W)."""
         n = candidates.shape[1]
         alive = torch.arange(len(candidates), device=y.device)[:, None].expand(-1, n)
+        submitted = Submitted(n, y.device)
         margins = torch.empty(len(candidates), n, 0, device=y.device)
         first = self.first
         for size, draws in self.rounds():
             alive, margins = _best(alive, margins, size)
             images = candidates.gather(0, alive.reshape(*alive.shape, 1, 1, 1).expand(-1, -1, *candidates.shape[2:]))
-            margins = torch.cat([margins, _margins(call, images, y, ids, first, draws, max_rows)], 2)
+            new = _margins(call, images, y, ids, first, draws, max_rows)
+            submitted.add(new.transpose(0, 1).flatten(1))
+            margins = torch.cat([margins, new], 2)
             first += draws
         alive, margins = _best(alive, margins, 1)
         rows = torch.arange(n, device=y.device)
-        return Winner(candidates[alive[0], rows], margins[0])
+        return Winner(candidates[alive[0], rows], margins[0], submitted)
 
 
 @dataclass(frozen=True)
 class Winner:
-    """The images (N, C, H, W) of a race and their margins (N, R) on the draws that it met."""
+    """The images (N, C, H, W) of a race, their margins (N, R) on the draws that they met, and all its answers."""
 
     images: Tensor
     margins: Tensor
+    submitted: Submitted
 
     @property
     def broken(self) -> Tensor:

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""The runs behind docs/leaderboard, unattended: the adaptive attack and those that its self-checks compare it with.
+
+    python benchmarks/leaderboard_runs.py --minutes 120      # the same command goes on where it stopped
+    purify leaderboard docs/leaderboard/runs/* --out docs/leaderboard
+
+Each run is a ``purify attack`` of its own, one thread each, the cheapest first. When the time is up the processes are
+stopped; what they finished is kept. A run that is complete is moved to --keep without its adversarial images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ATTACKS = {  # those that do not apply to a purifier are left out of its row
+    "digits": "random-noise,transfer,guide-transfer,adaptive,pgd-eot,pgd-eot-first-order,pgd-eot-constant-t,"
+    "pgd-eot-low-level",
+    "fashion_mnist": "random-noise,transfer,guide-transfer,adaptive",
+}
+CALLS = {"digits": 20_000, "fashion_mnist": 6000}
+IMAGES = {"digits": 256, "fashion_mnist": 128}
+# Purifier, noise level, classifier: the cheapest first.
+SYSTEMS = (
+    ("diffpure", "constant", "standard"),
+    ("diffpure", "ssni-l", "standard"),
+    ("diffpure", "ssni-n", "standard"),
+    ("diffpure", "constant", "at"),
+    ("agdm", "constant", "standard"),
+    ("agdm", "ssni-l", "standard"),
+    ("agdm", "constant", "at"),
+    ("gdmp", "constant", "standard"),
+    ("gdmp", "ssni-l", "standard"),
+    ("gns", "constant", "standard"),
+    ("gns", "ssni-l", "standard"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: a purifier behind a classifier."""
+
+    dataset: str
+    purifier: str
+    level: str
+    classifier: str
+
+    @property
+    def name(self) -> str:
+        parts = [self.purifier, *([] if self.level == "constant" else [self.level])]
+        parts += [] if self.classifier == "standard" else [self.classifier]
+        return "-".join([self.dataset, *parts, str(IMAGES[self.dataset]), "adaptive"])
+
+    def command(self, out: Path) -> list[str]:
+        given = {
+            "dataset": self.dataset, "purifier": self.purifier, "noise-level": self.level,
+            "model": f"{self.dataset}-{self.classifier}", "attacks": ATTACKS[self.dataset], "budget": "standard",
+            "calls": CALLS[self.dataset], "n-examples": IMAGES[self.dataset], "batch-size": 32, "max-rows": 128,
+            "threads": 1, "out": out,
+        }  # fmt: skip
+        return [sys.executable, "-m", "purify", "attack", *(w for k, v in given.items() for w in (f"--{k}", str(v)))]
+
+
+def runs(datasets: list[str], only: list[str]) -> Iterator[Run]:
+    """The runs of these data sets whose name holds one of ``only``; all if that is empty."""
+    for dataset in datasets:
+        for system in SYSTEMS:
+            run = Run(dataset, *system)
+            if not only or any(part in run.name for part in only):
+                yield run
+
+
+def work(run: Run, args: argparse.Namespace, end: float) -> None:
+    """Run it, or go on with it, until it or the time ends."""
+    kept, out = args.keep / run.name, args.out / run.name
+    left = end - time.monotonic()
+    if kept.exists() or left <= 0:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(args.out / f"{run.name}.log", "a") as log:
+        try:
+            status = subprocess.run(run.command(out), stdout=log, stderr=log, timeout=left, check=False).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{run.name}: time is up; the same command goes on.", flush=True)
+            return
+    if status:
+        print(f"{run.name}: failed with {status}; see {log.name}.", flush=True)
+        return
+    shutil.copytree(out, kept, ignore=shutil.ignore_patterns("adversarial", ".lock", "*.png"))
+    worst = json.loads((kept / "result.json").read_text())["verdict"].splitlines()[-1].strip()
+    print(f"{run.name}: {(time.monotonic() - start) / 60:.0f} min; {worst}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="digits,fashion_mnist")
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--minutes", type=float, default=120.0, help="all processes stop then")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/leaderboard-runs"), help="where runs are made")
+    parser.add_argument("--keep", type=Path, default=Path("docs/leaderboard/runs"), help="where complete ones go")
+    args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
+    asked = list(runs(args.dataset.split(","), [part for part in args.only.split(",") if part]))
+    with ThreadPoolExecutor(args.workers) as pool:
+        list(pool.map(lambda run: work(run, args, end), asked))
+    missing = [run.name for run in asked if not (args.keep / run.name).exists()]
+    print(f"{len(asked) - len(missing)} of {len(asked)} runs are complete; not: {', '.join(missing) or 'none'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What torch's transforms of functions (compile, export, func) may do with a purification, and what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the value of a tensor can be looked at: not inside ``torch.func.vmap``, where there are several."""
+    try:
+        bool(x.detach().flatten()[:1].any())
+    except RuntimeError as error:
+        if "vmap" in str(error):
+            return False
+        raise
+    return True
+
+
+def set_mode(module: nn.Module, mode: bool) -> None:
+    """``module.train(mode)`` for parts that have a mode: an exported program keeps that of its export."""
+    with suppress(NotImplementedError):
+        module.train(mode)
+
+
+def run_eagerly(function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """``function(...)``; where ``torch.compile`` traces the caller, as plain Python, which gives the same values.
+
+    Raises:
+        ValueError: ``torch.export`` traces it, which has no room for plain Python.
+    """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "A purification cannot be exported: it draws noise and decides by values; export the classifier and the "
+            "score network, and build the purifier around them."
+        )
+    if torch.compiler.is_compiling():
+        return torch._dynamo.disable(function)(*args, **options)
+    return function(*args, **options)
+
+
+@contextmanager
+def func_in_words() -> Iterator[None]:
+    """Turns what ``torch.func`` says of gradient engines that it cannot differentiate into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error) or "autograd.Function with functorch" in str(error):
+            raise ValueError(
+                "torch.func differentiates the gradient engine full only, without guidance and float16; take "
+                "defended.with_gradient('full'), or torch.autograd.grad."
+            ) from error
+        raise
