@@ -87,7 +87,7 @@ def test_few_steps_and_several_rounds_add_up(steps, rounds, images, monkeypatch)
 def test_steps_that_a_budget_recomputes_take_longer(kept, gradient, images, monkeypatch):
     """A forward pass of the step, 2 ms, more."""
 
-    def measured(model, samples, rows):
+    def measured(model, samples, rows, with_gradient):
         return 0.001 + 0.002 * model.purifier.plan.steps, 0.003 + 0.005 * model.purifier.plan.steps
 
     monkeypatch.setattr(dryrun, "times", measured)
