@@ -2,8 +2,8 @@
 """Does --dry-run say what a run takes? Its time and memory of a gradient, beside what one takes, for purifiers on the
 embedded networks under every way of keeping graphs.
 
-The time is measured just after it was predicted; only an idle machine gives ratios that mean something. Memory is the
-peak of what lives during one gradient.
+Both times are CPU seconds where this runs on a CPU, which hardly depend on what else the machine does: use --threads 1.
+Memory is the peak of what lives during one gradient.
 
 examples:
   benchmarks/dry_run.py --threads 1
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from gradient_fidelity import peak_bytes
+from precision_speed import spent
 from torch import Tensor
 
-from purify import machine, zoo
+from purify import zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import DATASETS, load_dataset
-from purify.evaluate.dryrun import estimate
+from purify.evaluate import dryrun
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import set_threads
 from purify.named import check_device
@@ -60,7 +61,7 @@ def measure(dataset: str, purifier: str, gradient: str, args: argparse.Namespace
         return torch.autograd.grad(model(v, sample_ids=ids).logsumexp(1).sum(), v)[0]
 
     cost, peak = said(model, x, y), peak_bytes(work, device)
-    taken = statistics.median(machine.seconds(work, device) for _ in range(args.repeats))
+    taken = statistics.median(spent(work, device) for _ in range(args.repeats))
     return {
         "dataset": dataset,
         "purifier": purifier,
@@ -75,7 +76,7 @@ def measure(dataset: str, purifier: str, gradient: str, args: argparse.Namespace
 def said(model: Any, x: Tensor, y: Tensor) -> Any:
     """The dry run's cost of an attack that takes one gradient."""
     defence = Defence("d", model, [PGD("Linf", 0.1, steps=1, eot=1)], 1, {})
-    return estimate(defence, Samples(x, y, torch.arange(len(x))), len(x))
+    return dryrun.estimate(defence, Samples(x, y, torch.arange(len(x))), len(x))
 
 
 def verdicts(rows: list[Row]) -> list[str]:
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             check_count(getattr(args, name), f"--{name.replace('_', '-')}")
         device = check_device(args.device)
         set_threads(args.threads)
+        dryrun.seconds = spent
         check_writable(args.out)
         rows = []
         for case in ((d, p, g) for d in args.datasets for p in args.purifiers for g in args.gradients):

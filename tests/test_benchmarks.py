@@ -327,6 +327,7 @@ WORKS = {
     "certify_speed": "build_works",
     "gradient_fidelity": "measure",
     "guidance_overhead": "measure",
+    "released_attacks": "measure",
     "scaling": "measure",
     "score_norms": "adversarial",
     "throughput": "measure",
@@ -358,6 +359,20 @@ def test_benchmarks_refuse_bad_input(name, arguments, message, capsys, tmp_path)
     assert capsys.readouterr().err == f"error: {message}.\n"
 
 
+def test_released_attacks_are_of_other_models_and_judged_behind_the_defence(tmp_path, capsys):
+    """Every registered one weakens the model that it attacks, and never the one that judges."""
+    script, out = load_script("released_attacks"), tmp_path / "r.json"
+    for name, (_, weaken) in script.RELEASED.items():
+        defence = script.build_purifier(name, None, "digits")
+        assert weaken(defence).config() != defence.config()
+    few = ["--images", "2", "--steps", "1", "--eot", "1", "--draws", "1", "--purifiers", "diffap"]
+    assert script.main([*few, "--out", str(out)]) == 0
+    assert set(json.loads(out.read_text())["diffap"]) == {"clean", "released (no guidance)", "exact"}
+    assert "diffap; clean" in capsys.readouterr().out
+    assert script.main(["--purifiers", "gdmp"]) == 2
+    assert "Unknown purifier 'gdmp'; known: diffap" in capsys.readouterr().err
+
+
 def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     """All sections but the peers' run on the CPU; one that failed stands as an error in gpu.json."""
     pytest.importorskip("torchsde")
@@ -387,6 +402,7 @@ def test_the_dry_run_predicts_memory_within_a_quarter(tmp_path, monkeypatch, cap
     """Guidance and noise levels that hold graphs of their own among them; times depend on the clock."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     script, out = load_script("dry_run"), tmp_path / "d.json"
+    monkeypatch.setattr(script.dryrun, "seconds", script.dryrun.seconds)  # put back what the script replaces
     tiny = ["--datasets", "digits", "--batch-size", "6", "--steps", "4", "--repeats", "1", "--out", str(out)]
     assert script.main([*tiny, "--purifiers", "diffpure", "agdm", "ssni-l"]) == 0
     rows = json.loads(out.read_text())["rows"]

@@ -91,7 +91,7 @@ def purified_times(
 ) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all.
 
-    A few steps fit into a memory budget that all of them may not: those that are recomputed are timed apart.
+    A few steps fit into a memory budget that all of them may not: those that are recomputed cost a forward pass more.
     """
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
@@ -104,11 +104,7 @@ def purified_times(
     left = steps - rounds
     again = with_gradient and _budgeted(purifier)
     recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if again else 0
-    whole = short[1] + gradient * left
-    if recomputed:
-        anew = times(_shortened(model.with_gradient(Checkpoint()), 3), samples, rows)[1]
-        whole += recomputed * max(anew - longer[1], 0.0) / min(3 * rounds, steps)
-    return short[0] + forward * left, whole
+    return short[0] + forward * left, short[1] + gradient * left + recomputed * forward
 
 
 def _shortened(model: DefendedClassifier, steps: int) -> DefendedClassifier:
