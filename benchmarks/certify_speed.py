@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from purify import zoo
-from purify.certify import SSN, Cascade, Certifier, Draws, Smooth, denoised_smoothing
+from purify.certify import SSN, Anytime, Cascade, Certifier, Draws, Smooth, denoised_smoothing
 from purify.certify.bounds import lower_bound
 from purify.certify.counts import ROWS
 from purify.checks import check_count, check_writable, choose
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", default="digits", help="digits or fashion_mnist (default: digits)")
     p.add_argument("--system", default="denoised", help=f"{', '.join(SYSTEMS)} (default: denoised)")
     p.add_argument("--precision", default="float32", help="of the denoiser: float32, bf16 or fp16 (default: float32)")
+    p.add_argument("--anytime", action="store_true", help="anytime sampling for radii 0, sigma, 2 sigma")
     p.add_argument("--sigma", type=float, default=0.25, help="a cascade has twice this, too (default: 0.25)")
     p.add_argument("--samples", type=int, default=4, help="images (default: 4)")
     p.add_argument("--draws", type=int, default=2000, help="n (default: 2000); n0 is 100")
@@ -119,7 +120,9 @@ def build_works(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
         check_count(args.max_rows, "max_rows")
     set_threads(args.threads)
     device = check_device(args.device)
-    draws, rows = Draws(100, args.draws), ROWS[device.type] if args.max_rows is None else args.max_rows
+    rows = ROWS[device.type] if args.max_rows is None else args.max_rows
+    stop = Anytime((0.0, args.sigma, 2 * args.sigma)) if args.anytime else None
+    draws = Draws(100, args.draws, stop=stop)
     certifier = build(args, device, rows)
     images = load_dataset(args.dataset, "test")[0][: args.samples].to(device)
     noisy = images[:1] + args.sigma * torch.randn(rows, *images.shape[1:], device=device)
@@ -127,7 +130,7 @@ def build_works(args: argparse.Namespace) -> dict[str, Callable[[], object]]:
     passes = int(certifier.certify(images, draws).draws.sum())  # of a cascade some images take more
     model = next(iter(certifier.noisy_models().values())).classifier
     loops: dict[str, Callable[[], object]] = {}
-    if isinstance(certifier, Smooth):
+    if isinstance(certifier, Smooth) and stop is None:
         loops[PLAIN] = lambda: plain_loop(certifier, images, draws, args.plain_batch)
         loops[SAME_BATCH] = lambda: plain_loop(certifier, images, draws, rows)
     return {

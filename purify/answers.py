@@ -32,6 +32,8 @@ def ask(
         logits = logits.clone()  # whoever asks may not be able to use it otherwise
     seen = logits.detach()
     bad, flat = lost(seen), seen.amax(1) == seen.amin(1)
+    if getattr(model, "aggregate", "logits") == "votes":  # an even vote is an answer
+        flat = torch.zeros_like(bad)
     if readable(seen) and bool((bad | flat).any()):
         rows = (bad if bool(bad.any()) else flat).nonzero()[:1, 0]
         sample = int(rows if ids is None else ids.to(rows.device)[rows])

@@ -46,6 +46,20 @@ def run_eagerly(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 
 @contextmanager
+def compiled_in_words() -> Iterator[None]:
+    """Turns what compiled networks say of second derivatives into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" in str(error) or "double backward" in str(error):
+            raise ValueError(
+                "Attacks on guided steps take second derivatives, which networks inside torch.compile do not have; "
+                "pass the auxiliary network (and under through_score the score network) as they are."
+            ) from error
+        raise
+
+
+@contextmanager
 def func_in_words() -> Iterator[None]:
     """Turns what ``torch.func`` says of gradient engines that it cannot differentiate into a ValueError."""
     try:

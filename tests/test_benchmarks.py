@@ -327,6 +327,7 @@ WORKS = {
     "certify_speed": "build_works",
     "gradient_fidelity": "measure",
     "guidance_overhead": "measure",
+    "released_attacks": "measure",
     "scaling": "measure",
     "score_norms": "adversarial",
     "throughput": "measure",
@@ -356,6 +357,20 @@ def test_results_that_cannot_be_written_are_noticed_before_any_work(name, capsys
 def test_benchmarks_refuse_bad_input(name, arguments, message, capsys, tmp_path):
     assert load_script(name).main([*arguments, "--out", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err == f"error: {message}.\n"
+
+
+def test_released_attacks_are_of_other_models_and_judged_behind_the_defence(tmp_path, capsys):
+    """Every registered one weakens the model that it attacks, and never the one that judges."""
+    script, out = load_script("released_attacks"), tmp_path / "r.json"
+    for name, (_, weaken) in script.RELEASED.items():
+        defence = script.build_purifier(name, None, "digits")
+        assert weaken(defence).config() != defence.config()
+    few = ["--images", "2", "--steps", "1", "--eot", "1", "--draws", "1", "--purifiers", "diffap"]
+    assert script.main([*few, "--out", str(out)]) == 0
+    assert set(json.loads(out.read_text())["diffap"]) == {"clean", "released (no guidance)", "exact"}
+    assert "diffap; clean" in capsys.readouterr().out
+    assert script.main(["--purifiers", "gdmp"]) == 2
+    assert "Unknown purifier 'gdmp'; known: diffap" in capsys.readouterr().err
 
 
 def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 from torch.testing import assert_close
 
-from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, diffpure, gdmp
+from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, agdm, diffpure, gdmp
 from purify.attacks import PGD
 from purify.fingerprint import weights_digest
 from purify.purification.plans import FixedDt
@@ -64,6 +64,21 @@ def test_compiled_networks_inside_a_defence(backend):
     assert_close(compiled(X, sample_ids=IDS), plain(X, sample_ids=IDS))
     assert_close(slope(compiled), slope(plain))
     assert compiled.purifier.score_model.fingerprint() == plain.purifier.score_model.fingerprint()
+
+
+@pytest.mark.parametrize("options", [{}, {"through_score": True}], ids=str)
+def test_guidance_of_compiled_networks(options):
+    """Their values; second derivatives they do not have."""
+    torch._dynamo.reset()
+    parts = [torch.compile(part, backend="aot_eager") for part in (SmoothNet(), TinyClassifier())]
+    compiled, plain = (
+        agdm(ScoreModel(net, ContinuousVP(), image_shape=(1, 4, 4)), 0.1, 2, auxiliary=aux, **options)
+        for net, aux in (parts, (SmoothNet(), TinyClassifier()))
+    )
+    assert_close(compiled(X, sample_ids=IDS), plain(X, sample_ids=IDS))
+    sentence = "second derivatives, which networks inside torch.compile do not have; pass"
+    with pytest.raises(ValueError, match=sentence):
+        torch.autograd.grad(compiled(z := X.clone().requires_grad_(), sample_ids=IDS).sum(), z)
 
 
 def test_exported_networks_inside_a_defence():

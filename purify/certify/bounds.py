@@ -11,7 +11,7 @@ from scipy import stats
 
 # The capital is split over gamblers who stake these shares of what they have on every draw. Half of it goes to the
 # first, who loses all at the first miss: the unanimous images at the largest radii need most draws, and so they pay
-# log(2) for the split. Measured draws hardly depend on the others (benchmarks/certify_draws.py).
+# log(2) for the split. How many draws others take hardly depends on the other stakes.
 STAKES = np.array([1.0, 0.97, 0.9, 0.75, 0.5, 0.3, 0.17, 0.1, 0.05])
 CAPITAL = np.array([0.5, *[0.5 / 8] * 8])
 

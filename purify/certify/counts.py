@@ -129,6 +129,7 @@ class NoisyModel(nn.Module):
     def __init__(self, classifier: nn.Module, perturb: Perturbation) -> None:
         super().__init__()
         self.classifier, self.perturb = classifier, perturb
+        self.aggregate = getattr(classifier, "aggregate", "logits")
         self.eval()
 
     def forward(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
+from purify.answers import as_logits
 from purify.certify.counts import check_classifier
 from purify.certify.gaussian import Smooth
 from purify.checks import check_count, check_weights
@@ -17,6 +18,7 @@ from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import Ancestral, ReverseRule
 from purify.diffusion.schedule import check_sigma
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.finite import clamped
 from purify.purification.plans import FixedSteps, StepFactory
 
 
@@ -55,6 +57,7 @@ class DensePure(nn.Module):
     """
 
     accepts_keys = True
+    aggregate = "votes"  # which may be even
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class DensePure(nn.Module):
         u = per_sample(model.schedule.alpha(t), noisy) * (2 * noisy - 1)
         for step in process.reverse:
             u = checkpoint(step, u, use_reentrant=False) if torch.is_grad_enabled() and u.requires_grad else step(u)
-        return self.classifier((u.clamp(-1, 1) + 1) / 2)
+        return as_logits(self.classifier((clamped(u, -1, 1) + 1) / 2))
 
 
 def dense_smoothing(

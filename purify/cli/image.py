@@ -221,7 +221,7 @@ def summary(one: Input, purification: int, result: Purified) -> str:
 
 @torch.no_grad()
 def draw(path: Path, purifier: Purifier, one: Input, result: Purified, first: int, seed: int) -> None:
-    """Before, diffused to t* by the noise of the first purification, and after; eight images at most."""
+    """Before, diffused to t* by the noise of the first purification if they were, and after; eight images at most."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -229,12 +229,10 @@ def draw(path: Path, purifier: Purifier, one: Input, result: Purified, first: in
     device = next(purifier.parameters()).device
     noise = purifier.noise(n, device, range(first, first + n), 0, seed)
     u = 2 * purifier.resized(one.images[:n].to(device)) - 1
-    diffused = purifier.process(result.t_star[:n].to(device), noise, images=u).rounds[0].diffuse(u)
-    shown: list[tuple[str, Tensor]] = [
-        ("before", one.images[:n]),
-        ("diffused", ((diffused + 1) / 2).clamp(0, 1).cpu()),
-        ("after", result.images[:n]),
-    ]
+    shown: list[tuple[str, Tensor]] = [("before", one.images[:n]), ("after", result.images[:n])]
+    if not purifier.rule.held:
+        diffused = purifier.process(result.t_star[:n].to(device), noise, images=u).rounds[0].diffuse(u)
+        shown.insert(1, ("diffused", ((diffused + 1) / 2).clamp(0, 1).cpu()))
     fig = Figure(figsize=(1.6 * len(shown) + 0.4, 1.7 * n + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(n, len(shown), squeeze=False)

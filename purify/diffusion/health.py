@@ -26,7 +26,7 @@ from purify.diffusion.score import PREDICTIONS, ScoreModel
 FLAT = 1e-12  # error of a trivial denoiser on flat images
 MOST = 1e6  # times the trivial error: worse is not told apart
 LEVELS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-LIMIT = 0.9  # of the trivial denoisers' error: above it a network has learnt nothing. Embedded ones have 0.20 to 0.47.
+LIMIT = 0.9  # of the trivial denoisers' error: above it a network has learnt nothing. Embedded ones have 0.20 to 0.64.
 MARGIN = 0.1  # of the error, that another reading must take off. A cosine schedule in place of a linear one: 0.43.
 ALIKE = 0.005  # of the largest label: what labellings may differ by and be one
 NEAR = 1.03  # readings whose errors are this close are told apart by how little they change

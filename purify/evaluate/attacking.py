@@ -20,13 +20,14 @@ from purify.evaluate.description import Description, Evaluation
 from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
+from purify.evaluate.plausible import check_clean
 from purify.evaluate.precision import AUTO, choose_precision
 from purify.evaluate.protocols import AVERAGES, Effort, Fresh
 from purify.evaluate.protocols.measure import Measured, check_protocols, measure_protocols
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
-from purify.evaluate.runner import Defence, Samples, check_clean, check_together, evaluate
+from purify.evaluate.runner import Defence, Samples, check_together, evaluate
 from purify.evaluate.selfchecks import health
 from purify.machine import set_threads
 from purify.named import check_device
@@ -192,7 +193,8 @@ def prepare(asked: Evaluation) -> Prepared:
     for defence in defences:
         check_gradient(defence, samples.images)
         if not isinstance(defence.model, DefendedClassifier):
-            check_clean(defence.name, defence.model, samples, data.num_classes, seed=asked.seed)
+            images, labels, ids = samples.images, samples.labels, samples.ids
+            check_clean(defence.name, defence.model, images, labels, ids, data.num_classes)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)

@@ -22,9 +22,10 @@ from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32
 from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.metrics import Estimate, bounded, wilson
+from purify.evaluate.plausible import check_classes
 from purify.evaluate.ranks import Shard
 from purify.evaluate.records import RunFolder
-from purify.evaluate.runner import Samples, batches, check_classes, share_out
+from purify.evaluate.runner import Samples, batches, share_out
 from purify.evaluate.steady import check_steady
 
 CERTIFICATE = "certificate"

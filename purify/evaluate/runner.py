@@ -20,7 +20,8 @@ from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
-from purify.evaluate.metrics import CRITERIA, Estimate, summarize, wilson, worst_case
+from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
+from purify.evaluate.plausible import check_classes
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
 from purify.evaluate.records import RunFolder
@@ -174,30 +175,6 @@ def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0,
         check_classes(defence.name, k, classes)
         check_labels(samples.labels, len(samples), k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
-
-
-@torch.no_grad()
-def check_clean(name: str, model: nn.Module, samples: Samples, classes: int, most: int = 64, seed: int = 0) -> None:
-    """Warn if a model without randomness is hardly better than guessing on the first images as they are."""
-    few = samples[torch.arange(min(most, len(samples)))]
-    ids = few.ids.to(few.images.device)
-    right = int((keyed(model, seed, name)(few.images, ids, torch.zeros_like(ids)).argmax(1) == few.labels).sum())
-    if wilson(right, len(few)).high < 2 / classes:
-        warnings.warn(
-            f"{name} is right on {right} of {len(few)} clean images, hardly more than guessing: does it expect images "
-            "that are normalised, or other classes? It gets them in [0, 1].",
-            stacklevel=2,
-        )
-
-
-def check_classes(name: str, found: int | None, classes: int | None) -> None:
-    """Raise ValueError if a model tells fewer classes apart than the data has; warn of more."""
-    if found is None or classes is None or found == classes:
-        return
-    sentence = f"{name} tells {found} classes apart, the data has {classes}"
-    if found < classes:
-        raise ValueError(f"{sentence}; take a classifier of these classes.")
-    warnings.warn(f"{sentence}: an attack may end in a class that the data does not know.", stacklevel=2)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
     for name, system in config["systems"].items():
         draws, attack, exact = system["draws"], system["attack"], system["kind"] in EXACT
         found = _sum_up(folder, name, config["n_examples"], results.get(name, {}), records)
-        precision = f", {system['precision']} denoiser" if "precision" in system else ""
-        drawn = f"all {found.draws:.0f} noise levels" if exact else _stated(draws)
+        drawn = f"all {found.draws:.0f} noise levels" if exact else stated(system)
         inside = f"PGD {attack['steps']} x EOT {attack['eot']} inside the radius"
         row = CertifiedRow(
             name=name,
@@ -71,7 +70,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
             norm=results[name]["norm"],
             found=found,
             alpha=None if exact else draws["alpha"],
-            budget=f"{drawn}{precision}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
+            budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
             samples=config["n_examples"],
             seed=config["seed"],
             command=sessions[0]["command"],
@@ -115,11 +114,14 @@ def _sum_up(
     return found
 
 
-def _stated(draws: dict[str, Any]) -> str:
-    """Draws as text."""
-    stop, early = draws["stop"], ""
+def stated(system: dict[str, Any]) -> str:
+    """The draws of a manifest's system as text, with what one of them takes, and the denoiser's precision."""
+    draws, early = system["draws"], ""
+    stop = draws["stop"]
     if stop is not None and "looks" in stop:  # until 0.2
         early = f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
     elif stop is not None:
         early = f" at most, stopped once the radii {', '.join(f'{r:g}' for r in stop['radii'])} are settled"
-    return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}"
+    calls = f", each {system['votes']} x {system['steps']} network calls" if "votes" in system else ""
+    precision = f", {system['precision']} denoiser" if "precision" in system else ""
+    return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}{calls}{precision}"

@@ -69,7 +69,7 @@ def rebuilt_bytes(purifier: Purifier, x: Tensor) -> int:
     """Bytes of graph on top: of what guidance keeps of the input, and of what one step's backward pass builds."""
     step, state = _first_step(purifier, x)
     guidance, model = purifier.guidance, purifier.score_model
-    of_input = 0 if guidance is None else saved_bytes(guidance.bind, (2 * x - 1).requires_grad_())[1]
+    of_input = 0 if guidance is None else saved_bytes(guidance.bind, (2 * purifier.resized(x) - 1).requires_grad_())[1]
     built = [step.rule.rebuilt(model, step.t)]
     if isinstance(step.look, Guide) and step.look.guidance.second_order and step.look.guidance.scale != 0:
         built.append(step.look.rebuilt(model, step.t))

@@ -57,7 +57,7 @@ def _of_step(purifier: Purifier, step: ReverseStep, u: Tensor, sample: int) -> s
     rounds = len(purifier.rounds)
     at = f"reverse step {position}" + (f" of round {one_round + 1}" if rounds > 1 else "")
     made = origin({SCORE: step.model.network, AUXILIARY: purifier.auxiliary}, lambda: step(u))
-    what = SCORE if bool(broken(step.model.predict(u, step.t).eps)) else "The guidance"
+    what = SCORE if bool(broken(step.model.predict(step.rule.finish(u), step.t).eps)) else "The guidance"
     if purifier.guidance is None and what != SCORE:
         what = "The reverse rule"
     return _said(made, what, f"sample {sample} in {at} (t = {float(step.t[0]):.4g})")

@@ -40,6 +40,8 @@ def overshoot(
     """
     if purifier.guidance is None:
         raise ValueError("Only guidance can overshoot, and this purifier has none.")
+    if purifier.rule.held:
+        raise ValueError("Overshoot is measured where steps go down in time; this rule holds its time.")
     u = 2 * purifier.resized(x) - 1
     noise = purifier.noise(len(x), x.device, sample_ids, draw, seed)
     with torch.no_grad():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purify.transforms import compiled_in_words
+
 
 def check_frozen(networks: Sequence[nn.Module | None], u: Tensor) -> None:
     """Raise ValueError if a gradient through ``u`` would be wanted by weights, which :class:`Rebuilt` gives none."""
@@ -25,7 +27,8 @@ def gradient_of(distance: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         total = distance(w).sum()
         if not total.requires_grad:  # a network that ignores its input
             return torch.zeros_like(w)
-        (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=again, allow_unused=True)
+        with compiled_in_words():
+            (gradient,) = torch.autograd.grad(total, w, create_graph=again, retain_graph=again, allow_unused=True)
     return torch.zeros_like(w) if gradient is None else gradient
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import SmoothNet, TinyClassifier, smooth_model
 from kills import lines
 
+from purify import ContinuousVP, ScoreModel
+from purify.attacks.base import keyed
 from purify.certify import DensePure, Draws, OneShotDenoised, Smooth, dense_smoothing
 from purify.cli.certify import main
 from purify.diffusion.noise import Noise
@@ -80,3 +82,26 @@ def test_the_command_certifies_and_attacks_it(tmp_path, capsys):
     assert not any(r.get("refuted") for r in found)
     assert main([*run, "--votes", "2", "--out", str(tmp_path / "run")]) == 2
     assert "differs in systems.densepure 0.25.votes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_network_that_answers_no_number_gives_no_vote(value, images):
+    """Clamping would make a pixel of infinity, and a vote of NaN is for the first class."""
+
+    class Failing(SmoothNet):
+        def forward(self, u, labels):
+            return torch.where((labels < 300)[:, None, None, None], value, super().forward(u, labels))
+
+    model = ScoreModel(Failing(), ContinuousVP(), image_shape=(1, 4, 4))
+    with pytest.raises(ValueError, match="On noise draw 0 the classifier answers NaN or infinity for sample 0"):
+        dense_smoothing(TinyClassifier(), model, SIGMA, 2, 3).certify(images, Draws(2, 20))
+
+
+def test_an_even_vote_of_two_classes_is_an_answer(images):
+    class Bright(TinyClassifier):
+        def forward(self, x):
+            return torch.stack([x.flatten(1)[:, 0], 1 - x.flatten(1)[:, 0]], 1)
+
+    model = DensePure(Bright(), smooth_model(), SIGMA, 2, 2)
+    found = [keyed(model, seed)(images, torch.arange(7), torch.zeros(7).long()) for seed in range(6)]
+    assert any((logits[:, 0] == logits[:, 1]).any() for logits in found)

@@ -53,6 +53,22 @@ def test_arrays_are_what_the_purifier_gives(tmp_path):
     assert np.abs(255 * stored[:, 0] - expected().numpy()).max() <= 0.51
 
 
+def test_a_purifier_that_diffuses_nothing_has_two_columns(pictures, tmp_path):
+    call = [
+        str(pictures / "0.png"),
+        "--out",
+        str(tmp_path / "out"),
+        "--purifier",
+        "likelihood",
+        "--steps",
+        "2",
+        "--picture",
+    ]
+    assert main(call) == 0
+    with Image.open(tmp_path / "out" / "0-before-after.png") as picture:
+        assert picture.width < 500
+
+
 def test_other_sizes_and_colours_are_asked_about_and_then_taken(tmp_path, capsys):
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 12, 3), np.uint8)).save(photo)

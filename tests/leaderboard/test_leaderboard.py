@@ -21,6 +21,7 @@ from purify.evaluate.metrics import Estimate, worst_mean
 from purify.evaluate.report import SCHEMA
 from purify.evaluate.selfchecks import INEXACT
 from purify.leaderboard import plots, read_certified, read_run, read_runs, write_leaderboard
+from purify.leaderboard.certified import stated
 from purify.leaderboard.links import command, portable
 
 SMALL = [
@@ -690,3 +691,14 @@ def test_no_column_is_lost(width, tmp_path):
     )
     _, title = opened(tmp_path / "board" / "index.html", tmp_path, script, width=width)
     assert title == f"{width},true,true,{'true' if width == 1000 else 'false'},0"
+
+
+def test_the_budget_of_certificates_says_what_a_draw_takes_and_when_drawing_stops():
+    fixed = {"n0": 100, "n": 10_000, "alpha": 0.001, "stop": None}
+    assert stated({"draws": fixed}) == "n0 100, n 10,000"
+    anytime = {**fixed, "stop": {"radii": [0.0, 0.25]}}
+    dense = {"draws": anytime, "votes": 5, "steps": 4, "precision": "bf16"}
+    expected = "at most, stopped once the radii 0, 0.25 are settled, each 5 x 4 network calls, bf16 denoiser"
+    assert stated(dense) == f"n0 100, n 10,000 {expected}"
+    old = {**fixed, "stop": {"radius": 0.5, "looks": 4}}  # of version 0.2
+    assert stated({"draws": old}) == "n0 100, n 10,000, stopped at radius 0.5 in 4 looks"

@@ -4,12 +4,20 @@ import gc
 
 import pytest
 import torch
-from conftest import TinyClassifier, assert_second_derivative, smooth_model
+from conftest import SmoothNet, TinyClassifier, assert_finite_differences, assert_second_derivative, smooth_model
 from torch.nn.functional import cross_entropy
 
-from purify import DefendedClassifier, Purifier, diffpure
+from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, SSNILinear, calibrate, diffpure
 from purify.diffusion.noise import Noise
-from purify.diffusion.reverse import DDIM, Ancestral, EulerMaruyama, OneShot, ProbabilityFlow
+from purify.diffusion.reverse import (
+    DDIM,
+    Ancestral,
+    ConsistencySampling,
+    EulerMaruyama,
+    OneShot,
+    ProbabilityFlow,
+    RandomSampling,
+)
 from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
 RULES = {
@@ -22,6 +30,8 @@ RULES = {
     "ode-rk4": ProbabilityFlow("rk4"),
     "ode-dopri5": ProbabilityFlow("dopri5", rtol=1e-4, atol=1e-4),
     "one-shot": OneShot(),
+    "random": RandomSampling(),
+    "consistency": ConsistencySampling(),
 }
 EXACT = {
     "full": Full(),
@@ -76,6 +86,19 @@ def test_finite_differences(rule, engine, images):
         # an adaptive solver chooses its steps by the image, which the gradient sees only to the solver's tolerance
         tolerance = 1e-3 if rule == "ode-dopri5" else 1e-6
         assert (g * direction).sum().item() == pytest.approx(slope.item(), rel=tolerance, abs=1e-8)
+
+
+@pytest.mark.parametrize("engine", ["full", "checkpoint", "some-fit"])
+@pytest.mark.parametrize("rule", ["sde", "ddpm", "ddim", "ode-rk4", "consistency"])
+@pytest.mark.parametrize("prediction", ["velocity", "consistency"])
+def test_finite_differences_of_flows_and_consistency_functions(prediction, rule, engine, images):
+    """Through t*(x), too, which a flow is told on a clock of its own."""
+    model = ScoreModel(SmoothNet().double(), ContinuousVP(), prediction, image_shape=(1, 4, 4))
+    reference = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    level = SSNILinear(0.2, calibrate(model, reference), t_max=0.6)
+    assert_finite_differences(
+        Purifier(model, level, RULES[rule], 3, gradient=EXACT[engine], clip=False), images.double()
+    )
 
 
 def test_finite_differences_with_a_clamped_output(images):

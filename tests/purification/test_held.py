@@ -17,6 +17,7 @@ from purify import ContinuousVP, FixedDt, Held, Langevin, LikelihoodAscent, MSEG
 from purify.diffusion.noise import Noise
 from purify.purification import cost
 from purify.purification.calls import calls
+from purify.purification.overshoot import overshoot, warn_overshoot
 
 IDS = range(7)
 RULES = {
@@ -168,8 +169,29 @@ def test_configuration_costs_and_independence_of_the_batch(rule, images):
     model = type("Model", (), {"purifier": purifier, "purifications": 1})()
     assert calls(model).forward == 3 * purifier.rule.calls + 1
     assert purifier.purify(x, sample_ids=IDS).network_calls.tolist() == [3 * purifier.rule.calls] * 7
-    assert cost.held_bytes(purifier, x, 7) > cost.graph_bytes(purifier, x) > 0
+    assert cost.held_bytes(purifier, x[:1], 7) > cost.graph_bytes(purifier, x) > 0
     assert torch.equal(purifier.with_steps(2)(x, sample_ids=IDS), make(rule, 2)(x, sample_ids=IDS))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_broken_network_is_named_with_its_step(rule, images):
+    class Broken(torch.nn.Module):
+        def forward(self, u, labels):
+            return u / torch.zeros_like(u)
+
+    purifier = Purifier(ScoreModel(Broken(), ContinuousVP()), 0.2, RULES[rule], 3)
+    with pytest.raises(
+        ValueError, match=r"score network gives NaN or infinity for sample 0 in reverse step 1 \(t = 0.2"
+    ):
+        purifier(images, sample_ids=IDS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_overshoot_says_where_it_cannot_be_measured(rule, images):
+    purifier = make(rule, guidance=MSEGuidance(1.0, reference="input"))
+    with pytest.raises(ValueError, match="this rule holds its time"):
+        overshoot(purifier, images.double())
+    assert warn_overshoot(purifier, images.double()) is None
 
 
 def test_weights_that_want_gradients_are_refused(images):
