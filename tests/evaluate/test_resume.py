@@ -17,6 +17,7 @@ from purify.cli.attack import main
 TINY = [
     *("--n-examples", "48", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "4"),
     *("--steps", "3", "--threads", "1", "--noise-level", "constant", "--calls", "100"),
+    *("--attacks", "random-noise,transfer,pgd-eot,adaptive"),
 ]
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "run_autoattack.py"
 
