@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ class InLoop(Protocol):
     """
 
     name = "in-loop"
+
+    def climbs(self, averages: Sequence[int]) -> bool:
+        return True
 
     def check(self, defence: Defence) -> None:
         if not submitting(defence):
