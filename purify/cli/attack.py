@@ -23,6 +23,7 @@ from purify.evaluate.ranks import leave
 from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples
+from purify.purification.blackbox import BlackBox
 from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier
 
@@ -191,8 +192,12 @@ def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
     """What the attacks were allowed, and whether that is enough to be quoted."""
     asked = prepared.request.asked
     attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
-    exact = all(d.model.purifier.exact for d in purified if isinstance(d.model, DefendedClassifier))
-    gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
+    if asked.model_gradient == "none":
+        gradient = "no gradient"
+    else:
+        models = [d.model for d in purified if isinstance(d.model, DefendedClassifier)]
+        exact = all(m.purifier.exact and not isinstance(m.classifier, BlackBox) for m in models)
+        gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     half = "" if asked.precision == FLOAT32 else f", in {asked.precision}; judged in float32"
     print(f"\nBudget: {', '.join(attacks)} ({asked.budget}); {gradient}{half}.")
     if reduced(prepared.stated, prepared.request.known):

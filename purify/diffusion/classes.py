@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -161,6 +162,18 @@ def classes_of(network: nn.Module) -> int | None:
         getattr(getattr(network, "denoiser", None), "label_dim", None),
     )
     return next((n for n in told if isinstance(n, int) and n > 0), None)
+
+
+def check_takes(network: nn.Module) -> None:
+    """Raise ValueError if the network cannot be called as ``network(u, labels, classes)``."""
+    inner = unwrapped(getattr(network, "_orig_mod", network))
+    try:
+        inspect.signature(inner.forward).bind(None, None, None)
+    except TypeError:
+        raise ValueError(
+            f"{type(inner).__name__} takes no classes, it is not class-conditional; leave classes out "
+            "(--score-classes on the command line)."
+        ) from None
 
 
 def check_told(network: nn.Module) -> None:

@@ -68,6 +68,11 @@ class ReverseRule(ABC):
         """Whether autograd's derivative of a step is that of the step."""
         return True
 
+    @property
+    def twice(self) -> bool:
+        """Whether the derivative of a step takes second derivatives of the network."""
+        return False
+
     def check(self, model: ScoreModel) -> None:  # noqa: B027 - most rules take any model
         """Raise ValueError if the rule cannot drive ``model``."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_shape, choose, fitting, is_number, short
-from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_told
+from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_takes, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
@@ -184,6 +184,7 @@ class ScoreModel(nn.Module):
         if self.classes is None:
             check_told(network)
         else:
+            check_takes(network)
             self.classes.check(network)
         # Registered here, so that it moves with the network.
         self.labeller = self.classes.classifier if isinstance(self.classes, Predicted) else None

@@ -188,8 +188,8 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_protocols(asked.protocol, defences)
     check_together(defences, samples, asked.seed, known_classes(asked, data))
+    check_protocols(asked.protocol, defences, samples.images, asked.averages or AVERAGES)
     for defence in defences:
         check_gradient(defence, samples.images)
         if not isinstance(defence.model, DefendedClassifier):

@@ -19,6 +19,7 @@ from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import DRAWS, margin_loss
 from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32
 from purify.evaluate.progress import GRADIENT, Progress, cost, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
@@ -195,10 +196,19 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress
             cosine,
             0.99,
             at_most(0.99, cosine),
-            "The attacks follow a gradient that is not the defence's; use the gradient checkpoint or full.",
+            inexact(defence),
         ),
         zero_check(defence.name, used),
     ]
+
+
+def inexact(defence: Defence) -> str:
+    """What a gradient in use that is not the defence's means, and what to do."""
+    if defence.precision != FLOAT32:
+        return (
+            f"In {defence.precision} the attacks follow a gradient that is not the defence's; use --precision float32."
+        )
+    return "The attacks follow a gradient that is not the defence's; use the gradient checkpoint or full."
 
 
 def zero_checks(defence: Defence, samples: Samples, seed: int) -> list[Check]:

@@ -52,6 +52,10 @@ class LikelihoodAscent(ReverseRule):
         return self.softness == 0
 
     @property
+    def twice(self) -> bool:
+        return True
+
+    @property
     def calls(self) -> int:
         return 2  # forward and backward
 

@@ -311,14 +311,18 @@ class Purifier(nn.Module):
         purifier as it is.
 
         Raises:
-            ValueError: an unknown precision; ``fp16`` where guidance takes second derivatives of the network, which
-                vanish in it; a float64 network.
+            ValueError: an unknown precision; ``fp16`` where guidance or rule takes second derivatives of the network,
+                which vanish in it; a float64 network.
         """
         autocast = choose(precision, PRECISIONS, "precision")
         if autocast is None:
             return self
         if autocast == "float16" and self.guidance is not None and self.guidance.twice:
             raise ValueError("This guidance takes second derivatives, which vanish in fp16; use the precision bf16.")
+        if autocast == "float16" and self.rule.twice:
+            raise ValueError(
+                "This reverse rule takes second derivatives, which vanish in fp16; use the precision bf16."
+            )
         return twin(self, score_model=self.score_model.with_settings(autocast=autocast).eval())
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:

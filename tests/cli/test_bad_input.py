@@ -147,6 +147,13 @@ CASES = {
     "attack --model odd.py:cut --n-examples 2": "--model-gradient none or bpda",
     "certify --model odd.py:cut": "cohen 0.25 leaves autograd",
     "certify --model odd.py:numpy --score-model none": "certify it with --attack-examples 0",
+    "attack --model-gradient none --protocol averaged --n-examples 2": "The protocol averaged needs gradients, and the "
+    "classifier of diffpure has none; leave it out of --protocol",
+    "attack --model odd.py:cut --attacks square --protocol deterministic": "The protocol deterministic needs gradients",
+    "attack --model-gradient none --protocol in-loop --n-examples 2": "The protocol in-loop needs gradients",
+    "attack --purifier likelihood --precision fp16": "second derivatives, which vanish in fp16; use the precision bf16",
+    "attack --score-classes predicted --dry-run": "PatchUNet takes no classes, it is not class-conditional",
+    "attack --score-classes 3 --n-examples 2": "(--score-classes on the command line)",
     "attack --model-gradient bdpa": "Unknown --model-gradient 'bdpa' (did you mean 'bpda'?)",
     "attack --model-gradient bpda": "takes the backward pass of another network than digits-standard",
     "attack --model-surrogate digits-at": "--model-surrogate is for --model-gradient bpda",

@@ -1,6 +1,7 @@
 """Attacks in half precision, judged in float32; and which precision ``auto`` takes."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_resume import TINY
 from purify import DefendedClassifier, diffpure, gdmp
 from purify.attacks import PGD
 from purify.cli.attack import main
-from purify.evaluate import attacking, precision
+from purify.evaluate import attacking, precision, selfchecks
 from purify.evaluate.precision import Candidate, Choice, choose_precision
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, evaluate, judge
@@ -56,6 +57,16 @@ def test_only_what_is_not_usual_is_in_the_config():
 def test_the_self_check_is_about_the_gradient_that_attacks_follow(samples):
     whole, half = (gradient_checks(defence(name), samples, seed=0)[0].value for name in ("float32", "bf16"))
     assert 0.99 < half < 1 - 1e-7 < whole
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("float32", "checkpoint or full"), ("bf16", "In bf16 .* --precision float32")]
+)
+def test_the_self_check_says_what_to_do(name, advice, samples, monkeypatch):
+    monkeypatch.setattr(selfchecks, "at_most", lambda value, limit: False)
+    check = gradient_checks(defence(name), samples, seed=0)[0]
+    assert not check.passed
+    assert re.search(advice, check.meaning)
 
 
 def test_second_derivatives_of_the_network_are_refused_in_fp16():

@@ -20,6 +20,7 @@ from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.description import Evaluation
 from purify.evaluate.protocols import Effort, KnownNoise
 from purify.evaluate.protocols.averaged import WORDS, majority
+from purify.evaluate.protocols.in_loop import InLoop
 from purify.evaluate.protocols.measure import measure_protocols
 from purify.evaluate.protocols.shown import draw, plain, table
 from purify.leaderboard import read_run, write_leaderboard
@@ -171,6 +172,20 @@ def test_a_run_that_did_not_count_its_iterates_has_its_attack_run_again(measured
         again = measure_protocols(folder, defences, samples, ("in-loop",), EFFORT, progress=False)
     assert line(again, "in-loop").accuracy == line(found, "in-loop").accuracy
     assert line(again, "in-loop").calls > line(found, "in-loop").calls
+
+
+def test_in_loop_counts_answers_of_the_precision_that_is_judged(measured, tmp_path):
+    """An attack in half precision is asked about a model that nobody deploys."""
+    (_, defence), samples = toy()
+    defence = replace(defence, precision="bf16")
+    with opened(tmp_path) as folder:
+        evaluate(folder, [defence], samples, SEED, 4, progress=False)
+        found = measure_protocols(folder, [defence], samples, ("in-loop",), EFFORT, progress=False)
+    wrong = [[rows[i]["submitted_wrong"] for i in range(N)] for rows in (
+        records(tmp_path, "in-loop pgd-eot"), records(measured[0], "in-loop pgd-eot"))]  # fmt: skip
+    assert wrong[0] == wrong[1]
+    assert line(found, "in-loop").accuracy == line(measured[1], "in-loop").accuracy
+    assert line(found, "in-loop").calls == InLoop().planned(defence, EFFORT) > line(measured[1], "in-loop").calls
 
 
 @pytest.mark.parametrize(

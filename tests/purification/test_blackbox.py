@@ -164,8 +164,11 @@ def test_a_run_on_a_model_without_gradient(gradient, tmp_path, capsys):
     meanings = {c["meaning"] for c in result["self_checks"]}
     if gradient == "none":
         assert "No attack with a gradient was run: the accuracy is an upper bound of what holds." in meanings
-        assert "no gradient attack was run on it" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "no gradient attack was run on it" in said
+        assert "(quick); no gradient." in said
         return
+    assert "checkpoint gradient, APPROXIMATE: a stronger attack exists" in capsys.readouterr().out
     assert "The classifier's backward pass is that of another network; its own may lead further." in meanings
     images, labels = (t[:8] for t in load_dataset("digits", "test"))
     clean = (zoo.classifier("digits-standard")(images).argmax(1) == labels).double().mean()

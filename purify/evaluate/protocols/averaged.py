@@ -79,6 +79,9 @@ class Averaged(Protocol):
 
     name = "averaged"
 
+    def climbs(self, averages: Sequence[int]) -> bool:
+        return bool(owns(averages))
+
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         strongest, counts = stage_name(attacked.strongest()), attacked.effort.averages
         for name in (CLEAN, strongest):

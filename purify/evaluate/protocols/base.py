@@ -172,6 +172,10 @@ class Protocol(ABC):
     def check(self, defence: Defence) -> None:  # noqa: B027 - most judge every defence
         """Raise ValueError unless the defence can be judged so, before anything runs."""
 
+    def climbs(self, averages: Sequence[int]) -> bool:
+        """Whether it needs gradients; ``averages``: purifications per answer, as in :class:`Effort`."""
+        return False
+
     @abstractmethod
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         """What is measured, one after another: a stage may need the records of those before it."""

@@ -54,6 +54,9 @@ class Deterministic(Protocol):
 
     name = "deterministic"
 
+    def climbs(self, averages: Sequence[int]) -> bool:
+        return True
+
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         yield Stage(
             STAGE, self.planned(attacked.defence, attacked.effort), lambda batch: self._measure(attacked, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from purify.attacks.base import Attack
 from purify.diffusion.noise import derive_seed
+from purify.diffusion.precision import FLOAT32
 from purify.evaluate.metrics import estimate
 from purify.evaluate.protocols.base import Attacked, Effort, Found, Line, Protocol, Stage, purified_logits
 from purify.evaluate.runner import CLEAN, Defence, Samples, counted, stage_name
@@ -21,11 +22,15 @@ class InLoop(Protocol):
 
     After the worst case of Kassis et al. 2024 (arXiv 2411.16598). N are the draws behind each gradient: they are new
     at every iterate, so the attack's own forward passes are the submissions, and cost nothing more. Of the run's
-    attacks it is the strongest one that counts them (PGD and its kin; the adaptive attack's, on the whole process). The
+    attacks it is the strongest one that counts them (PGD and its kin; the adaptive attack's, on the whole process). An
+    attack in half precision counted answers that are not the defence's, and is run again in the one that is judged. The
     control asks the unattacked image as often: what it loses is lost to the defence's noise, without any attacker.
     """
 
     name = "in-loop"
+
+    def climbs(self, averages: Sequence[int]) -> bool:
+        return True
 
     def check(self, defence: Defence) -> None:
         if not submitting(defence):
@@ -36,15 +41,17 @@ class InLoop(Protocol):
 
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         attack, own = strongest(attacked), calls(attacked.model)
-        again = _spent(attack, attacked) if any("submitted" not in r for r in _counts(attacked, attack)) else 0.0
+        again = 0.0 if _known(attacked, _counts(attacked, attack)) else _spent(attack, attacked.defence)
         yield Stage(stage(attack), again, lambda batch: self._submit(attacked, attack, batch))
         asked = int(_asked(attacked, attack).max())
         more = max(asked - attacked.defence.draws, 0)
         yield Stage(control(asked), more * own.forward, lambda batch: self._control(attacked, asked, batch))
 
     def planned(self, defence: Defence, effort: Effort) -> float:
-        asked = max(attack.answers(defence.model) for attack in submitting(defence))
-        return max(asked - defence.draws, 0) * calls(defence.model).forward
+        attacks = submitting(defence)
+        asked = max(attack.answers(defence.model) for attack in attacks)
+        again = 0.0 if defence.precision == FLOAT32 else max(_spent(attack, defence) for attack in attacks)
+        return again + max(asked - defence.draws, 0) * calls(defence.model).forward
 
     def lines(self, attacked: Attacked) -> list[Line]:
         attack = strongest(attacked)
@@ -67,13 +74,13 @@ class InLoop(Protocol):
         ]
 
     def _submit(self, attacked: Attacked, attack: Attack, batch: Samples) -> Found:
-        """What the run's attack counted; runs of old did not count, and have it run again."""
+        """What the run's attack counted, or counts when it is run again: see :func:`_known`."""
         found = _counts(attacked, attack, batch)
         spent = 0.0
-        if any("submitted" not in record for record in found):
-            model, seed = attacked.defence.attacked, derive_seed(attacked.seed, "attack")  # as the run attacked it
-            again = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed)
-            found, spent = [counted(again, i) for i in range(len(batch))], _spent(attack, attacked)
+        if not _known(attacked, found):
+            seed = derive_seed(attacked.seed, "attack")  # the run's
+            again = attack(attacked.model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed)
+            found, spent = [counted(again, i) for i in range(len(batch))], _spent(attack, attacked.defence)
         wrong = torch.tensor([record["submitted_wrong"] for record in found])
         survivors = torch.where(wrong == 0, batch.labels.cpu(), -1)
         more = [{name: record[name] for name in ("submitted", "submitted_wrong")} for record in found]
@@ -118,13 +125,18 @@ def _counts(attacked: Attacked, attack: Attack, samples: Samples | None = None) 
     return [attacked.run.get(attacked.defence.name, stage_name(attack), int(i)) for i in samples.ids]
 
 
+def _known(attacked: Attacked, found: list[dict[str, Any]]) -> bool:
+    """Whether these records of an attack count answers of the model that is judged; runs of old did not count."""
+    return attacked.defence.precision == FLOAT32 and all("submitted" in record for record in found)
+
+
 def _asked(attacked: Attacked, attack: Attack) -> np.ndarray:
     """Answers to the iterates of each sample, (N,): attacks that stop early ask less."""
     return np.array([record["submitted"] for record in attacked.records(stage(attack))])
 
 
-def _spent(attack: Attack, attacked: Attacked) -> float:
+def _spent(attack: Attack, defence: Defence) -> float:
     """Network calls of an attack for one image."""
-    gradients, forwards = attack.passes(attacked.model)
-    own = calls(attacked.model)
+    gradients, forwards = attack.passes(defence.model)
+    own = calls(defence.model)
     return gradients * own.gradient + forwards * own.forward

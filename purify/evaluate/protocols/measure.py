@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from purify.checks import choose
+from purify.evaluate.differentiable import is_differentiable
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.protocols import PROTOCOLS
 from purify.evaluate.protocols.averaged import Averaged, Point
@@ -33,10 +36,20 @@ def purified(defences: Sequence[Defence]) -> list[Defence]:
     return [d for d in defences if isinstance(d.model, DefendedClassifier)]
 
 
-def check_protocols(names: Sequence[str], defences: Sequence[Defence]) -> None:
-    """Raise ValueError unless every purified defence can be judged by all of these protocols."""
+def check_protocols(names: Sequence[str], defences: Sequence[Defence], images: Tensor, averages: Sequence[int]) -> None:
+    """Raise ValueError unless every purified defence can be judged by all of these protocols.
+
+    The run's own attacks may do without a gradient where protocols cannot, so they are not found out by it.
+    """
     for protocol in find_protocols(names):
         for defence in purified(defences):
+            assert isinstance(defence.model, DefendedClassifier)
+            name, classifier = f"The classifier of {defence.name}", defence.model.classifier
+            if protocol.climbs(averages) and not is_differentiable(classifier, images, name):
+                raise ValueError(
+                    f"The protocol {protocol.name} needs gradients, and the classifier of {defence.name} has none; "
+                    "leave it out of --protocol, or take another network's: --model-gradient bpda."
+                )
             protocol.check(defence)
 
 
