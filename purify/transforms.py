@@ -61,7 +61,7 @@ def compiled_in_words() -> Iterator[None]:
 
 @contextmanager
 def func_in_words() -> Iterator[None]:
-    """Turns what ``torch.func`` says of gradient engines that it cannot differentiate into a ValueError."""
+    """Turns what ``torch.func`` says of engines and plans that it cannot differentiate or map into a ValueError."""
     try:
         yield
     except RuntimeError as error:
@@ -69,5 +69,10 @@ def func_in_words() -> Iterator[None]:
             raise ValueError(
                 "torch.func differentiates the gradient engine full only, without guidance and float16; take "
                 "defended.with_gradient('full'), or torch.autograd.grad."
+            ) from error
+        if str(error).startswith("vmap: It looks like you're"):  # looking at a value, of which there are several
+            raise ValueError(
+                "Under torch.func.vmap the number of steps must not depend on the image; give steps instead of a step "
+                "length (dt)."
             ) from error
         raise

@@ -8,7 +8,17 @@ from conftest import SmoothNet, TinyClassifier, smooth_model
 from torch import nn
 from torch.testing import assert_close
 
-from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, agdm, diffpure, gdmp
+from purify import (
+    ContinuousVP,
+    DefendedClassifier,
+    Purifier,
+    ScoreModel,
+    SSNISigmoid,
+    agdm,
+    calibrate,
+    diffpure,
+    gdmp,
+)
 from purify.attacks import PGD
 from purify.fingerprint import weights_digest
 from purify.purification.plans import FixedDt
@@ -118,6 +128,14 @@ def test_functions_of_torch_func():
     for other in (defended(), defended(gradient="bpda"), guided):
         with pytest.raises(ValueError, match=r"differentiates the gradient engine full only.*with_gradient\('full'\)"):
             torch.func.grad(lambda x, other=other: other(x, sample_ids=IDS).sum())(X)
+
+
+def test_vmap_over_steps_that_depend_on_the_image_is_refused():
+    model = smooth_model()
+    rule = SSNISigmoid(0.3, calibrate(model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0))))
+    varying = DefendedClassifier(TinyClassifier(), diffpure(model, rule, FixedDt(0.05), "ddpm", gradient="full"))
+    with pytest.raises(ValueError, match="steps must not depend on the image; give steps"):
+        torch.func.vmap(lambda x, i: varying(x[None], sample_ids=i[None])[0])(X, IDS)
 
 
 def test_autocast_around_a_call():

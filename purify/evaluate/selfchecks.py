@@ -259,8 +259,8 @@ def black_box_check(recorded: Recorded, few: Samples, seed: int) -> list[Check]:
         gain = recorded.accuracy(best, few) - accuracy(recorded.defence, square, few, seed)
         return [Check(defence, f"{name} ({len(few)} samples)", gain, 0.0, at_most(gain, 0.0), meaning)]
     if not black or not white:
-        missing = "black-box" if white else "white-box"
-        meaning = f"No {missing} attack was run; add {'transfer or square' if white else 'pgd-eot'}."
+        missing, other = ("black-box", "transfer or square") if white else ("white-box", "pgd-eot, with a gradient")
+        meaning = f"No {missing} attack was run; add {other}."
         return [Check(defence, name, None, 0.0, False, meaning)]
     gain = recorded.accuracy(recorded.strongest(white)) - recorded.accuracy(recorded.strongest(black))
     return [Check(defence, name, gain, 0.0, at_most(gain, 0.0), meaning)]

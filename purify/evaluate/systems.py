@@ -171,7 +171,8 @@ def densepure(order: Order) -> list[System]:
     """The vote over reverse processes, at each sigma by itself."""
     c = order.asked
     if "none" in (c.score_model or ()):
-        raise ValueError("densepure votes over reverse processes of a diffusion model; there is none with none.")
+        advice = "name a --score-model, or leave it out"
+        raise ValueError(f"densepure votes over reverse processes of a diffusion model; {advice}.")
     size = {"votes": c.votes, "steps": c.reverse_steps}
     build = partial(dense_smoothing, votes=c.votes, steps=c.reverse_steps)
     return [

@@ -131,7 +131,8 @@ class Purifier(nn.Module):
             raise ValueError(f"The one-shot rule denoises in one step; set steps=1 instead of {self.plan}.")
         if self.rule.held != isinstance(self.plan, Held):
             kind = "stays at its time" if self.rule.held else "steps down in time"
-            raise ValueError(f"The rule {type(self.rule).__name__} {kind}, which {self.plan} does not; give a number.")
+            advice = "give steps as a whole number and leave dt out, or take another reverse rule"
+            raise ValueError(f"The rule {type(self.rule).__name__} {kind}, which {self.plan} does not; {advice}.")
         if self.resize and self.score_model.image_shape is None:
             raise ValueError("resize needs to know the score model's size; give the ScoreModel an image_shape.")
         self.engine.check(self.task)
