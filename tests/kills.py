@@ -32,7 +32,7 @@ def kill_again_and_again(
     """Run the command in ``folder``, its records in ``records``, and SIGKILL it at random moments, ``times`` times."""
     records = records or folder
     context = get_context("forkserver")  # children that need not import everything again
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([module, "diffusers.models.unets.unet_2d", "sklearn.datasets"])
     g = np.random.default_rng(0)
     for _ in range(times):
         process = context.Process(target=main, args=([*arguments, "--out", str(folder)],))
