@@ -18,6 +18,7 @@ from purify.purification.cost import shortened
 SHORT = 3  # reverse steps per round of the shorter process
 LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
+LOWERING = 0.2  # of a stage's climbs, for those that lower t*: where it stays the greatest, they find nothing
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
@@ -124,6 +125,12 @@ def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
 
 
 def _stage(phases: list[Phase], climbs: float, forwards: int, given: int, first: int) -> Stage:
-    """A stage whose phases share ``climbs`` calls; ``given``: candidates besides their iterates."""
-    found = tuple(sized(phase, climbs / len(phases)) for phase in phases)
+    """A stage whose phases share ``climbs`` calls, those that lower t* a fifth of them.
+
+    ``given``: candidates besides their iterates; ``first``: the first draw that they are judged on.
+    """
+    lowering = sum(isinstance(phase.climb, LevelClimb) for phase in phases)
+    rest = (1 - LOWERING * lowering) / (len(phases) - lowering)
+    shares = [LOWERING if isinstance(phase.climb, LevelClimb) else rest for phase in phases]
+    found = tuple(sized(phase, climbs * share) for phase, share in zip(phases, shares, strict=True))
     return Stage(found, Race(given + sum(len(phase.marks) for phase in found), forwards, first))
