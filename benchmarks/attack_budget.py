@@ -2,9 +2,11 @@
 """Accuracy left against network calls per image: the adaptive attack, PGD+EOT, and several attacks together.
 
 All rows of a purifier meet the same images and are judged on the same draws, so differences are paired. Calls are those
-of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second.
+of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second. With --strongest
+the other attacks are all of ``purify attack --attacks strongest`` at the ``standard`` budget.
 
     python benchmarks/attack_budget.py --minutes 30       # resumes; rows that are done are not run again
+    python benchmarks/attack_budget.py --strongest --rows strongest --minutes 60
 
 Each row is written as it ends, to OUT/rows; then OUT/attack_budget.json, .md and a plot for all that is there.
 """
@@ -25,9 +27,25 @@ import torch
 from matplotlib.figure import Figure
 
 import purify
-from purify.attacks import APGD, PGD, Adaptive, Attack, ConstantLevelPGD, FirstOrderPGD, GuidePGD, SurrogatePGD
+from purify.attacks import (
+    APGD,
+    BPDA,
+    PGD,
+    Adaptive,
+    Attack,
+    ConstantLevelPGD,
+    FirstOrderPGD,
+    GuidePGD,
+    LowLevelPGD,
+    NormAutoAttackRand,
+    NormPGD,
+    RandomNoise,
+    SurrogatePGD,
+    Transfer,
+)
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
+from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
 from purify.evaluate.runner import Defence, judge
 from purify.purification.calls import GRADIENT, calls
@@ -36,6 +54,7 @@ from purify.purification.cost import shortened
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
 TOGETHER = (PGD, FirstOrderPGD, ConstantLevelPGD, SurrogatePGD, APGD, GuidePGD)  # the best of `strongest`, each alone
 SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
+SMALL = (1 / 25, 1 / 10)  # of the calls of all of `strongest`
 WORST = "together"  # each image meets the worst for it, cross-fitted
 
 
@@ -52,6 +71,7 @@ class Bench:
     draws: int
     seed: int
     out: Path
+    strongest: bool = False
 
     @property
     def key(self) -> str:
@@ -78,13 +98,26 @@ class Bench:
         half = PGD(steps=self.steps // 2, eot=max(1, self.eot // 2), **options)
         found += [(named(half), half), (named(pgd), pgd)]
         if together:
-            others = [kind(steps=self.steps, eot=self.eot, **options) for kind in TOGETHER if kind is not PGD]
-            found += [(named(a), a) for a in others if a.applies_to(model)]
+            kinds = [kind(steps=self.steps, eot=self.eot, **options) for kind in TOGETHER if kind is not PGD]
+            others = [(named(a), a) for a in (self.union() if self.strongest else kinds) if a.applies_to(model)]
+            found += [(name, attack) for name, attack in others if name not in dict(found)]
+        if together and self.strongest:
+            whole = sum(price(attack, model) for name, attack in others)
+            found += [(f"adaptive strongest/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SMALL]
         return found
+
+    def union(self) -> list[Attack]:
+        """All of ``strongest`` at the ``standard`` budget, without the adaptive attack, and without mere noise."""
+        asked = purify.Evaluation(
+            dataset=self.dataset, threat_model=self.norm, attacks="strongest", budget="standard", max_rows=256
+        )
+        found = build_attacks(Request(asked, DATASETS[self.dataset], torch.device("cpu")))
+        return [attack for attack in found if not isinstance(attack, (Adaptive, RandomNoise))]
 
 
 def named(attack: Any) -> str:
-    return f"{attack.label} {attack.steps} x {attack.eot}"
+    effort = f" {attack.steps} x {attack.eot}" if hasattr(attack, "steps") else f" {attack.queries}"
+    return attack.label + effort
 
 
 def price(attack: Any, model: Any) -> int:
@@ -92,8 +125,15 @@ def price(attack: Any, model: Any) -> int:
     if isinstance(attack, Adaptive):
         plan = attack.stages(model)
         return attack.warm(model) + sum(s.climbs + s.race.used * calls(model).forward for s in plan)
-    own = calls(attack.attacked(model))
-    gradient = own.gradient
+    if isinstance(attack, Transfer):  # steps on a bare network
+        return attack.steps * GRADIENT
+    weighted = isinstance(attack, NormAutoAttackRand)  # a wrapper around the whole
+    own = calls(model if weighted else attack.attacked(model))
+    gradient = own.forward + GRADIENT - 1 if isinstance(attack, BPDA) else own.gradient
+    if weighted or isinstance(attack, NormPGD):  # the statistic's own way back
+        gradient += model.purifications * model.purifier.level.calls
+    if isinstance(attack, LowLevelPGD):  # whose loss is asked at the level that is judged
+        gradient += own.forward
     if isinstance(attack, SurrogatePGD):  # the whole forward, and the shorter one forward and back
         short = calls(model.with_purifier(shortened(model.purifier, attack.surrogate_steps)))
         gradient = own.forward + short.gradient
@@ -245,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="no row begins later")
     parser.add_argument("--alone", action="store_true", help="without the attacks beside adaptive and pgd-eot")
+    parser.add_argument("--strongest", action="store_true", help="beside all of `strongest`, not the best of it")
     parser.add_argument("--rows", default="", help="parts of names, separated by commas: no other rows are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
@@ -252,8 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     eps = DATASETS[args.dataset].eps[args.threat_model]
     bench = Bench(
-        args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out
-    )
+        args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out,
+        args.strongest,
+    )  # fmt: skip
     systems = args.systems.split(",")
     run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])
     report(bench, systems, not args.alone)

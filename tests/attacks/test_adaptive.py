@@ -12,7 +12,9 @@ from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
 from purify.attacks import PGD, Adaptive
-from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
+from purify.attacks.adaptive import phases
+from purify.attacks.adaptive.climb import Climb, Mix
+from purify.attacks.adaptive.phases import Stage
 from purify.attacks.adaptive.select import ENOUGH, Race, score
 from purify.attacks.norms import BALLS, unit
 from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
@@ -98,34 +100,59 @@ class Meter:
         self.reference = not self.once and not self.reference
 
 
-def lowered(plan, used):
-    """Calls of the statistics' own way back, which hooks on forward passes do not see, in the stages of each image."""
+def uncounted(plan, used):
+    """Calls of the statistics' own way back, which hooks on forward passes do not see, of images that took these."""
+    if plan.probe is None:
+        return 0
+    stages = (Stage((plan.probe,), Race(1, 0)), *plan.longest)
     total, before = 0, 0
-    for stage in plan:
-        climbs = [p for p in stage.phases if isinstance(p.climb, LevelClimb)]
+    for stage in stages:
+        climbs = [p for p in stage.phases if p.lowers]
         each = sum(p.climb.steps * p.climb.eot * p.model.purifier.level.calls for p in climbs)
         total += each * int((used > before).sum())
-        before += stage.climbs + stage.race.used * calls(plan[-1].phases[0].model).forward
+        before += stage.climbs + stage.race.used * calls(plan.stages[-1].phases[0].model).forward
     return total
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("budget", [300, 1000])
+@pytest.mark.parametrize("name", [*MODELS, "falling"])
+@pytest.mark.parametrize("budget", [400, 1000])
 def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, monkeypatch):
+    """``falling``: where the probe says that t* of every image falls; ``level``: of none."""
     images, labels, ids = images[:3], labels[:3], IDS[:3]
-    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    monkeypatch.setattr(phases, "FALLEN", 2.0 if name == "falling" else 0.0)
+    model = DefendedClassifier(TinyClassifier(), MODELS[{"falling": "level"}.get(name, name)]())
     attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model, monkeypatch)
     found = attack.run(model, images, labels, ids, 0)
-    counted = meter.total + lowered(attack.stages(model), found.calls)
+    plan = attack.plan(model)
+    taken = plan.fallen if name == "falling" else plan.stages
+    counted = meter.total + uncounted(replace(plan, stages=taken, fallen=taken), found.calls)
     assert found.calls.sum() == counted if name != "packed" else found.calls.sum() >= counted
-    plan = attack.stages(model)
-    full = sum(stage.climbs + stage.race.used * calls(model).forward for stage in plan)
-    warm = 61 if model.auxiliary is not None else 0
-    assert (found.calls <= full + warm).all()
+    longest = sum(stage.climbs + stage.race.used * calls(model).forward for stage in plan.longest)
+    full = longest + plan.probing + (61 if model.auxiliary is not None else 0)
+    assert (found.calls <= full).all()
     gradients, forwards = attack.passes(model)
-    assert gradients * calls(model).gradient + forwards * calls(model).forward == pytest.approx(full + warm)
+    assert gradients * calls(model).gradient + forwards * calls(model).forward == pytest.approx(full)
     if budget == 1000:
-        assert full + warm <= budget
+        assert full <= budget
+
+
+def test_the_probe_tells_whose_level_falls(images, labels, monkeypatch):
+    """By the level of its last iterate, image by image; only those go on towards smaller t*."""
+    model, attack = DefendedClassifier(TinyClassifier(), varying()), Adaptive("Linf", 0.1, calls=1000)
+    probe = attack.plan(model).probe
+    target = probe.climb.target(probe.model, images, labels, IDS, derive_seed(0, "probe-level"))
+    *_, last = probe.climb.path(target, images)
+    asked = {"sample_ids": IDS, "draw": torch.zeros_like(IDS), "seed": derive_seed(0, "asked")}
+    share = probe.model.details(last, **asked).t_star[:, 0] / probe.model.purifier.level.highest
+    middle = share.sort().values[2:4].mean().item()
+    monkeypatch.setattr(phases, "FALLEN", middle)
+    found = attack.run(model, images, labels, IDS, 0)
+    for fallen in (False, True):
+        mine = (share < middle) == fallen
+        assert mine.any()
+        monkeypatch.setattr(phases, "FALLEN", 2.0 if fallen else 0.0)
+        alone = attack.run(model, images[mine], labels[mine], IDS[mine], 0)
+        assert torch.equal(found.images[mine], alone.images)
 
 
 def test_several_purifications_cost_as_many(images, labels, monkeypatch):
@@ -234,7 +261,8 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
 def test_the_gradient_goes_through_the_level(images, labels):
     """The whole process is climbed with t*(x) as it is, not held constant."""
     model = DefendedClassifier(TinyClassifier(), varying())
-    for stage in Adaptive("Linf", 0.1, calls=2000).stages(model):
+    plan = Adaptive("Linf", 0.1, calls=2000).plan(model)
+    for stage in (*plan.stages, *plan.fallen):
         for phase in stage.phases:
             assert phase.model.purifier.through_level
             assert phase.model.purifier.exact
@@ -243,10 +271,10 @@ def test_the_gradient_goes_through_the_level(images, labels):
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def test_on_a_varying_level_one_climb_lowers_it(images, labels):
+def test_where_the_level_falls_a_climb_lowers_it(images, labels):
     """By hand: momentum of the two terms, mixed at unit length, in steps of L2 length; from the clean image."""
     model = DefendedClassifier(TinyClassifier(), varying())
-    first, second = Adaptive("Linf", 0.1, calls=2000).stages(model)
+    first, second = Adaptive("Linf", 0.1, calls=2000).plan(model).fallen
     level = first.phases[1]
     assert (level.clean, second.phases[-1].clean) == (True, False)
     assert level.model.purifier.level.highest == pytest.approx(0.7 * model.purifier.level.highest)

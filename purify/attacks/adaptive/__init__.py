@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Stage, stages
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, plan
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -27,13 +27,24 @@ DRAWS = 5  # per gradient on one that has, of which nothing else is known
 ALONE = 604  # calls on a model without randomness: 100 steps of PGD and of APGD are enough there
 
 
+class State:
+    """What is known of N images so far; the arguments are those of an attack, and the calls spent on each before."""
+
+    def __init__(self, x: Tensor, y: Tensor, ids: Tensor, spent: int) -> None:
+        self.x, self.y, self.ids = x, y, ids
+        self.best, self.loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
+        self.used = torch.full_like(y, spent)
+        self.submitted = Submitted(len(x), x.device)
+
+
 @dataclass(frozen=True)
 class Adaptive(Attack):
     """The strongest white-box attack that a budget of network calls allows, put together for each model.
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Guided purifiers
-    are also climbed with the guidance held constant, from where their guide is deceived. On a model without randomness:
+    are also climbed with the guidance held constant, from where their guide is deceived; where t* varies, images whose
+    t* a probe lowers are climbed towards a smaller one. On a model without randomness:
     the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
     Args:
@@ -55,28 +66,48 @@ class Adaptive(Attack):
         if not isinstance(model, DefendedClassifier):
             return self._plain(model, x, y, ids, seed)
         start, found = self._start(model, x, y, ids, seed)
-        best, loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
-        used = torch.full_like(y, self.warm(model))
-        submitted = Submitted(len(x), x.device)
+        state = State(x, y, ids, self.warm(model))
         left = torch.arange(len(x), device=x.device)
-        for stage in self.stages(model):
-            rows = (x[left], y[left], ids[left])
-            climbed, extra, answered = self._climbs(stage, start, *rows, seed)
-            call = keyed(model, derive_seed(seed, "select"))
-            winner = stage.race.run(call, torch.stack([*found, *climbed]), *rows[1:], self.max_rows)
-            best[left], loss[left] = winner.images, winner.loss
-            used[left] += stage.climbs + extra + stage.race.used * calls(model).forward
-            for answers in (*answered, winner.submitted):
-                submitted.include(left, answers)
-            left, start = left[~winner.broken], winner.images[~winner.broken]
-            found = [start]
-            if len(left) == 0:
-                break
-        return AttackResult(best, loss, used, submitted)
+        plan = self.plan(model)
+        fallen = torch.zeros_like(left, dtype=torch.bool)
+        if plan.probe is not None:
+            fallen, extra = self._probe(plan.probe, x, y, ids, seed)
+            state.used += plan.probing + extra
+        for stages, mine in ((plan.stages, ~fallen), (plan.fallen, fallen)):
+            rows, here, known = left[mine], start[mine], [z[mine] for z in found]
+            for stage in stages:
+                if len(rows):
+                    rows, here = self._stage(model, stage, state, rows, here, known, seed)
+                    known = [here]
+        return AttackResult(state.best, state.loss, state.used, state.submitted)
+
+    def _stage(
+        self, model: Any, stage: Stage, state: State, rows: Tensor, start: Tensor, found: list[Tensor], seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """One stage of the images ``rows``: those not broken after it, and where they are."""
+        own = (state.x[rows], state.y[rows], state.ids[rows])
+        climbed, extra, answered = self._climbs(stage, start, *own, seed)
+        call = keyed(model, derive_seed(seed, "select"))
+        winner = stage.race.run(call, torch.stack([*found, *climbed]), *own[1:], self.max_rows)
+        state.best[rows], state.loss[rows] = winner.images, winner.loss
+        state.used[rows] += stage.climbs + extra + stage.race.used * calls(model).forward
+        for answers in (*answered, winner.submitted):
+            state.submitted.include(rows, answers)
+        return rows[~winner.broken], winner.images[~winner.broken]
+
+    def _probe(self, probe: Phase, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Whether t* of each image can be lowered, and calls beyond the plan, (N,)."""
+        target = probe.climb.target(probe.model, x, y, ids, derive_seed(seed, probe.name))
+        *_, last = probe.climb.path(target, x)
+        return lowered(probe.model, last, ids, derive_seed(seed, "asked")), target.inside.tries * probe.drawn
+
+    def plan(self, model: Any) -> Plan:
+        """What is done to a purified model, and what each part may spend."""
+        return plan(model, self._climb, self.calls - self.warm(model))
 
     def stages(self, model: Any) -> Sequence[Stage]:
-        """What is done to a purified model, and what each part may spend."""
-        return list(stages(model, self._climb, self.calls - self.warm(model)))
+        """The stages of an image that takes most calls."""
+        return self.plan(model).longest
 
     @property
     def _climb(self) -> Climb:
@@ -122,9 +153,9 @@ class Adaptive(Attack):
     def passes(self, model: nn.Module) -> tuple[float, float]:
         if not isinstance(model, DefendedClassifier):
             return self.gradients, self.forwards
-        plan = self.stages(model)
-        climbs = self.warm(model) + sum(stage.climbs for stage in plan)
-        return climbs / calls(model).gradient, sum(stage.race.used for stage in plan)
+        plan = self.plan(model)
+        climbs = self.warm(model) + plan.probing + sum(stage.climbs for stage in plan.longest)
+        return climbs / calls(model).gradient, sum(stage.race.used for stage in plan.longest)
 
     def answers(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
@@ -136,8 +167,10 @@ class Adaptive(Attack):
     def counts(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
             return self.counted
-        phases = [phase.climb for stage in self.stages(model) for phase in stage.phases]
-        return sum(climb.steps * climb.eot for climb in phases) + (GUIDE_STEPS if self.warm(model) else 0)
+        plan = self.plan(model)
+        climbs = [phase.climb for stage in plan.longest for phase in stage.phases]
+        climbs += [] if plan.probe is None else [plan.probe.climb]
+        return sum(climb.steps * climb.eot for climb in climbs) + (GUIDE_STEPS if self.warm(model) else 0)
 
     def on_deterministic(self) -> Attack:
         return replace(self, calls=min(self.calls, ALONE))

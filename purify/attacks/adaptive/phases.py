@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import Race
@@ -18,7 +19,9 @@ from purify.purification.cost import shortened
 SHORT = 3  # reverse steps per round of the shorter process
 LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
-LOWERING = 0.2  # of a stage's climbs, for those that lower t*: where it stays the greatest, they find nothing
+PROBE = 6  # steps of one draw each that try to lower t*, where it varies
+FALLEN = 0.9  # of the greatest t*: below, the probe has lowered it
+LOWERING = 0.8  # of a stage's climbs, for those that lower t*, on images where it falls
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
@@ -45,6 +48,11 @@ class Phase:
     clean: bool = False
     whole: bool = False
 
+    @property
+    def lowers(self) -> bool:
+        """Whether it climbs towards a smaller t*."""
+        return isinstance(self.climb, LevelClimb)
+
     @cached_property
     def calls(self) -> int:
         """Network calls for one image."""
@@ -53,7 +61,7 @@ class Phase:
     @cached_property
     def drawn(self) -> int:
         """Network calls of the gradient at one draw."""
-        statistic = self.model.purifier.level.calls if isinstance(self.climb, LevelClimb) else 0  # its own way back
+        statistic = self.model.purifier.level.calls if self.lowers else 0  # its own way back
         return calls(self.model).gradient + self.model.purifications * statistic
 
     def each(self, eot: int) -> int:
@@ -80,6 +88,38 @@ class Stage:
         return sum(phase.calls for phase in self.phases)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is done to an image.
+
+    Attributes:
+        stages: one after the other.
+        probe: where t* varies, a short climb that tries to lower it.
+        fallen: the stages instead, of an image whose t* it lowered.
+    """
+
+    stages: tuple[Stage, ...]
+    probe: Phase | None = None
+    fallen: tuple[Stage, ...] = ()
+
+    @property
+    def probing(self) -> int:
+        """Network calls of the probe and of asking it for t*."""
+        return 0 if self.probe is None else self.probe.calls + calls(self.probe.model).forward
+
+    @property
+    def longest(self) -> tuple[Stage, ...]:
+        """The stages of an image that takes most calls."""
+        return max(self.stages, self.fallen, key=lambda stages: sum(stage.climbs for stage in stages))
+
+
+@torch.no_grad()
+def lowered(model: Any, images: Tensor, ids: Tensor, seed: int) -> Tensor:
+    """Whether t* of each image is far below the greatest, (N,)."""
+    t_star = model.details(images, sample_ids=ids, draw=torch.zeros_like(ids), seed=seed).t_star.mean(1)
+    return t_star < FALLEN * model.purifier.level.highest
+
+
 def shorter(model: Any) -> nn.Module:
     """``model`` with at most ``SHORT`` reverse steps per round."""
     return model.with_purifier(shortened(model.purifier, SHORT))
@@ -93,7 +133,7 @@ def first_order(model: Any) -> nn.Module:
 def lower(phase: Phase) -> Phase:
     """The phase with the loss at a share of t*(x), and a way to images of a smaller one, as ``pgd-eot-low-level``."""
     climb = phase.climb
-    lowering = LevelClimb(climb.norm, climb.eps, scaled=climb.scaled, max_rows=climb.max_rows)
+    lowering = LevelClimb(climb.norm, climb.eps, climb.steps, climb.eot, scaled=climb.scaled, max_rows=climb.max_rows)
     return replace(phase, model=phase.model.at_share(SHARE), climb=lowering)
 
 
@@ -104,33 +144,55 @@ def sized(phase: Phase, share: float) -> Phase:
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
 
-def stages(model: Any, climb: Climb, budget: int) -> Iterator[Stage]:
-    """The stages of an attack on a purified classifier, at ``budget`` calls for one image."""
-    mix = None if model.auxiliary is None else Mix(model.auxiliary)
+def plan(model: Any, climb: Climb, budget: int) -> Plan:
+    """What an attack on a purified classifier does, at ``budget`` calls for one image."""
     climb = replace(climb, scaled=model.guided)
+    if not model.level_varies:
+        return Plan(tuple(stages(model, climb, budget)))
+    probe = short(model, replace(climb, steps=PROBE, eot=1), "probe", True)[-1]
+    left = budget - Plan((), probe).probing
+    return Plan(tuple(stages(model, climb, left)), probe, tuple(stages(model, climb, left, LOWERING)))
+
+
+def stages(model: Any, climb: Climb, budget: int, low: float = 0.0) -> Iterator[Stage]:
+    """Climbs on the shorter process, then on the whole one; ``low``: share of the climbs that lower t*."""
     forward = calls(model).forward
-    short = [Phase("short", first_order(shorter(model)), climb, mix)]
-    if model.level_varies:
-        short.append(lower(Phase("short-level", first_order(shorter(model)), climb, clean=True)))
-    given = int(mix is not None)  # the start may be chosen where it is more than random
-    stage = _stage(short, CLIMB_SHORT * budget, int(CHOOSE_SHORT * budget / forward), given, 0)
+    given = int(model.auxiliary is not None)  # the start may be chosen where it is more than random
+    draws = int(CHOOSE_SHORT * budget / forward)
+    stage = _stage(short(model, climb, "short", low > 0), CLIMB_SHORT * budget, low, draws, given, 0)
     yield stage
+    draws = int(CHOOSE_FULL * budget / forward)
+    yield _stage(full(model, climb, low > 0), CLIMB_FULL * budget, low, draws, 1, stage.race.draws)
+
+
+def short(model: Any, climb: Climb, name: str, lowers: bool) -> list[Phase]:
+    """Climbs on the shorter process."""
+    phase = Phase(name, first_order(shorter(model)), climb, mix(model))
+    return [phase, *([lower(replace(phase, name=f"{name}-level", clean=True, mix=None))] if lowers else [])]
+
+
+def full(model: Any, climb: Climb, lowers: bool) -> list[Phase]:
+    """Climbs on the whole process, from what the shorter one gave."""
     climb = replace(climb, step_size=climb.eps / 2)
-    full = [Phase("exact", model, climb, whole=True)]
+    found = [Phase("exact", model, climb, whole=True)]
     if model.guided:
-        full.append(Phase("first-order", first_order(model), climb, mix, whole=True))
-    if model.level_varies:
-        full.append(lower(Phase("level", model, climb)))
-    yield _stage(full, CLIMB_FULL * budget, int(CHOOSE_FULL * budget / forward), 1, stage.race.draws)
+        found.append(Phase("first-order", first_order(model), climb, mix(model), whole=True))
+    if lowers:
+        found.append(lower(Phase("level", model, climb)))
+    return found
 
 
-def _stage(phases: list[Phase], climbs: float, forwards: int, given: int, first: int) -> Stage:
-    """A stage whose phases share ``climbs`` calls, those that lower t* a fifth of them.
+def mix(model: Any) -> Mix | None:
+    """The guide's own gradient, where a network guides."""
+    return None if model.auxiliary is None else Mix(model.auxiliary)
+
+
+def _stage(phases: list[Phase], climbs: float, low: float, forwards: int, given: int, first: int = 0) -> Stage:
+    """A stage whose phases share ``climbs`` calls, those that lower t* ``low`` of them.
 
     ``given``: candidates besides their iterates; ``first``: the first draw that they are judged on.
     """
-    lowering = sum(isinstance(phase.climb, LevelClimb) for phase in phases)
-    rest = (1 - LOWERING * lowering) / (len(phases) - lowering)
-    shares = [LOWERING if isinstance(phase.climb, LevelClimb) else rest for phase in phases]
-    found = tuple(sized(phase, climbs * share) for phase, share in zip(phases, shares, strict=True))
+    lowering = sum(phase.lowers for phase in phases)
+    rest = (1 - low * lowering) / (len(phases) - lowering)
+    found = tuple(sized(phase, climbs * (low if phase.lowers else rest)) for phase in phases)
     return Stage(found, Race(given + sum(len(phase.marks) for phase in found), forwards, first))
