@@ -140,7 +140,7 @@ def test_the_probe_tells_whose_level_falls(images, labels, monkeypatch):
     """By the level of its last iterate, image by image; only those go on towards smaller t*."""
     model, attack = DefendedClassifier(TinyClassifier(), varying()), Adaptive("Linf", 0.1, calls=1000)
     probe = attack.plan(model).probe
-    target = probe.climb.target(probe.model, images, labels, IDS, derive_seed(0, "probe-level"))
+    target = probe.climb.target(probe.model, images, labels, IDS, derive_seed(0, "probe"))
     *_, last = probe.climb.path(target, images)
     asked = {"sample_ids": IDS, "draw": torch.zeros_like(IDS), "seed": derive_seed(0, "asked")}
     share = probe.model.details(last, **asked).t_star[:, 0] / probe.model.purifier.level.highest
@@ -271,11 +271,11 @@ def test_the_gradient_goes_through_the_level(images, labels):
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def test_where_the_level_falls_a_climb_lowers_it(images, labels):
+def test_where_the_level_falls_climbs_lower_it(images, labels):
     """By hand: momentum of the two terms, mixed at unit length, in steps of L2 length; from the clean image."""
     model = DefendedClassifier(TinyClassifier(), varying())
     first, second = Adaptive("Linf", 0.1, calls=2000).plan(model).fallen
-    level = first.phases[1]
+    (level,) = first.phases
     assert (level.clean, second.phases[-1].clean) == (True, False)
     assert level.model.purifier.level.highest == pytest.approx(0.7 * model.purifier.level.highest)
     climb = replace(level.climb, steps=2, eot=1)

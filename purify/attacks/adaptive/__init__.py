@@ -160,9 +160,11 @@ class Adaptive(Attack):
     def answers(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
             return 0
-        plan = self.stages(model)
-        climbs = [phase.climb for stage in plan for phase in stage.phases if phase.whole]
-        return sum(climb.steps * climb.eot for climb in climbs) + sum(stage.race.used for stage in plan)
+        plan, found = self.plan(model), []
+        for stages in (plan.stages, plan.fallen):
+            climbs = [phase.climb for stage in stages for phase in stage.phases if phase.whole]
+            found.append(sum(climb.steps * climb.eot for climb in climbs) + sum(stage.race.used for stage in stages))
+        return max(found)
 
     def counts(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):

@@ -21,7 +21,6 @@ LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 PROBE = 6  # steps of one draw each that try to lower t*, where it varies
 FALLEN = 0.9  # of the greatest t*: below, the probe has lowered it
-LOWERING = 0.8  # of a stage's climbs, for those that lower t*, on images where it falls
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
@@ -149,50 +148,41 @@ def plan(model: Any, climb: Climb, budget: int) -> Plan:
     climb = replace(climb, scaled=model.guided)
     if not model.level_varies:
         return Plan(tuple(stages(model, climb, budget)))
-    probe = short(model, replace(climb, steps=PROBE, eot=1), "probe", True)[-1]
+    probe = lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
     left = budget - Plan((), probe).probing
-    return Plan(tuple(stages(model, climb, left)), probe, tuple(stages(model, climb, left, LOWERING)))
+    return Plan(tuple(stages(model, climb, left)), probe, tuple(stages(model, climb, left, falls=True)))
 
 
-def stages(model: Any, climb: Climb, budget: int, low: float = 0.0) -> Iterator[Stage]:
-    """Climbs on the shorter process, then on the whole one; ``low``: share of the climbs that lower t*."""
-    forward = calls(model).forward
+def stages(model: Any, climb: Climb, budget: int, falls: bool = False) -> Iterator[Stage]:
+    """Climbs on the shorter process, then on the whole one; all towards smaller t* where it ``falls``."""
     given = int(model.auxiliary is not None)  # the start may be chosen where it is more than random
-    draws = int(CHOOSE_SHORT * budget / forward)
-    stage = _stage(short(model, climb, "short", low > 0), CLIMB_SHORT * budget, low, draws, given, 0)
+    answers = budget / calls(model).forward
+    first, then = (falling if falls else staying)(model, climb)
+    stage = _stage(first, CLIMB_SHORT * budget, int(CHOOSE_SHORT * answers), given, 0)
     yield stage
-    draws = int(CHOOSE_FULL * budget / forward)
-    yield _stage(full(model, climb, low > 0), CLIMB_FULL * budget, low, draws, 1, stage.race.draws)
+    yield _stage(then, CLIMB_FULL * budget, int(CHOOSE_FULL * answers), 1, stage.race.draws)
 
 
-def short(model: Any, climb: Climb, name: str, lowers: bool) -> list[Phase]:
-    """Climbs on the shorter process."""
-    phase = Phase(name, first_order(shorter(model)), climb, mix(model))
-    return [phase, *([lower(replace(phase, name=f"{name}-level", clean=True, mix=None))] if lowers else [])]
-
-
-def full(model: Any, climb: Climb, lowers: bool) -> list[Phase]:
-    """Climbs on the whole process, from what the shorter one gave."""
-    climb = replace(climb, step_size=climb.eps / 2)
-    found = [Phase("exact", model, climb, whole=True)]
+def staying(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
+    """Climbs at t*(x): on the shorter process, and then on the whole one at half the step size."""
+    mix = None if model.auxiliary is None else Mix(model.auxiliary)
+    half = replace(climb, step_size=climb.eps / 2)
+    full = [Phase("exact", model, half, whole=True)]
     if model.guided:
-        found.append(Phase("first-order", first_order(model), climb, mix(model), whole=True))
-    if lowers:
-        found.append(lower(Phase("level", model, climb)))
-    return found
+        full.append(Phase("first-order", first_order(model), half, mix, whole=True))
+    return [Phase("short", first_order(shorter(model)), climb, mix)], full
 
 
-def mix(model: Any) -> Mix | None:
-    """The guide's own gradient, where a network guides."""
-    return None if model.auxiliary is None else Mix(model.auxiliary)
+def falling(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
+    """Climbs towards smaller t*: on the shorter process from the clean image, and then on the whole one."""
+    short = Phase("short-level", first_order(shorter(model)), climb, clean=True)
+    return [lower(short)], [lower(Phase("level", model, climb))]
 
 
-def _stage(phases: list[Phase], climbs: float, low: float, forwards: int, given: int, first: int = 0) -> Stage:
-    """A stage whose phases share ``climbs`` calls, those that lower t* ``low`` of them.
+def _stage(phases: list[Phase], climbs: float, answers: int, given: int, first: int) -> Stage:
+    """A stage whose phases share ``climbs`` calls, and whose race may ask for so many answers.
 
     ``given``: candidates besides their iterates; ``first``: the first draw that they are judged on.
     """
-    lowering = sum(phase.lowers for phase in phases)
-    rest = (1 - low * lowering) / (len(phases) - lowering)
-    found = tuple(sized(phase, climbs * (low if phase.lowers else rest)) for phase in phases)
-    return Stage(found, Race(given + sum(len(phase.marks) for phase in found), forwards, first))
+    found = tuple(sized(phase, climbs / len(phases)) for phase in phases)
+    return Stage(found, Race(given + sum(len(phase.marks) for phase in found), answers, first))
