@@ -23,7 +23,7 @@ from pathlib import Path
 
 ATTACKS = "random-noise,transfer,guide-transfer,adaptive"  # those that do not apply to a purifier are left out
 CALLS = {"digits": 10_000, "fashion_mnist": 6000}
-GUIDED = {"digits": 20_000, "fashion_mnist": 10_000}  # each of whose gradients takes three times as many
+MORE = {"digits": 20_000, "fashion_mnist": 10_000}  # agdm, each of whose gradients takes three times as many
 IMAGES = {"digits": 256, "fashion_mnist": 128}
 # Purifier, noise level, classifier: the cheapest first.
 SYSTEMS = (
@@ -60,7 +60,7 @@ class Run:
         given = {
             "dataset": self.dataset, "purifier": self.purifier, "noise-level": self.level,
             "model": f"{self.dataset}-{self.classifier}", "attacks": ATTACKS, "budget": "standard",
-            "calls": (CALLS if self.purifier == "diffpure" else GUIDED)[self.dataset],
+            "calls": (MORE if self.purifier == "agdm" else CALLS)[self.dataset],
             "n-examples": IMAGES[self.dataset], "batch-size": 128, "max-rows": 256, "threads": 1, "out": out,
         }  # fmt: skip
         return [sys.executable, "-m", "purify", "attack", *(w for k, v in given.items() for w in (f"--{k}", str(v)))]

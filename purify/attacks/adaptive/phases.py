@@ -16,7 +16,7 @@ from purify.attacks.adaptive.select import Race
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
 
-SHORT = 3  # reverse steps per round of the shorter process
+SHORT = 3  # reverse steps of the shorter process, shared by its rounds: at least one in each
 LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 PROBE = 6  # steps of one draw each that try to lower t*, where it varies
@@ -120,8 +120,8 @@ def lowered(model: Any, images: Tensor, ids: Tensor, seed: int) -> Tensor:
 
 
 def shorter(model: Any) -> nn.Module:
-    """``model`` with at most ``SHORT`` reverse steps per round."""
-    return model.with_purifier(shortened(model.purifier, SHORT))
+    """``model`` with at most ``SHORT`` reverse steps, or one per round."""
+    return model.with_purifier(shortened(model.purifier, max(1, SHORT // len(model.purifier.rounds))))
 
 
 def first_order(model: Any) -> nn.Module:
