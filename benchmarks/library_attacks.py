@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Our worst case beside other libraries' attacks: the same defended digits, images, steps, EOT draws and judge.
 
-Ours are PGD+EOT and APGD+EOT, the worst of them for each image (cross-fitted). Theirs are torchattacks' EOTPGD (with
+Ours are PGD+EOT and APGD+EOT, the worst of them for each image (cross-fitted), and the adaptive attack with the network
+calls of one of them. Theirs are torchattacks' EOTPGD (with
 the library's ratio of step size to eps, and with Madry's 2.5 eps / steps), AutoAttack's `rand` alone and Square alone,
 and with the extra `interop` foolbox's PGD (with its EOT wrapper, without it, at its default step size) and ART's.
-Prints accuracies and the paired difference, ours minus theirs, with 95 % intervals; writes records and result.json
+Prints accuracies and the paired differences, ours minus theirs, with 95 % intervals; writes records and result.json
 below --out. The same command resumes.
 """
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from purify import DefendedClassifier, diffpure, zoo
-from purify.attacks import APGD, PGD, Attack, AttackResult, AutoAttackRand, Square
+from purify.attacks import APGD, PGD, Adaptive, Attack, AttackResult, AutoAttackRand, Square
 from purify.attacks.base import check_budget
 from purify.checks import check_count
 from purify.data import DATASETS, load_dataset
@@ -38,6 +39,7 @@ from purify.evaluate.records import write_json
 from purify.evaluate.runner import CLEAN, predictions
 from purify.machine import set_threads
 from purify.named import fingerprint
+from purify.purification.calls import calls
 
 try:  # here, because they keep errors of their imports, and with these the frames of whoever imported them
     import foolbox
@@ -122,17 +124,20 @@ class ArtPGD(Outside):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the comparison; ``difference``: our worst case minus this attack's accuracy, paired by image."""
+    """One line of the comparison; ``difference``: our worst case minus this attack's accuracy, paired by image;
+    ``adaptive``: the same for the adaptive attack."""
 
     name: str
     accuracy: Estimate
     difference: Estimate | None = None
+    adaptive: Estimate | None = None
 
 
-def build_attacks(steps: int, eot: int, queries: int) -> tuple[list[Attack], list[Attack]]:
-    """Ours and theirs, at the same steps and EOT draws."""
+def build_attacks(steps: int, eot: int, queries: int, gradient: int) -> tuple[list[Attack], list[Attack]]:
+    """Ours, the adaptive one last, and theirs, at the same steps and EOT draws of ``gradient`` network calls each."""
     eps = DATASETS["digits"].eps["Linf"]
     ours: list[Attack] = [kind("Linf", eps, steps=steps, eot=eot, max_rows=256) for kind in (PGD, APGD)]
+    ours.append(Adaptive("Linf", eps, calls=steps * eot * gradient, max_rows=256))
     theirs: list[Attack] = [
         TorchattacksPGD("Linf", eps, steps, eot, eps / 4),
         TorchattacksPGD("Linf", eps, steps, eot, 2.5 * eps / steps),
@@ -149,12 +154,17 @@ def build_attacks(steps: int, eot: int, queries: int) -> tuple[list[Attack], lis
     return ours, theirs
 
 
-def build_defence(attacks: Sequence[Attack], t_star: float, draws: int) -> Defence:
+def build_model(t_star: float) -> DefendedClassifier:
     """Digits behind DiffPure."""
-    classifier, model = zoo.classifier("digits-standard"), zoo.score_model("digits")
-    defended = DefendedClassifier(classifier, diffpure(model, t_star, 10, "ddpm"))
-    config = {**defended.config(), "classifier": fingerprint(classifier), "score_model": model.fingerprint()}
-    return Defence("diffpure", defended, attacks, draws, config)
+    return DefendedClassifier(
+        zoo.classifier("digits-standard"), diffpure(zoo.score_model("digits"), t_star, 10, "ddpm")
+    )
+
+
+def build_defence(model: DefendedClassifier, attacks: Sequence[Attack], draws: int) -> Defence:
+    """The model with what is done to it."""
+    prints = {"classifier": fingerprint(model.classifier), "score_model": model.purifier.score_model.fingerprint()}
+    return Defence("diffpure", model, attacks, draws, {**model.config(), **prints})
 
 
 def compare(
@@ -167,12 +177,14 @@ def compare(
         return predictions(folder, defence, stage, samples)
 
     stages = [CLEAN, *(a.label for a in ours)]
-    worst = worst_mean([answers(stage) == labels[:, None] for stage in stages])
+    *_, adaptive = stages
+    worst = worst_mean([answers(stage) == labels[:, None] for stage in stages if stage != adaptive])
     rows = [Row(stage, estimate(mean_correct(answers(stage), labels))) for stage in stages]
     rows.append(Row(OURS, estimate(worst)))
     for attack in theirs:
         right = mean_correct(answers(attack.label), labels)
-        rows.append(Row(attack.label, estimate(right), difference(worst, right)))
+        other = difference(mean_correct(answers(adaptive), labels), right)
+        rows.append(Row(attack.label, estimate(right), difference(worst, right), other))
     return rows
 
 
@@ -194,10 +206,11 @@ def run(args: argparse.Namespace, command: str) -> list[Row]:
     """Attack and judge what the folder does not hold yet, then compare."""
     set_threads(args.threads)
     check_count(args.samples, "samples")
-    ours, theirs = build_attacks(args.steps, args.eot, args.queries)
+    model = build_model(args.t_star)
+    ours, theirs = build_attacks(args.steps, args.eot, args.queries, calls(model).gradient)
     images, labels = (t[: args.samples] for t in load_dataset("digits", "test"))
     samples = Samples(images, labels, torch.arange(len(labels)))
-    defence = build_defence([*ours, *theirs], args.t_star, args.judge_draws)
+    defence = build_defence(model, [*ours, *theirs], args.judge_draws)
     config = {
         "defence": defence.config,
         "draws": defence.draws,
@@ -219,11 +232,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = {r.name: {"accuracy, %": r.accuracy, "ours - theirs": r.difference or ""} for r in rows}
+    heads = ("ours - theirs", "adaptive - theirs")
+    table = {
+        r.name: {"accuracy, %": r.accuracy, heads[0]: r.difference or "", heads[1]: r.adaptive or ""} for r in rows
+    }
     print(pd.DataFrame.from_dict(table, orient="index").map(str).to_string())
     for row in rows:
         if row.difference is not None:
             print(f"{'ok  ' if row.difference.value <= 0 else 'MISS'} our worst case is at most {row.name}")
+        if row.adaptive is not None:
+            print(f"{'ok  ' if row.adaptive.value <= 0 else 'MISS'} adaptive is at most {row.name}")
     print(f"Wrote {args.out / 'result.json'}.")
     return 0
 

@@ -180,12 +180,14 @@ def test_library_attacks(tmp_path, capsys):
     peers = ["torchattacks-2-0.075", "torchattacks-2-0.75", "autoattack-rand", "square"]
     if script.INTEROP:
         peers += ["foolbox-2-0.075", "foolbox-1-0.075", "foolbox-1-0.01", "art-1-0.075"]
-    assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "our worst case", *peers]
+    assert list(rows) == ["clean", "pgd-eot", "apgd-margin-eot", "adaptive", "our worst case", *peers]
     worst = rows["our worst case"]["accuracy"]["value"]
     for name in peers:
         gap = rows[name]["difference"]
         assert gap["value"] == pytest.approx(worst - rows[name]["accuracy"]["value"])
         assert gap["low"] <= gap["value"] <= gap["high"]
+        other = rows["adaptive"]["accuracy"]["value"] - rows[name]["accuracy"]["value"]
+        assert rows[name]["adaptive"]["value"] == pytest.approx(other)
     assert script.main([*arguments, "--out", str(tmp_path)]) == 0  # everything is on disk
     assert (tmp_path / "result.json").read_text() == first
     assert "at most square" in capsys.readouterr().out
@@ -201,7 +203,7 @@ def test_torchattacks_is_run_as_it_is():
 
     script = load_script("library_attacks")
     attack = script.TorchattacksPGD("Linf", 0.3, steps=3, eot=2, size=0.1)
-    model = script.build_defence([attack], 0.18, 2).model
+    model = script.build_model(0.18)
     images, labels = (t[:5] for t in script.load_dataset("digits", "test"))
     before = torch.get_rng_state()
     found = attack(model, images, labels, sample_ids=torch.arange(10, 15), seed=3).images
