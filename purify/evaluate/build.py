@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack
+from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack, split_goal
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
 from purify.diffusion.classes import Predicted
@@ -75,12 +75,14 @@ class Request:
         """The radius.
 
         Raises:
-            ValueError: it is not given, and the data set has none that is usual.
+            ValueError: it is not given, and the data set has none that is usual; or there are several.
         """
         e = self.asked
         if e.eps is None and e.threat_model not in self.data.eps:
             raise ValueError(f"There is no usual {e.threat_model} radius for {e.dataset}; pass --eps.")
-        return self.data.eps[e.threat_model] if e.eps is None else e.eps
+        if len(e.radii) > 1:
+            raise ValueError("Several eps make a curve and no run; call its .curve(), or name one of them.")
+        return self.data.eps[e.threat_model] if e.eps is None else e.radii[0]
 
     @property
     def max_rows(self) -> int:
@@ -91,11 +93,27 @@ class Request:
 def build_attacks(request: Request) -> list[Attack]:
     """The attacks by name; ``strongest`` stands for all. Without a gradient those that need none, and square."""
     names = tuple(ATTACKS) if request.asked.attacks == ("strongest",) else request.asked.attacks
-    found = [attack for name in names for attack in build_attack(find_attack(name), request)]
+    found = [attack for name in names for attack in build_named(name, request)]
     if request.asked.model_gradient != "none":
         return found
     found = [a for a in found if not a.takes_gradient]
     return found if any(isinstance(a, Square) for a in found) else [*found, *build_attack(Square, request)]
+
+
+def build_named(name: str, request: Request) -> list[Attack]:
+    """The attacks of a name, or of ``NAME@GOAL``: at one class, or at the likeliest wrong ones.
+
+    Raises:
+        ValueError: unknown name, or a goal for an attack that takes none.
+    """
+    start, goal = split_goal(name)
+    found = build_attack(find_attack(start), request)
+    if goal is None:
+        return found
+    aimed = [dataclasses.replace(a, goal=goal) for a in found if isinstance(a, PGD)]
+    if not aimed:
+        raise ValueError(f"{start} is not aimed at classes; PGD attacks are, as pgd-eot@{goal}.")
+    return list(aimed)
 
 
 def build_attack(kind: type[Attack], request: Request) -> list[Attack]:

@@ -34,6 +34,7 @@ from purify.options import (
     NUMBER,
     NUMBERS,
     PATH,
+    RADII,
     SHARD,
     SIZE,
     TEXT,
@@ -53,6 +54,7 @@ from purify.purification.levels import LEVELS
 
 if TYPE_CHECKING:
     from purify.evaluate.certification import Summary
+    from purify.evaluate.curve import Curve
     from purify.evaluate.finish import Finished
 
 DATA = (
@@ -216,10 +218,13 @@ class Evaluation(Description):
     purifications: int = option(1, WHOLE, DEFENCE, "purifications per answer")
     aggregate: str = option("logits", TEXT, DEFENCE, f"how they are combined: {', '.join(AGGREGATES)}")
     threat_model: str = option("Linf", TEXT, THREAT, f"ball of the attack: {', '.join(NORMS)}")
-    eps: float | None = option(None, NUMBER, THREAT, "radius")
+    eps: float | tuple[float, ...] | None = option(
+        None, RADII, THREAT, "radius; several, as 0.1,0.2,0.3: the curve of accuracy against them, with a run for each"
+    )
     attacks: tuple[str, ...] = option(
         tuple(EVERY_ATTACK.split(",")), NAMES, THREAT,
-        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies)",
+        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies); a PGD "
+        "attack at one class or at the K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
     )  # fmt: skip
     norm_weights: tuple[float, ...] = option(
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
@@ -275,6 +280,8 @@ class Evaluation(Description):
         if self.shard is not None and self.precision == AUTO:
             advice = "`--precision auto --dry-run` says which"
             raise ValueError(f"Each shard might choose another precision; name the one that all shall take ({advice}).")
+        if self.several and self.precision == AUTO:
+            raise ValueError("Each eps might choose another precision; name the one that all shall take (--precision).")
         for name in ("attack_steps", "eot", "calls", "restarts", "judge_draws", "purifications", "surrogate_steps"):
             value = getattr(self, name)
             if value is not None:
@@ -304,6 +311,18 @@ class Evaluation(Description):
             check_count(k, "--averages")
         check_unique(self.averages, "entries of --averages", "name each number once")
 
+    @property
+    def several(self) -> bool:
+        """Whether the curve over several eps is asked for."""
+        return isinstance(self.eps, tuple)
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """The radii that were named."""
+        if self.eps is None:
+            return ()
+        return self.eps if isinstance(self.eps, tuple) else (self.eps,)
+
     def rows(self, device: torch.device) -> int:
         """Images times draws in the model at once."""
         return self.max_rows or (2048 if device.type == "cuda" else 256)  # what its caches like
@@ -312,7 +331,7 @@ class Evaluation(Description):
         """Attack, judge and check, resuming what is in the run's folder; prints nothing but the bar.
 
         Raises:
-            ValueError: what does not fit together; before any attack.
+            ValueError: what does not fit together, or several eps (see :meth:`curve`); before any attack.
         """
         self.check_whole()
         from purify.evaluate.attacking import prepare  # builds networks from this description
@@ -321,6 +340,17 @@ class Evaluation(Description):
         with prepared.open("from Python") as folder:
             prepared.attack(folder, progress)
             return prepared.finish(folder, progress, prepared.protocols(folder, progress))
+
+    def curve(self, progress: bool = True) -> Curve | None:
+        """Accuracy against all ``eps``, as :meth:`run` at each of them; resumes. None on torchrun's other processes.
+
+        Raises:
+            ValueError: what does not fit together; before any attack.
+        """
+        self.check_whole()
+        from purify.evaluate.curve import measure, prepare_curve  # builds networks from this description
+
+        return measure(prepare_curve(self), "from Python", progress)
 
 
 @dataclass(frozen=True, kw_only=True)
