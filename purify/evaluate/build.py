@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from purify.diffusion.classes import Predicted
 from purify.diffusion.precision import FLOAT32
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
-from purify.evaluate.description import Evaluation
+from purify.evaluate.description import Attacking
 from purify.evaluate.precision import AUTO
 from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
@@ -34,9 +34,11 @@ from purify.purification.plans import FixedDt
 from purify.purification.purifier import DEFAULT_ENGINE
 from purify.wrap import build_purifier
 
+A = TypeVar("A", bound=Attacking)
+
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[A]):
     """A description with what was looked up for it.
 
     Attributes:
@@ -45,13 +47,13 @@ class Request:
         device: where everything runs.
     """
 
-    asked: Evaluation
+    asked: A
     data: Dataset
     device: torch.device
 
     @property
     def known(self) -> str:
-        """See :meth:`~purify.evaluate.description.Description.known`."""
+        """See :meth:`~purify.evaluate.described.Description.known`."""
         return self.asked.known(self.data)
 
     @property
@@ -297,7 +299,7 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     return defences
 
 
-def gradient_config(e: Evaluation) -> dict[str, Any]:
+def gradient_config(e: Attacking) -> dict[str, Any]:
     """The gradient engine with its parameters."""
     engine = ENGINES[e.gradient]
     config: dict[str, Any] = {"kind": e.gradient}

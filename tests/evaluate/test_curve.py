@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 from kills import lines
@@ -9,7 +10,6 @@ from kills import lines
 from purify.attacks import PGD
 from purify.cli.attack import main
 from purify.cli.merge import main as merge_command
-from purify.evaluate import finish
 from purify.evaluate.description import Evaluation
 from purify.evaluate.records import curve_folders
 
@@ -25,7 +25,7 @@ EPS = (0.3, 0, 0.1)
 def unchecked():
     """Self-checks are not what is tested here, and take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finish, "self_checks", lambda *args: [])
+        patch.setattr(import_module("purify.evaluate.finish"), "self_checks", lambda *args: [])
         yield
 
 
