@@ -221,21 +221,6 @@ def test_the_command_line_reports_how_often_the_class_was_reached(tmp_path, caps
     assert {row.name for row in read_run(tmp_path)} >= {"diffpure", "undefended"}
 
 
-@pytest.mark.parametrize(
-    ("attacks", "sentence"),
-    [
-        ("square@3", "square is not aimed at classes"),
-        ("pgd-eot@12", "no class 12 to aim at"),
-        ("pgd-eot@top-0", "classes to aim at must be"),
-        ("pgd-eot@next", "Unknown attack 'pgd-eot@next'"),
-    ],
-)
-def test_wrong_goals_on_the_command_line(attacks, sentence, tmp_path, capsys):
-    assert main(["--attacks", attacks, "--n-examples", "2", "--out", str(tmp_path / "run")]) == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_success_leaves_images_of_the_class_out():
     import numpy as np
 

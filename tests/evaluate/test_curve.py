@@ -140,24 +140,6 @@ def test_a_dry_run_counts_every_eps_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "curve").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--eps", "0,0"], "--eps 0 is no attack"),
-        (["--eps", "0.1,0.1"], "name each radius once"),
-        (["--eps", "0.1,3"], "An L_inf eps is for images in [0, 1]"),
-        (["--eps", "0.1,-1"], "eps must be a number of at least 0"),
-        (["--eps", "0.1,x"], "--eps takes a number, as 0.03 or 8/255, or several"),
-        (["--eps", "0.1,0.2", "--precision", "auto"], "Each eps might choose another precision"),
-    ],
-)
-def test_curves_that_cannot_be_are_one_sentence(words, sentence, tmp_path, capsys):
-    assert main([*WORDS, *words, "--out", str(tmp_path / "curve")]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said
-    assert not (tmp_path / "curve").exists()
-
-
 def test_several_eps_are_no_run_and_a_run_is_no_curve(drawn, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"call its .curve\(\)"):
         Evaluation(**TINY, eps=EPS).run(progress=False)

@@ -223,21 +223,3 @@ def test_the_table_says_what_it_is(whole, capsys):
     assert main([*TINY, "--dry-run", "--out", str(whole.parent / "none")]) == 0
     assert "At most about" in capsys.readouterr().out
     assert not (whole.parent / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--rate", "0"], "--rate is a share in (0, 1]"),
-        (["--halvings", "-1"], "--halvings must be"),
-        (["--eps", "0"], "must be above 0"),
-        (["--eps", "0.1,0.2"], "--eps takes a number"),
-        (["--precision", "auto"], "Name the precision"),
-        (["--attacks", "square"], "square attacks fixed groups of images together"),
-        (["--attacks", "pgd-eot@77"], "no class 77"),
-    ],
-)
-def test_searches_that_cannot_be_are_one_sentence(words, sentence, tmp_path, capsys):
-    assert main([*TINY, *words, "--out", str(tmp_path / "run")]) == 2
-    assert sentence in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
