@@ -36,7 +36,7 @@ from purify.purification.scorenorm import Calibration, ScoreNorm, calibrate
 from purify.wrap import wrap
 
 if TYPE_CHECKING:
-    from purify.evaluate.description import Certification, Evaluation
+    from purify.evaluate.description import Certification, Evaluation, MinimumDistortion
 
 __version__ = "0.2.0"
 
@@ -45,7 +45,7 @@ compat.install()
 
 def __getattr__(name: str) -> Any:
     """What needs half a second of evaluation's libraries, when it is asked for."""
-    if name not in ("Certification", "Evaluation"):
+    if name not in ("Certification", "Evaluation", "MinimumDistortion"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from purify.evaluate import description
 
@@ -75,6 +75,7 @@ __all__ = [
     "MSEGuidance",
     "ManhattanPull",
     "MediatorPull",
+    "MinimumDistortion",
     "Noise",
     "Purifier",
     "SSIMGuidance",

@@ -125,6 +125,11 @@ def _listed(convert: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
     return of
 
 
+def _one_or_more(value: Any) -> float | tuple[float, ...]:
+    found = _listed(_number)(value)
+    return found if len(found) > 1 else found[0]
+
+
 def _assignments(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return {_text(key): given for key, given in value.items()}
@@ -161,4 +166,5 @@ PATH = Kind(lambda value: Path(_text(value)), "a path")
 NAMES = Kind(_listed(_text), "names separated by commas")
 WHOLES = Kind(_listed(_whole), "whole numbers separated by commas")
 NUMBERS = Kind(_listed(_number), "numbers separated by commas")
+RADII = Kind(_one_or_more, "a number, as 0.03 or 8/255, or several separated by commas")
 ASSIGNMENTS = Kind(_assignments, "NAME=VALUE or PART.NAME=VALUE")

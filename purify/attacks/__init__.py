@@ -1,15 +1,19 @@
 """Attacks on purified classifiers. Each sees a model as a function from images to logits, nothing inside."""
 
+import re
+
 from purify.attacks.adaptive import Adaptive
 from purify.attacks.apgd import APGD
 from purify.attacks.autoattack import AutoAttack, AutoAttackRand, Square
 from purify.attacks.base import Attack, AttackResult
 from purify.attacks.frequency import LowFrequencyPGD
+from purify.attacks.goals import WRITTEN, Goal, MostLikely, OneClass, find_goal
 from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, LowLevelPGD, NormAutoAttackRand, NormPGD
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.published import LeeKimPGD
 from purify.attacks.steps import StepsPGD
+from purify.attacks.targeted import TargetedAPGD, TargetedPGD
 from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
 from purify.checks import choose
 from purify.plugin import is_in_file, load_class
@@ -21,6 +25,8 @@ ATTACKS: dict[str, type[Attack]] = {
         Adaptive,
         PGD,
         APGD,
+        TargetedPGD,
+        TargetedAPGD,
         StepsPGD,
         LowFrequencyPGD,
         ConstantLevelPGD,
@@ -53,9 +59,15 @@ def find_attack(name: str) -> type[Attack]:
     return load_class(name, Attack, "attack") if is_in_file(name) else choose(name, ATTACKS | PUBLISHED, "attack")
 
 
+def split_goal(name: str) -> tuple[str, Goal | None]:
+    """``NAME@GOAL``, as ``pgd-eot@3`` or ``bpda-eot@top-9``, and the goal, if one is written there."""
+    start, at, goal = name.rpartition("@") if isinstance(name, str) else (name, "", "")
+    return (start, find_goal(goal)) if at and WRITTEN.fullmatch(goal) else (name, None)
+
+
 def kind_of(label: str) -> type[Attack] | None:
     """The class of the attack that records call ``label``; None for an attack that is not one of ours."""
-    return (ATTACKS | PUBLISHED).get(label.partition("(")[0])
+    return (ATTACKS | PUBLISHED).get(re.split(r"[(@]", label)[0])
 
 
 __all__ = [
@@ -72,18 +84,24 @@ __all__ = [
     "ConstantLevelAutoAttackRand",
     "ConstantLevelPGD",
     "FirstOrderPGD",
+    "Goal",
     "GuidePGD",
     "GuideTransfer",
     "LeeKimPGD",
     "LowFrequencyPGD",
     "LowLevelPGD",
+    "MostLikely",
     "NormAutoAttackRand",
     "NormPGD",
+    "OneClass",
     "RandomNoise",
     "Square",
     "StepsPGD",
     "SurrogatePGD",
+    "TargetedAPGD",
+    "TargetedPGD",
     "Transfer",
     "find_attack",
     "kind_of",
+    "split_goal",
 ]

@@ -106,7 +106,10 @@ class Attack(ABC):
         ids, seed = sample_keys(sample_ids, images), derive_seed(seed, self.name)
         if isinstance(labels, Tensor) and labels.device != images.device:
             raise ValueError(f"Labels are on {labels.device} but images on {images.device}; move one of them.")
-        check_labels(labels, len(images), num_classes(model, images, ids, seed))
+        classes = num_classes(model, images, ids, seed)
+        check_labels(labels, len(images), classes)
+        if classes is not None:
+            self.check_classes(classes)
         if self.feature is not None and not self.applies_to(model):
             raise ValueError(self.feature.refusal(self.name, model))
         if len(images) == 0:
@@ -131,6 +134,14 @@ class Attack(ABC):
     def applies_to(self, model: nn.Module) -> bool:
         """Whether the attack says something about ``model`` that others do not."""
         return self.feature is None or self.feature.is_of(model)
+
+    @property
+    def wanted(self) -> int | None:
+        """The class that all answers shall be, of an attack at one class."""
+        return None
+
+    def check_classes(self, classes: int) -> None:  # noqa: B027 - most attacks take any number
+        """Raise ValueError unless a model of this many classes can be attacked."""
 
     def attacked(self, model: nn.Module) -> nn.Module:
         """The model that is differentiated; its forward values are those of ``model``."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from purify.attacks.autoattack import AutoAttackRand
 from purify.attacks.base import Attack
 from purify.attacks.norms import unit
-from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import VARYING_LEVEL, Feature
 from purify.checks import is_number
 
@@ -30,7 +30,7 @@ class Weighted(Attack):
 
     @property
     def label(self) -> str:
-        return f"{self.name}({self.norm_weight:g})"
+        return f"{super().label}({self.norm_weight:g})"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class NormPGD(Weighted, PGD):
 
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             details = varying.details(images, sample_ids=ids, draw=draws, seed=seed)
-            return LOSSES[self.loss](details.logits, y), details.statistic.mean(1)
+            return self.objective(details.logits, y), details.statistic.mean(1)
 
         return evaluate
 

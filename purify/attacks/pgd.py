@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
 
 from purify.attacks.base import Attack, AttackResult, check_budget, keyed
 from purify.attacks.counting import count
+from purify.attacks.goals import ANY_OTHER, Goal, find_goal, rank_seed
 from purify.attacks.kinks import Inside, moved
+from purify.attacks.losses import LOSSES, Loss
 from purify.attacks.norms import BALLS, Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
 from purify.attacks.submitted import SIGNED, Submitted
@@ -23,30 +24,9 @@ from purify.diffusion.noise import Noise
 from purify.memory import Parts
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 
-
-def ce_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy per row, (R, K) and (R,) -> (R,)."""
-    return cross_entropy(logits, y, reduction="none")
-
-
-def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Largest other logit minus the label's (Carlini & Wagner 2017): positive where misclassified."""
-    own = one_hot(y, logits.shape[1]).bool()
-    return logits.masked_fill(own, -math.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
-
-
-def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce & Hein 2020, eq. 6); needs at least three classes."""
-    if logits.shape[1] < 3:
-        raise ValueError("The DLR loss needs at least three classes; use loss='margin'.")
-    top = logits.topk(3, dim=1).values
-    return margin_loss(logits, y) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
-
-
-# images, labels, sample ids, draws (R rows each) -> terms (R,); the first is the loss that chooses the best iterate.
+# Images, what the objective takes (labels), sample ids, draws (R rows each) -> terms (R,); the first chooses the best
+# iterate.
 Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce_loss, "margin": margin_loss, "dlr": dlr_loss}
 
 FLAT = (
     "The gradient is zero at every pixel of every image, so this attack finds what its start does; use square, or take "
@@ -69,7 +49,8 @@ class Target:
 
     Attributes:
         evaluate: see ``Evaluator``.
-        x, y, ids: clean images (N, C, H, W), labels (N,) and sample ids (N,).
+        x, ids: clean images (N, C, H, W) and sample ids (N,).
+        y: what the objective takes beside logits: labels (N,), or what :meth:`Goal.aims` says.
         seed: keys random starts.
         inside: which samples have their gradients taken inside [0, 1].
         submitted: what was answered to the iterates.
@@ -111,6 +92,8 @@ class PGD(Attack):
             :class:`~purify.attacks.norms.L1Ball`. On digits None was far stronger on plain classifiers, so
             :meth:`on_deterministic` takes it, and a little weaker behind DiffPure (t* 0.18, eps 4, 20 x 4, 128 images,
             seeds 0 to 2: 24.3, 25.8, 22.5 % right against 22.3, 23.0, 22.4 %).
+        goal: what the answer shall be: ``any`` class but the label, one class (its number), ``top-K``, the K likeliest
+            wrong classes in turn, each with all steps and restarts; or a :class:`~purify.attacks.goals.Goal`.
     """
 
     steps: int = 40
@@ -122,6 +105,7 @@ class PGD(Attack):
     loss: str = "margin"
     max_rows: int = 2048
     sparsity: float | None = 0.05
+    goal: Goal | int | str = ANY_OTHER
 
     name: ClassVar[str] = "pgd-eot"
 
@@ -135,18 +119,48 @@ class PGD(Attack):
             raise ValueError(f"sparsity must be None or a share of the pixels in (0, 1], got {self.sparsity}.")
         choose(self.loss, LOSSES, "attack loss")
         choose(self.schedule, STEP_SCHEDULES, "step-size schedule")
+        find_goal(self.goal)
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        rows = self.aim.concerns(y).nonzero()[:, 0]
+        if len(rows) == len(y):
+            return self._aimed(model, x, y, ids, seed)
+        images, loss = x.clone(), torch.full((len(x),), math.nan, device=x.device)
+        if len(rows):
+            found = self._aimed(model, x[rows], y[rows], ids[rows], seed)
+            images[rows], loss[rows] = found.images, found.loss
+        return AttackResult(images, loss)
+
+    def _aimed(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
+        """The attack at each class that the goal names for the labels ``y``, in turn."""
         target = self.target(self.attacked(model), x, y, ids, seed)
-        first = self.first(model, x, y, ids, seed)
-        best = x.clone()
-        best_loss = torch.full((len(x),), -math.inf, device=x.device)
+        found = AttackResult(x.clone(), torch.full((len(x),), -math.inf, device=x.device))
+        for turn, aim in enumerate(self.aim.aims(y, lambda: self._asked(model, x, ids, seed))):
+            aimed, first = replace(target, y=aim), self.first(model, x, aim, ids, seed)
+            found = self.climb(aimed, first, found, turn)
+        return replace(found, submitted=target.submitted if self.submits else None)
+
+    def climb(self, target: Target, first: Tensor | None, best: AttackResult, turn: int = 0) -> AttackResult:
+        """Every iterate's best and ``best``, per sample; the first run starts at ``first``, if there is one."""
+        images, loss = best.images, best.loss
         for restart in range(self.restarts):
-            for z, loss in self._iterates(target, restart, first):
-                better = loss > best_loss
-                best_loss = torch.where(better, loss, best_loss)
-                best = torch.where(better.reshape(-1, 1, 1, 1), z, best)
-        return AttackResult(best, best_loss, submitted=target.submitted if self.submits else None)
+            start = None if restart else first
+            for z, found in self._iterates(target, turn * self.restarts + restart, start):
+                better = found > loss
+                loss = torch.where(better, found, loss)
+                images = torch.where(better.reshape(-1, 1, 1, 1), z, images)
+        return AttackResult(images, loss)
+
+    @torch.no_grad()
+    def _asked(self, model: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+        """Mean logits (N, K) of the clean images, over as many draws as a gradient has."""
+        call, eot = keyed(self.attacked(model), rank_seed(seed)), self.eot
+
+        def ask(part: Tensor) -> Tensor:
+            return call(x[part // eot], ids[part // eot], part % eot)
+
+        rows = torch.arange(len(x) * eot, device=x.device)
+        return torch.cat([found for _, found in Parts(self.max_rows).of(rows, ask)]).unflatten(0, (-1, eot)).mean(1)
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
         """What iterates are asked of."""
@@ -155,13 +169,35 @@ class PGD(Attack):
         return Target(self.evaluator(model, seed), x, y, ids, seed, *own)
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
-        """Where the first run starts; None: at random, like all others."""
+        """Where the first run starts; None: at random, like all others. ``y``: what the objective takes."""
         return None if self.random_start else x
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
         """What is asked at each iterate, and differentiated."""
         call = keyed(model, seed)
-        return lambda images, y, ids, draws: (LOSSES[self.loss](call(images, ids, draws), y),)
+        return lambda images, y, ids, draws: (self.objective(call(images, ids, draws), y),)
+
+    @property
+    def aim(self) -> Goal:
+        """The goal, if it was given as it is written."""
+        return find_goal(self.goal)
+
+    @property
+    def objective(self) -> Loss:
+        """What is climbed, of logits and what :meth:`Goal.aims` says."""
+        return self.aim.objective(self.loss)
+
+    @property
+    def wanted(self) -> int | None:
+        return self.aim.wanted
+
+    def check_classes(self, classes: int) -> None:
+        self.aim.check(classes)
+
+    @property
+    def label(self) -> str:
+        usual = type(self).goal  # of a dataclass: the default
+        return super().label if self.aim == find_goal(usual) else f"{super().label}@{self.aim}"
 
     @property
     def ball(self) -> Ball:
@@ -186,19 +222,24 @@ class PGD(Attack):
 
     @property
     def gradients(self) -> int:
-        return self.restarts * self.steps * self.eot
+        return self.runs * self.steps * self.eot
 
     @property
     def forwards(self) -> int:
-        return self.restarts * self.eot
+        return (self.runs + self.aim.asks) * self.eot
+
+    @property
+    def runs(self) -> int:
+        """Times that the steps are taken; of a model of few classes perhaps fewer."""
+        return self.restarts * self.aim.turns
 
     def answers(self, model: nn.Module) -> int:
-        return self.restarts * (self.steps + 1) * self.eot if self.submits else 0
+        return self.runs * (self.steps + 1) * self.eot if self.submits else 0
 
     @property
     def submits(self) -> bool:
         """Whether the losses of its iterates say how the judged model answers them."""
-        return self.loss in SIGNED and not self.black_box
+        return self.loss in SIGNED and not self.black_box and self.aim == ANY_OTHER
 
     def on_deterministic(self) -> Attack:
         return replace(self, eot=1, sparsity=None)
@@ -209,6 +250,9 @@ class PGD(Attack):
     def budget(self) -> dict[str, Any]:
         parts = super().budget()
         del parts["max_rows"]  # does not change results
+        del parts["goal"]
+        if self.aim != ANY_OTHER:
+            parts["goal"] = str(self.aim)
         if self.norm != "L1":
             del parts["sparsity"]
         return parts
@@ -226,7 +270,7 @@ class PGD(Attack):
                 z = self.project(z + size * self.direction(gradients, z, x), x)
 
     def _start(self, target: Target, restart: int, first: Tensor | None) -> Tensor:
-        if restart == 0 and first is not None:
+        if first is not None:
             return first
         x = target.x
         uniform = Noise.keyed(target.seed, target.ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)

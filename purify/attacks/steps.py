@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import IN_STEP, Feature
 from purify.checks import is_number
 
@@ -38,7 +38,7 @@ class StepsPGD(PGD):
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             details = in_step.details(images, sample_ids=ids, draw=draws, seed=seed, deviation=True)
             assert details.deviation is not None
-            return LOSSES[self.loss](details.logits, y), details.deviation.mean(1)
+            return self.objective(details.logits, y), details.deviation.mean(1)
 
         return evaluate
 

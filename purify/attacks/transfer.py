@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from purify.attacks.base import AttackResult, keyed
-from purify.attacks.pgd import LOSSES, PGD, Evaluator, mixed
+from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import AUXILIARY, BARE_CLASSIFIER, Feature
 from purify.checks import is_number
 
@@ -27,8 +28,12 @@ class Transfer(PGD):
     exact_gradient: ClassVar[bool] = False
 
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
-        alone = replace(self, eot=1, sparsity=None)  # the bare classifier has no randomness
-        return PGD.run(alone, model, x, y, ids, seed)
+        return PGD.run(self.alone, model, x, y, ids, seed)
+
+    @property
+    def alone(self) -> Transfer:
+        """The attack as it runs: the other network has no randomness."""
+        return replace(self, eot=1, sparsity=None)
 
     @property
     def gradients(self) -> int:
@@ -40,7 +45,7 @@ class Transfer(PGD):
 
     @property
     def counted(self) -> int:
-        return self.restarts * self.steps  # of the other network
+        return self.runs * self.steps  # of the other network
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return BARE_CLASSIFIER.of(model).classifier
@@ -94,13 +99,15 @@ class GuidePGD(PGD):
 
     @property
     def counted(self) -> int:
-        return self.gradients + self.steps  # those of its start
+        return self.gradients + self.aim.turns * self.steps  # those of its starts
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
-        return GuideTransfer(self.norm, self.eps, steps=self.steps).run(model, x, y, ids, seed).images
+        other = GuideTransfer(self.norm, self.eps, steps=self.steps, goal=self.goal).alone
+        target = other.target(other.attacked(model), x, y, ids, seed)
+        return other.climb(target, None, AttackResult(x, torch.full((len(x),), -torch.inf, device=x.device))).images
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
-        whole, auxiliary, loss = keyed(model, seed), guide_of(model), LOSSES[self.loss]
+        whole, auxiliary, loss = keyed(model, seed), guide_of(model), self.objective
 
         def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
             return loss(whole(images, ids, draws), y), loss(auxiliary(images), y)

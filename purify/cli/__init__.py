@@ -3,6 +3,7 @@
 # Subcommand -> (module with main(argv, prog), what it does); imported when it is asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "attack": ("purify.cli.attack", "attack a purified classifier and report what holds"),
+    "distortion": ("purify.cli.distortion", "the smallest radius at which purified classifiers fail, image by image"),
     "certify": ("purify.cli.certify", "certify smoothed classifiers, and attack them inside their radii"),
     "image": ("purify.cli.image", "purify pictures of your own"),
     "merge": ("purify.cli.merge", "shards of a run, run by independent processes, to the whole run"),

@@ -12,6 +12,8 @@ from purify.diffusion.precision import FLOAT32
 from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.budgets import reduced
+from purify.evaluate.curve import Curve, measure, prepare_curve
+from purify.evaluate.curve import table as curve_table
 from purify.evaluate.description import Evaluation
 from purify.evaluate.dryrun import Cost, duration
 from purify.evaluate.dryrun import table as dry_run_table
@@ -36,6 +38,8 @@ EXAMPLES = """examples:
   %(prog)s --attacks pgd-eot,bpda-eot,autoattack-rand --threat-model L2 --eps 1
   %(prog)s --data cifar10 --model Standard --score-model score-sde-cifar10 --budget paper --device cuda
   %(prog)s --recipe lee-kim-cifar10-linf --score-model score-sde-cifar10 --device cuda
+  %(prog)s --eps 0.05,0.1,0.2,0.3              accuracy against eps, with a plot
+  %(prog)s --attacks pgd-eot@3,apgd-targeted   at class 3; at the likeliest wrong classes in turn
   %(prog)s --config runs/NAME/run.yaml         the same run again
 """
 
@@ -62,6 +66,8 @@ def main(argv: list[str] | None = None, prog: str = "purify attack") -> int:
 def run(args: Any, command: str) -> int:
     """Check everything, then attack, judge and report."""
     asked = described(Evaluation, args)
+    if asked.several:
+        return run_curve(asked, args, command)
     prepared = prepare(asked)
     request = prepared.request
     if prepared.ranks.first:
@@ -69,7 +75,8 @@ def run(args: Any, command: str) -> int:
         if prepared.chosen:
             print(f"precision auto: {prepared.chosen}")
     if args.dry_run:
-        return show_dry_run(prepared)
+        show_dry_run(prepared)
+        return 0
     with prepared.open(command) as folder:
         if prepared.ranks.first:
             threat = f"{asked.threat_model} eps {request.eps:g}"
@@ -87,8 +94,58 @@ def run(args: Any, command: str) -> int:
     return 0
 
 
-def show_dry_run(prepared: Prepared) -> int:
-    """Print what the run would take."""
+def run_curve(asked: Evaluation, args: Any, command: str) -> int:
+    """The same at each of several eps, and what they come to together."""
+    curve = prepare_curve(asked)
+    ranks, eps = curve.largest.ranks, ", ".join(f"{e:g}" for e in curve.eps)
+    if ranks.first:
+        note_data(asked, curve.largest.request.data)
+    if args.dry_run:
+        total = len(curve.eps) * show_dry_run(curve.largest)
+        print(f"That is for one eps; all {len(curve.eps)} take about {duration(total)}.")
+        return 0
+    if ranks.first:
+        samples = len(curve.largest.samples)
+        print(f"{asked.dataset}, {asked.threat_model} eps {eps}, {samples} samples; a run for each in {curve.path}")
+    if asked.part:
+        for e in curve.eps:
+            one = curve.at(e)
+            with one.open(command) as folder:
+                one.attack(folder)
+        if ranks.first:
+            print(f"Shard {asked.part} is finished at every eps; once all are: purify merge {curve.path}")
+    else:
+        found = measure(curve, command, each=show_radius)
+        if found is not None:
+            show_curve(found, asked)
+            show_published(args.recipe)
+    leave()
+    return 0
+
+
+def show_radius(eps: float, finished: Finished) -> None:
+    """What one eps of a curve came to."""
+    print(f"\n{finished.verdict}")
+    show_protocols(finished.protocols)
+    failed = [check for check in finished.checks if not check.passed]
+    for check in failed:
+        print(f"  FAILED {check.defence}: {check.name}: {check.meaning}")
+    print(f"  self-checks: {f'{len(failed)} of {len(finished.checks)} FAILED' if failed else 'all passed'}; "
+          f"wrote {finished.file}")  # fmt: skip
+
+
+def show_curve(found: Curve, asked: Evaluation) -> None:
+    """The table of a curve, and where it is not monotone."""
+    criterion = CRITERIA_TEXTS[asked.worst_only or "mean"].format("all")
+    print(f"\nAccuracy in % in the worst case, {criterion}, [95 % interval]; eps 0: clean images")
+    print(curve_table(found.points).to_string())
+    for rise in found.rises:
+        print(f"{'WARNING' if rise.certain else 'note'}: {rise}")
+    print(f"Wrote {found.file}, {found.picture}.")
+
+
+def show_dry_run(prepared: Prepared) -> float:
+    """Print what the run would take; returns its seconds."""
     costs = prepared.dry_run()
     asked = prepared.request.asked
     print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
@@ -104,8 +161,10 @@ def show_dry_run(prepared: Prepared) -> int:
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
     if prepared.protocol_names:
-        print(f"Protocols: about {duration(protocol_seconds(prepared, costs))} more.")
-    return 0
+        more = protocol_seconds(prepared, costs)
+        print(f"Protocols: about {duration(more)} more.")
+        total += more
+    return total
 
 
 def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:
@@ -132,6 +191,7 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
         show_more(folder, finished.results, purified, samples)
+    show_targeted(finished.results)
     show_protocols(finished.protocols)
     show_checks(finished)
     show_budget(prepared, purified)
@@ -154,6 +214,16 @@ def show_more(folder: RunFolder, found: dict[str, dict[str, Any]], purified: lis
         print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
     if any(d.model.level_varies for d in purified):
         print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+
+
+def show_targeted(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """How often attacks at one class got it."""
+    rows = [(name, s, row["targeted"]) for name, stages in found.items() for s, row in stages.items()
+            if "targeted" in row]  # fmt: skip
+    if rows:
+        print("\nAnswers that are the class aimed at, in %, of images of other classes, [95 % interval]")
+        for name, stage, share in rows:
+            print(f"{name}, {stage}: {str(share).strip()}")
 
 
 def show_protocols(found: Mapping[str, Measured]) -> None:

@@ -14,7 +14,8 @@ import argparse
 
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
-from purify.evaluate.merge import merge
+from purify.evaluate.merge import Merged, merge
+from purify.evaluate.records import curve_folders
 from purify.options import PATH
 
 
@@ -30,13 +31,21 @@ def parser(prog: str = "purify merge") -> Parser:
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Merge, and say what is left to do."""
-    found = merge(args.runs, args.out)
+    """Merge, and say what is left to do; of a curve every radius."""
+    parts = curve_folders(args.runs[0]) if len(args.runs) == 1 and args.out is None else []
+    for runs in [[part] for part in parts] or [args.runs]:
+        show(merge(runs, args.out))
+    if parts:
+        print("The curve: the command that made it, without --shard.")
+    return 0
+
+
+def show(found: Merged) -> None:
+    """What a run has now, and what it lacks."""
     print(f"{found.folder} holds {found.records} records, {found.new} of them new.")
     if found.lacking:
         print(f"It lacks {found.lacking}: run them and merge again, or leave the rest to one process:")
     print(f"Tables, self-checks and result.json: {found.command}")
-    return 0
 
 
 def main(argv: list[str] | None = None, prog: str = "purify merge") -> int:

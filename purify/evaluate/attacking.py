@@ -16,7 +16,7 @@ from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
 from purify.diffusion.precision import PRECISIONS
 from purify.evaluate.build import Request, build_attacks, build_defences
-from purify.evaluate.description import Description, Evaluation
+from purify.evaluate.description import Attacking, Description, Evaluation
 from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
@@ -98,7 +98,7 @@ class Prepared:
         chosen: what ``--precision auto`` chose, in words, where it did.
     """
 
-    request: Request
+    request: Request[Evaluation]
     attacks: list[Attack]
     defences: list[Defence]
     samples: Samples
@@ -184,23 +184,34 @@ def prepare(asked: Evaluation) -> Prepared:
     """
     data, ranks, device = begin(asked)
     request = Request(asked, data, device)
-    attacks = build_attacks(request)
     samples = load_samples(asked, data, request.budget.n_examples, device)
-    defences = build_defences(request, attacks)
-    check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    attacks, defences = assemble(request, samples)
     check_protocols(asked.protocol, defences, samples.images, asked.averages or AVERAGES)
-    for defence in defences:
-        check_gradient(defence, samples.images)
-        if not isinstance(defence.model, DefendedClassifier):
-            images, labels, ids = samples.images, samples.labels, samples.ids
-            check_clean(defence.name, defence.model, images, labels, ids, data.num_classes)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)
         request = dataclasses.replace(request, asked=asked.replace(precision=name))
         defences = in_precision(defences, name)
     return Prepared(request, attacks, defences, samples, configured(asked, defences, samples), ranks, chosen)
+
+
+def assemble(request: Request[Any], samples: Samples) -> tuple[list[Attack], list[Defence]]:
+    """The attacks of a description, and what they are run on.
+
+    Raises:
+        ValueError: parts that do not fit together, or models that cannot take the images.
+    """
+    asked, data = request.asked, request.data
+    attacks = build_attacks(request)
+    defences = build_defences(request, attacks)
+    check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
+    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    for defence in defences:
+        check_gradient(defence, samples.images)
+        if not isinstance(defence.model, DefendedClassifier):
+            images, labels, ids = samples.images, samples.labels, samples.ids
+            check_clean(defence.name, defence.model, images, labels, ids, data.num_classes)
+    return attacks, defences
 
 
 def configured(asked: Evaluation, defences: list[Defence], samples: Samples) -> dict[str, Any]:
@@ -214,7 +225,9 @@ def in_precision(defences: list[Defence], name: str) -> list[Defence]:
     return [dataclasses.replace(d, precision=name) if p else d for d, p in zip(defences, purified, strict=True)]
 
 
-def settle_precision(request: Request, defences: list[Defence], samples: Samples, ranks: Ranks) -> tuple[str, str]:
+def settle_precision(
+    request: Request[Evaluation], defences: list[Defence], samples: Samples, ranks: Ranks
+) -> tuple[str, str]:
     """What ``auto`` comes to, and why: what a run that was begun has, or what the first process measures."""
     e = request.asked
 
@@ -235,7 +248,7 @@ def settle_precision(request: Request, defences: list[Defence], samples: Samples
     return ranks.agree(settle)
 
 
-def folder_name(asked: Evaluation) -> str:
+def folder_name(asked: Attacking) -> str:
     """What a run's folder below runs/ begins with."""
     return f"{asked.title}-{'+'.join(map(_short, asked.purifier))}-{asked.budget}"
 

@@ -7,20 +7,20 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from purify import zoo
-from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack
+from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack, split_goal
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
 from purify.diffusion.classes import Predicted
 from purify.diffusion.precision import FLOAT32
 from purify.diffusion.score import ScoreModel
 from purify.evaluate.budgets import Budget, budget
-from purify.evaluate.description import Evaluation
+from purify.evaluate.description import Attacking
 from purify.evaluate.precision import AUTO
 from purify.evaluate.runner import UNDEFENDED, Defence
 from purify.named import fingerprint, load_calibration, load_classifier, load_score
@@ -34,9 +34,11 @@ from purify.purification.plans import FixedDt
 from purify.purification.purifier import DEFAULT_ENGINE
 from purify.wrap import build_purifier
 
+A = TypeVar("A", bound=Attacking)
+
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[A]):
     """A description with what was looked up for it.
 
     Attributes:
@@ -45,13 +47,13 @@ class Request:
         device: where everything runs.
     """
 
-    asked: Evaluation
+    asked: A
     data: Dataset
     device: torch.device
 
     @property
     def known(self) -> str:
-        """See :meth:`~purify.evaluate.description.Description.known`."""
+        """See :meth:`~purify.evaluate.described.Description.known`."""
         return self.asked.known(self.data)
 
     @property
@@ -75,12 +77,14 @@ class Request:
         """The radius.
 
         Raises:
-            ValueError: it is not given, and the data set has none that is usual.
+            ValueError: it is not given, and the data set has none that is usual; or there are several.
         """
         e = self.asked
         if e.eps is None and e.threat_model not in self.data.eps:
             raise ValueError(f"There is no usual {e.threat_model} radius for {e.dataset}; pass --eps.")
-        return self.data.eps[e.threat_model] if e.eps is None else e.eps
+        if len(e.radii) > 1:
+            raise ValueError("Several eps make a curve and no run; call its .curve(), or name one of them.")
+        return self.data.eps[e.threat_model] if e.eps is None else e.radii[0]
 
     @property
     def max_rows(self) -> int:
@@ -91,11 +95,27 @@ class Request:
 def build_attacks(request: Request) -> list[Attack]:
     """The attacks by name; ``strongest`` stands for all. Without a gradient those that need none, and square."""
     names = tuple(ATTACKS) if request.asked.attacks == ("strongest",) else request.asked.attacks
-    found = [attack for name in names for attack in build_attack(find_attack(name), request)]
+    found = [attack for name in names for attack in build_named(name, request)]
     if request.asked.model_gradient != "none":
         return found
     found = [a for a in found if not a.takes_gradient]
     return found if any(isinstance(a, Square) for a in found) else [*found, *build_attack(Square, request)]
+
+
+def build_named(name: str, request: Request) -> list[Attack]:
+    """The attacks of a name, or of ``NAME@GOAL``: at one class, or at the likeliest wrong ones.
+
+    Raises:
+        ValueError: unknown name, or a goal for an attack that takes none.
+    """
+    start, goal = split_goal(name)
+    found = build_attack(find_attack(start), request)
+    if goal is None:
+        return found
+    aimed = [dataclasses.replace(a, goal=goal) for a in found if isinstance(a, PGD)]
+    if not aimed:
+        raise ValueError(f"{start} is not aimed at classes; PGD attacks are, as pgd-eot@{goal}.")
+    return list(aimed)
 
 
 def build_attack(kind: type[Attack], request: Request) -> list[Attack]:
@@ -279,7 +299,7 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     return defences
 
 
-def gradient_config(e: Evaluation) -> dict[str, Any]:
+def gradient_config(e: Attacking) -> dict[str, Any]:
     """The gradient engine with its parameters."""
     engine = ENGINES[e.gradient]
     config: dict[str, Any] = {"kind": e.gradient}

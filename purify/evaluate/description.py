@@ -6,26 +6,23 @@ repeats it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from purify.attacks import ATTACKS
 from purify.attacks.base import NORMS
 from purify.certify.multiscale import MODES
-from purify.checks import check_count, check_unique, choose, nearest
-from purify.data import DATASETS, Dataset
+from purify.checks import check_count, check_unique, choose
 from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.budgets import BUDGETS, DRAWS
+from purify.evaluate.described import RUN, WHAT, Description
 from purify.evaluate.precision import AUTO, COSINE
 from purify.evaluate.protocols import AVERAGES, PROTOCOLS
-from purify.evaluate.ranks import Shard
 from purify.evaluate.recipes import RECIPES
 from purify.evaluate.runner import WORST_ONLY
 from purify.options import (
@@ -34,17 +31,13 @@ from purify.options import (
     NUMBER,
     NUMBERS,
     PATH,
-    SHARD,
+    RADII,
     SIZE,
     TEXT,
     WHOLE,
     WHOLES,
-    convert,
-    flags,
     note,
     option,
-    options,
-    plain,
 )
 from purify.presets import PURIFIERS
 from purify.purification.defended import AGGREGATES
@@ -53,136 +46,29 @@ from purify.purification.levels import LEVELS
 
 if TYPE_CHECKING:
     from purify.evaluate.certification import Summary
+    from purify.evaluate.curve import Curve
+    from purify.evaluate.distortion import Distortions
     from purify.evaluate.finish import Finished
 
-DATA = (
-    f"{', '.join(DATASETS)}; or your own: a folder with a folder of pictures for each class, a .npz or .safetensors "
-    "with images and labels, or file.py:function"
-)
-MODEL = (
-    "zoo name, path of a purify .safetensors, RobustBench name, or file.py:function (default: DATASET-standard, or "
-    "RobustBench's Standard)"
-)
 SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
-WHAT, DEFENCE, THREAT = "what is evaluated", "defence", "threat and attack"
+DEFENCE, THREAT = "defence", "threat and attack"
 GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
-BUDGET, RUN = "budget (by name, or its parts)", "run"
+BUDGET = "budget (by name, or its parts)"
 SAMPLING = ("fixed", "anytime")
 OLD = ("stop_radius", "looks")  # options of certificates until 0.2
 EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
-
-
 MODEL_GRADIENTS = ("exact", "bpda", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
-    """What attacks and certificates have in common. Options that are None are the data set's usual ones."""
-
-    dataset: str = option("digits", TEXT, WHAT, DATA, "--data", "--dataset")
-    data_dir: Path | None = option(None, PATH, WHAT, "folder with the data set's files")
-    model: str | None = option(None, TEXT, WHAT, MODEL)
-    n_examples: int | None = option(None, WHOLE, WHAT, "test images (default: the budget's)")
-    seed: int = option(0, WHOLE, RUN, "keys all randomness")
-    device: str = option("cpu", TEXT, RUN, "cpu, cuda, cuda:1, ...")
-    batch_size: int = option(64, WHOLE, RUN, "samples at once")
-    max_rows: int | None = option(None, WHOLE, RUN, "images times draws in the model at once (default: CPU 256)")
-    threads: int | None = option(None, WHOLE, RUN, "CPU threads for torch")
-    out: Path | None = option(None, PATH, RUN, "folder of the run; the same command resumes (default: below runs/)")
-    shard: str | None = option(
-        None, SHARD, RUN, "part of the images, as 3/16: the third of 16 independent processes; see `purify merge`"
-    )
-
-    def __new__(cls, *args: Any, **given: Any) -> Any:
-        """Names the option that was meant by a name that is none."""
-        if args:
-            raise ValueError(f"The options of {cls.__name__} have names, as {cls.__name__}(dataset='digits').")
-        known = {f.name for f in options(cls)}
-        for name in given:
-            if name not in known:
-                raise ValueError(f"Unknown option {name!r} of {cls.__name__}{nearest(name, known)}; see its help().")
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        convert(self)
-        check_count(self.seed, "--seed", 0)
-        for name in ("n_examples", "batch_size", "max_rows", "threads"):
-            value = getattr(self, name)
-            if value is not None:
-                check_count(value, f"--{name.replace('_', '-')}")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> Any:
-        """The description of a ``run.yaml``.
-
-        Raises:
-            ValueError: no such file, no YAML mapping, an unknown option, or a value that it cannot take.
-        """
-        try:
-            found = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}).") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} must hold NAME: VALUE lines, the options of a run.")
-        known, found = {f.name for f in options(cls)}, cls.renamed(found)
-        for name in found:
-            if name not in known:
-                raise ValueError(f"{path} has an unknown option {name!r}{nearest(name, known)}.")
-        return cls(**found)
-
-    @classmethod
-    def renamed(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options by the names they have today; notes what had an old one."""
-        return dict(given)
-
-    def to_yaml(self) -> str:
-        """The options that are set, as :meth:`from_yaml` takes them."""
-        return yaml.safe_dump(plain(self), sort_keys=False, width=120)
-
-    @property
-    def part(self) -> Shard | None:
-        """The shard that was asked for."""
-        return None if self.shard is None else Shard.parse(self.shard)
-
-    def check_whole(self) -> None:
-        """Raise ValueError for a shard, which has no results before it is merged with the others."""
-        if self.shard is not None:
-            raise ValueError(
-                "A shard has no results of its own; run it by `purify attack` or `purify certify`, then `purify merge`."
-            )
-
-    def replace(self, **changes: Any) -> Any:
-        """The same with some options changed."""
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def title(self) -> str:
-        """What a run's folder calls the data."""
-        return self.dataset if self.dataset in DATASETS else Path(self.dataset.partition(":")[0]).stem
-
-    def known(self, data: Dataset) -> str:
-        """The built-in data set, or the one whose networks and settings one's own ``data`` gets; "" if none."""
-        return self.dataset if self.dataset in DATASETS else data.like or ""
-
-    def _choose(self, name: str, known: Any) -> None:
-        field = next(f for f in options(type(self)) if f.name == name)
-        value = getattr(self, name)
-        if value is not None:
-            choose(value, dict.fromkeys(known), flags(field)[0])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(Description):
-    """Attacks on a classifier, undefended and behind purifiers: what ``purify attack`` runs.
+class Attacking(Description):
+    """A classifier, undefended and behind purifiers, with the attacks on it.
 
     The same name is the same defence here, in :func:`purify.wrap` and on the command line: what is not given comes from
     ``purify.settings``.
-
-    Raises:
-        ValueError: a value that an option cannot take, or a name that is not known; names the option.
     """
 
     purifier: tuple[str, ...] = option(
@@ -216,10 +102,13 @@ class Evaluation(Description):
     purifications: int = option(1, WHOLE, DEFENCE, "purifications per answer")
     aggregate: str = option("logits", TEXT, DEFENCE, f"how they are combined: {', '.join(AGGREGATES)}")
     threat_model: str = option("Linf", TEXT, THREAT, f"ball of the attack: {', '.join(NORMS)}")
-    eps: float | None = option(None, NUMBER, THREAT, "radius")
+    eps: float | tuple[float, ...] | None = option(
+        None, RADII, THREAT, "radius; several, as 0.1,0.2,0.3: the curve of accuracy against them, with a run for each"
+    )
     attacks: tuple[str, ...] = option(
         tuple(EVERY_ATTACK.split(",")), NAMES, THREAT,
-        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies)",
+        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies); a PGD "
+        "attack at one class or at the K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
     )  # fmt: skip
     norm_weights: tuple[float, ...] = option(
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
@@ -249,22 +138,11 @@ class Evaluation(Description):
     calls: int | None = option(None, WHOLE, BUDGET, "network calls of the attack adaptive, for each image")
     restarts: int = option(1, WHOLE, BUDGET, "random restarts of PGD")
     judge_draws: int | None = option(None, WHOLE, BUDGET, "fresh purifications that judge each image")
-    worst_only: str | None = option(
-        None, TEXT, BUDGET,
-        f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
-    )  # fmt: skip
-    protocol: tuple[str, ...] = option(
-        ("fresh",), NAMES, BUDGET, f"how purified defences are judged: {', '.join(PROTOCOLS)}; separated by commas"
-    )
-    averages: tuple[int, ...] | None = option(
-        None, WHOLES, BUDGET,
-        f"purifications per answer of the protocol averaged (default: {','.join(map(str, AVERAGES))})",
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
-        known |= {"worst_only": WORST_ONLY, "reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
+        known |= {"reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
         known["precision"] = (*PRECISIONS, AUTO)
         for name, names in known.items():
             self._choose(name, names)
@@ -280,6 +158,48 @@ class Evaluation(Description):
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")
 
+    @property
+    def several(self) -> bool:
+        """Whether the curve over several eps is asked for."""
+        return isinstance(self.eps, tuple)
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """The radii that were named."""
+        if self.eps is None:
+            return ()
+        return self.eps if isinstance(self.eps, tuple) else (self.eps,)
+
+    def rows(self, device: torch.device) -> int:
+        """Images times draws in the model at once."""
+        return self.max_rows or (2048 if device.type == "cuda" else 256)  # what its caches like
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Attacking):
+    """Attacks on a classifier, undefended and behind purifiers: what ``purify attack`` runs.
+
+    Raises:
+        ValueError: a value that an option cannot take, or a name that is not known; names the option.
+    """
+
+    worst_only: str | None = option(
+        None, TEXT, BUDGET,
+        f"report the worst case under {' or '.join(WORST_ONLY)} only: broken samples meet no further attack",
+    )  # fmt: skip
+    protocol: tuple[str, ...] = option(
+        ("fresh",), NAMES, BUDGET, f"how purified defences are judged: {', '.join(PROTOCOLS)}; separated by commas"
+    )
+    averages: tuple[int, ...] | None = option(
+        None, WHOLES, BUDGET,
+        f"purifications per answer of the protocol averaged (default: {','.join(map(str, AVERAGES))})",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._choose("worst_only", WORST_ONLY)
+        if self.several and self.precision == AUTO:
+            raise ValueError("Each eps might choose another precision; name the one that all shall take (--precision).")
         self._check_protocols()
 
     @classmethod
@@ -304,15 +224,11 @@ class Evaluation(Description):
             check_count(k, "--averages")
         check_unique(self.averages, "entries of --averages", "name each number once")
 
-    def rows(self, device: torch.device) -> int:
-        """Images times draws in the model at once."""
-        return self.max_rows or (2048 if device.type == "cuda" else 256)  # what its caches like
-
     def run(self, progress: bool = True) -> Finished:
         """Attack, judge and check, resuming what is in the run's folder; prints nothing but the bar.
 
         Raises:
-            ValueError: what does not fit together; before any attack.
+            ValueError: what does not fit together, or several eps (see :meth:`curve`); before any attack.
         """
         self.check_whole()
         from purify.evaluate.attacking import prepare  # builds networks from this description
@@ -321,6 +237,57 @@ class Evaluation(Description):
         with prepared.open("from Python") as folder:
             prepared.attack(folder, progress)
             return prepared.finish(folder, progress, prepared.protocols(folder, progress))
+
+    def curve(self, progress: bool = True) -> Curve | None:
+        """Accuracy against all ``eps``, as :meth:`run` at each of them; resumes. None on torchrun's other processes.
+
+        Raises:
+            ValueError: what does not fit together; before any attack.
+        """
+        self.check_whole()
+        from purify.evaluate.curve import measure, prepare_curve  # builds networks from this description
+
+        return measure(prepare_curve(self), "from Python", progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumDistortion(Attacking):
+    """The smallest radius at which fresh purifications fail, for each image: what ``purify distortion`` runs.
+
+    Raises:
+        ValueError: a value that an option cannot take, or a name that is not known; names the option.
+    """
+
+    eps: float | None = option(None, NUMBER, THREAT, "largest radius that is tried (default: twice the usual one)")
+    attacks: tuple[str, ...] = option(
+        ("pgd-eot",), NAMES, THREAT, "tried in turn at each radius until one succeeds; as for `purify attack`"
+    )
+    rate: float = option(0.5, NUMBER, BUDGET, "share of an image's fresh purifications that must fail, in (0, 1]")
+    halvings: int = option(5, WHOLE, BUDGET, "halvings of the interval that holds the radius")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"--rate is a share in (0, 1], got {self.rate:g}.")
+        check_count(self.halvings, "--halvings", 0)
+        if self.eps == 0:
+            raise ValueError("--eps is the largest radius that is tried, and must be above 0.")
+        if self.precision == AUTO:
+            raise ValueError("Name the precision of the attacks: --precision auto is for `purify attack`.")
+
+    def run(self, progress: bool = True) -> dict[str, Distortions]:
+        """Search and confirm, resuming what is in the run's folder: what was found, by defence.
+
+        Raises:
+            ValueError: what does not fit together; before any attack.
+        """
+        self.check_whole()
+        from purify.evaluate.distortion import prepare  # builds networks from this description
+
+        ready = prepare(self)
+        with ready.open("from Python") as folder:
+            ready.search(folder, progress)
+            return ready.finish(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

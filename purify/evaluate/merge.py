@@ -148,7 +148,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _run_yaml(parts: Sequence[Path], whole: Path) -> str:
     """Give the whole run the options of its parts, less what made parts of them; returns the command that ends it."""
-    kind = "certify" if "systems" in _manifest(whole)["config"] else "attack"
+    kinds = {"systems": "certify", "distortion": "distortion"}
+    kind = next((kind for key, kind in kinds.items() if key in _manifest(whole)["config"]), "attack")
     source = next((p / "run.yaml" for p in parts if (p / "run.yaml").is_file()), None)
     if source is not None and not (whole / "run.yaml").exists():
         options = {name: v for name, v in yaml.safe_load(source.read_text()).items() if name != "shard"}

@@ -120,6 +120,12 @@ def worst_case(predictions: Sequence[np.ndarray], labels: np.ndarray) -> dict[st
     return {name: estimate(values) for name, values in worst.items()}
 
 
+def aimed_success(predictions: np.ndarray, labels: np.ndarray, wanted: int) -> Estimate | None:
+    """Share of the answers to images of other classes that are the class ``wanted``; None without such images."""
+    other = labels != wanted
+    return estimate((predictions[other] == wanted).mean(1)) if other.any() else None
+
+
 FOLDS = 10
 
 

@@ -24,6 +24,7 @@ from purify.evaluate.ranks import Ranks
 LOCK = ".lock"
 MERGED = "records.jsonl"
 SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
+CURVE = re.compile(r"eps-[\d.e+-]+")
 SCHEMA = 2  # of manifest.json and result.json; 1 had no schema, and its data set, seed and models in manifest.json only
 RESTART_SECONDS = 20  # how long a process that torchrun restarted waits for its predecessor to be gone
 FULL = "The records cannot be written ({}); make room and run the same command."
@@ -288,6 +289,17 @@ def holds_run(path: Path, config: dict[str, Any]) -> bool:
 def is_shard(path: Path) -> bool:
     """Whether this is a shard's folder within that of its run."""
     return SHARD.fullmatch(path.name) is not None and path.is_dir()
+
+
+def curve_folder(eps: float) -> str:
+    """The folder of one radius within that of a curve over several."""
+    return f"eps-{eps:g}"
+
+
+def curve_folders(path: Path) -> list[Path]:
+    """The folders of a curve's radii, from the smallest on; none in other folders."""
+    found = {p: CURVE.fullmatch(p.name) for p in path.glob("eps-*") if p.is_dir()}
+    return sorted((p for p, name in found.items() if name), key=lambda p: float(p.name.removeprefix("eps-")))
 
 
 def samples_picture(folder: Path, defence: str) -> Path:

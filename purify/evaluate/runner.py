@@ -20,7 +20,7 @@ from purify.attacks.protocols import HasDetails
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
-from purify.evaluate.metrics import CRITERIA, Estimate, summarize, worst_case
+from purify.evaluate.metrics import CRITERIA, Estimate, aimed_success, summarize, worst_case
 from purify.evaluate.plausible import check_classes
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.ranks import Ranks, Shard
@@ -174,6 +174,9 @@ def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0,
         k = num_classes(defence.model, samples.images, samples.ids, seed, defence.name)
         check_classes(defence.name, k, classes)
         check_labels(samples.labels, len(samples), k)
+        if k is not None:
+            for attack in defence.attacks:
+                attack.check_classes(k)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
 
 
@@ -384,12 +387,18 @@ def _stack(folder: RunFolder, defence: Defence, samples: Samples, find: Callable
 
 
 def results(folder: RunFolder, defences: Sequence[Defence], samples: Samples) -> dict[str, dict[str, Any]]:
-    """Accuracies per defence and stage, and the worst case per sample over all stages (a clean error counts)."""
+    """Accuracies per defence and stage, and the worst case per sample over all stages (a clean error counts).
+
+    Of an attack at one class also how often it was answered, as ``targeted``.
+    """
     labels = samples.labels.cpu().numpy()
     table: dict[str, dict[str, Any]] = {}
     for defence in defences:
         answers = {stage_name(a): predictions(folder, defence, stage_name(a), samples) for a in defence.stages()}
         table[defence.name] = {stage: summarize(p, labels) for stage, p in answers.items()}
+        for attack in defence.attacks:
+            if attack.wanted is not None and (found := aimed_success(answers[attack.label], labels, attack.wanted)):
+                table[defence.name][attack.label]["targeted"] = found
         table[defence.name]["worst case"] = worst_case(list(answers.values()), labels)
     return table
 

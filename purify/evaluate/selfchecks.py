@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from purify.attacks.autoattack import Square
 from purify.attacks.base import Attack, keyed
 from purify.attacks.kinks import blind, moved
+from purify.attacks.losses import margin_loss
 from purify.attacks.noise import RandomNoise
-from purify.attacks.pgd import DRAWS, margin_loss
+from purify.attacks.pgd import DRAWS
 from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32

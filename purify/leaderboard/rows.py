@@ -114,6 +114,8 @@ def read_run(folder: str | Path) -> list[Row]:
     config, sessions = load_manifest(folder)
     if "systems" in config:
         raise ValueError(f"{folder} is a run of certificates (run_certify.py); give folders of run_autoattack.py.")
+    if "distortion" in config:
+        raise ValueError(f"{folder} is a search for minimum distortions; give folders of `purify attack`.")
     result = dict(zip(RESULT, load_json(folder / "result.json", *RESULT), strict=True))
     result["protocols"] = json.loads((folder / "result.json").read_text()).get("protocols", {})
     if config.get("worst_only"):

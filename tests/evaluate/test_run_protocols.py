@@ -13,7 +13,7 @@ from torch import nn
 
 from purify import ContinuousVP, DefendedClassifier, ScoreModel, diffpure
 from purify.attacks import PGD, Adaptive, RandomNoise
-from purify.attacks.pgd import margin_loss
+from purify.attacks.losses import margin_loss
 from purify.cli.attack import main
 from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, RunFolder, Samples, evaluate

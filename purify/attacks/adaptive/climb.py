@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.level import NormPGD
+from purify.attacks.losses import LOSSES
 from purify.attacks.norms import unit
-from purify.attacks.pgd import LOSSES, PGD, STEP_SCHEDULES, Target
+from purify.attacks.pgd import PGD, STEP_SCHEDULES, Target
 from purify.checks import is_number
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from purify.attacks.base import KeyedCall
-from purify.attacks.pgd import margin_loss
+from purify.attacks.losses import margin_loss
 from purify.attacks.submitted import Submitted
 from purify.memory import Parts
 
