@@ -9,6 +9,7 @@ from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, 
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.published import LeeKimPGD
+from purify.attacks.spatial import SpatialPGD, SpatialTransfer
 from purify.attacks.steps import StepsPGD
 from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
 from purify.checks import choose
@@ -36,6 +37,8 @@ ATTACKS: dict[str, type[Attack]] = {
         GuideTransfer,
         GuidePGD,
         Square,
+        SpatialPGD,
+        SpatialTransfer,
     )
 }
 
@@ -80,6 +83,8 @@ __all__ = [
     "NormAutoAttackRand",
     "NormPGD",
     "RandomNoise",
+    "SpatialPGD",
+    "SpatialTransfer",
     "Square",
     "StepsPGD",
     "SurrogatePGD",
