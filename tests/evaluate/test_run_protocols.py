@@ -20,7 +20,7 @@ from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.description import Evaluation
 from purify.evaluate.protocols import Effort, KnownNoise
-from purify.evaluate.protocols.averaged import WORDS, majority
+from purify.evaluate.protocols.averaged import WORDS, broken, majority
 from purify.evaluate.protocols.in_loop import InLoop
 from purify.evaluate.protocols.measure import measure_protocols
 from purify.evaluate.protocols.shown import draw, plain, table
@@ -240,18 +240,19 @@ def test_the_gradient_of_the_answer_is_the_stronger_attack(measured):
 
 
 def test_nobody_goes_on_from_what_is_broken(measured):
-    """Under known noise that is one wrong answer, else 16 wrong ones, of draws that no judge uses."""
+    """Under known noise that is one wrong answer, else all that 16 draws, which no judge uses, can be combined to."""
     path, _ = measured
     (_, defence), samples = toy()
-    seed, broken = derive_seed(SEED, "attack", "averaged broken"), records(path, "averaged broken")
+    seed, told = derive_seed(SEED, "attack", "averaged broken"), records(path, "averaged 1-4 broken")
     cheap, spared = records(path, "pgd-eot", own=False), 0
     for i in range(N):
         x = torch.from_numpy(np.load(path / "adversarial" / "d" / "pgd-eot" / f"{i}.npy"))[None]
-        draws = [int(defence.model(x, sample_ids=[i], draw=d, seed=seed).argmax(1)) for d in range(16)]
-        assert broken[i]["predictions"] == draws
+        logits = torch.cat([defence.model(x, sample_ids=[i], draw=d, seed=seed) for d in range(16)])
+        assert told[i]["predictions"] == logits.argmax(1).tolist()
+        assert told[i]["broken"]["4"] is bool(broken(logits[None], samples.labels[i : i + 1], 4))
         for stage in ("averaged 4 logits", "averaged 4 softmax"):
             record = records(path, stage)[i]
-            if int(samples.labels[i]) in draws:
+            if not told[i]["broken"]["4"]:
                 assert record["calls"] > 0
                 continue
             spared += 1
@@ -262,6 +263,14 @@ def test_nobody_goes_on_from_what_is_broken(measured):
         right = cheap[i]["predictions"][0] == cheap[i]["label"]
         assert (records(path, "deterministic")[i]["calls"] > 0) is right
     assert 0 < spared < 2 * N
+
+
+def test_what_is_broken():
+    """Of two classes: wrong on average, and with votes to spare; then just about; then right in one of 16."""
+    right = torch.tensor([[-3.0] * 16, [-3.0] * 9 + [4.0] * 7, [-3.0] * 15 + [100.0]])
+    logits = torch.stack([right, torch.zeros_like(right)], dim=2)
+    assert broken(logits, torch.zeros(3, dtype=torch.int64), 8).tolist() == [True, False, False]
+    assert broken(logits, torch.ones(3, dtype=torch.int64), 8).tolist() == [False] * 3
 
 
 def test_stated_calls_are_those_of_the_networks(tmp_path, monkeypatch):

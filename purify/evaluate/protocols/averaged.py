@@ -28,8 +28,8 @@ from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier, log_mean_softmax, mean_logits
 
-BROKEN = "averaged broken"
-ENOUGH = 16  # purifications, all wrong, after which an image counts as broken: see attacks.adaptive.select
+ENOUGH = 16  # purifications by which it is decided whether an image is broken
+RESAMPLED = 64  # answers of k purifications among them, all of which must be wrong
 LEAST = 16  # purifications of an image at least: a single answer of eight says little
 
 
@@ -53,6 +53,21 @@ def answers(logits: Tensor, k: int, how: str) -> Tensor:
     """Classes (N, T // k) that answers of ``k`` purifications each give, from logits (N, T, K) of T purifications."""
     whole = logits[:, : logits.shape[1] // k * k].unflatten(1, (-1, k))
     return ANSWERS[how](whole.flatten(0, 1)).argmax(1).unflatten(0, whole.shape[:2])
+
+
+def broken(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Which images (N,) have no right answer of k purifications left, by logits (N, T, K) of T that were drawn.
+
+    ``RESAMPLED`` answers of k among the T, with replacement, must be wrong in every way to combine them: so that is
+    told of answers of which a few draws hold no two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = torch.ones(len(logits), dtype=torch.bool)
+    for _ in range(RESAMPLED):
+        drawn = logits[:, torch.randint(logits.shape[1], (k,), generator=generator)]
+        for combine in ANSWERS.values():
+            found &= combine(drawn).argmax(1) != labels
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,9 +102,8 @@ class Averaged(Protocol):
     The cheap attacker ends with the images of the run's strongest attack, made against single purifications. The other
     goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: of
     their mean logits, and of their mean softmax. Counting has none. Each kind of answer is asked about both attacks'
-    images, and the lower accuracy counts. Answers of all k and kinds share their purifications. Images of the cheap
-    attacker whose ``ENOUGH`` purifications are all wrong are broken: nobody goes on from them. These purifications are
-    the attacker's; the judges have others.
+    images, and the lower accuracy counts. Answers of all k and kinds share their purifications. Nobody goes on from
+    images of the cheap attacker that are :func:`broken`, by purifications of the attacker's; the judges have others.
     """
 
     name = "averaged"
@@ -105,7 +119,8 @@ class Averaged(Protocol):
         for name in (CLEAN, strongest):
             yield Stage(cheap(name, counts), self._asked(attacked.defence, counts), self._judging(attacked, name))
         if owns(counts):
-            yield Stage(BROKEN, ENOUGH * calls(_single(attacked.defence)).forward, self._breaking(attacked, strongest))
+            planned = ENOUGH * calls(_single(attacked.defence)).forward
+            yield Stage(cheap("broken", counts), planned, self._breaking(attacked, strongest))
         for own in owns(counts):
             planned = self._climbed(attacked.defence, attacked.effort, own)
             yield Stage(own.stage, planned, self._climbing(attacked, strongest, own))
@@ -118,7 +133,8 @@ class Averaged(Protocol):
     def lines(self, attacked: Attacked) -> list[Line]:
         counts = attacked.effort.averages
         shared = attacked.calls(*(cheap(name, counts) for name in (CLEAN, stage_name(attacked.strongest()))))
-        climbed = {k: attacked.calls(BROKEN, *(own.stage for own in owns((k,)))) for k in counts if owns((k,))}
+        broken = cheap("broken", counts)
+        climbed = {k: attacked.calls(broken, *(own.stage for own in owns((k,)))) for k in counts if owns((k,))}
         points = {(p.k, p.how, p.who): p.accuracy for p in self.points(attacked)}
         found = []
         for (k, how, who), accuracy in points.items():
@@ -163,19 +179,22 @@ class Averaged(Protocol):
         return measure
 
     def _breaking(self, attacked: Attacked, strongest: str) -> Callable[[Samples], Found]:
-        seed, effort = derive_seed(attacked.seed, "attack", BROKEN), attacked.effort
+        seed, effort = derive_seed(attacked.seed, "attack", "averaged broken"), attacked.effort
 
         def measure(batch: Samples) -> Found:
             single, images = attacked.model.with_purifications(1), attacked.images(strongest, batch)
-            logits = purified_logits(single, images, batch.ids, range(ENOUGH), seed, effort.max_rows)
-            return Found(logits.argmax(2).cpu(), ENOUGH * calls(single).forward)
+            logits = purified_logits(single, images, batch.ids, range(ENOUGH), seed, effort.max_rows).cpu()
+            found = {str(k): broken(logits, batch.labels.cpu(), k).tolist() for k in effort.averages}
+            more = [{"broken": {k: answers[i] for k, answers in found.items()}} for i in range(len(batch))]
+            return Found(logits.argmax(2), ENOUGH * calls(single).forward, more=more)
 
         return measure
 
     def _climbing(self, attacked: Attacked, strongest: str, own: Own) -> Callable[[Samples], Found]:
         def measure(batch: Samples) -> Found:
-            records = [attacked.folder.get(attacked.defence.name, BROKEN, int(i)) for i in batch.ids]
-            left = torch.tensor([r["label"] in r["predictions"] for r in records]).nonzero()[:, 0]
+            stage = cheap("broken", attacked.effort.averages)
+            records = [attacked.folder.get(attacked.defence.name, stage, int(i)) for i in batch.ids]
+            left = torch.tensor([not r["broken"][str(own.k)] for r in records]).nonzero()[:, 0]
             images = attacked.images(strongest, batch).clone()
             predictions, more = _known(attacked, strongest, batch, own.k)
             spent = torch.zeros(len(batch), dtype=torch.float64)
