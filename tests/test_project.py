@@ -45,6 +45,11 @@ def test_ci_runs_the_readmes_install_and_test_commands():
     assert "\npython -m pytest -n 2\n" in ci
 
 
+def test_ci_tests_the_oldest_torch_that_is_allowed():
+    oldest = re.search(r"^ *torch>=(\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
+    assert f'"torch=={oldest}.*"' in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
 

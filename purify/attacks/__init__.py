@@ -12,6 +12,7 @@ from purify.attacks.level import ConstantLevelAutoAttackRand, ConstantLevelPGD, 
 from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import BPDA, PGD, FirstOrderPGD, SurrogatePGD
 from purify.attacks.published import LeeKimPGD
+from purify.attacks.spatial import SpatialPGD, SpatialTransfer
 from purify.attacks.steps import StepsPGD
 from purify.attacks.targeted import TargetedAPGD, TargetedPGD
 from purify.attacks.transfer import GuidePGD, GuideTransfer, Transfer
@@ -42,6 +43,8 @@ ATTACKS: dict[str, type[Attack]] = {
         GuideTransfer,
         GuidePGD,
         Square,
+        SpatialPGD,
+        SpatialTransfer,
     )
 }
 
@@ -95,6 +98,8 @@ __all__ = [
     "NormPGD",
     "OneClass",
     "RandomNoise",
+    "SpatialPGD",
+    "SpatialTransfer",
     "Square",
     "StepsPGD",
     "SurrogatePGD",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from purify.answers import ask, remark_probabilities
 from purify.attacks.counting import bar
 from purify.attacks.protocols import FEATURES, AcceptsKeys, Feature, HasDetails
 from purify.attacks.submitted import Submitted
+from purify.attacks.threats import NORMS, THREATS
 from purify.checks import (
     check_count,
     check_eval,
@@ -43,22 +44,26 @@ class AttackResult:
         loss: loss of each returned image as the attack estimated it, (N,); NaN where the attack does not tell.
         calls: network calls that each image took, (N,); None where the attack does not count them.
         submitted: the judged model's answers to all iterates; None where the attack does not see them.
+        sizes: beyond l_p norms, how far each image is from its original, (N,), by what is measured.
     """
 
     images: Tensor
     loss: Tensor
     calls: Tensor | None = None
     submitted: Submitted | None = None
+    sizes: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Attack(ABC):
-    """An attack within ``eps`` in the ``norm`` (Linf, L2 or L1) of images in [0, 1]."""
+    """An attack within ``eps`` of images in [0, 1], as the threat model ``norm`` measures: Linf, L2, L1, or another of
+    :data:`~purify.attacks.threats.THREATS` that is among the attack's ``threats``."""
 
     norm: str
     eps: float
 
     name: ClassVar[str]
+    threats: ClassVar[tuple[str, ...]] = NORMS  # threat models in which it can move
     # Library attacks draw from torch's generator for a whole batch. They run on fixed groups of sample ids
     # (id // group_size); give them whole groups and a result does not depend on the batch. None: any batch will do.
     group_size: ClassVar[int | None] = None
@@ -71,9 +76,14 @@ class Attack(ABC):
     exact_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            meant = nearest(self.norm, NORMS)
-            raise ValueError(f"Unknown threat model {short(self.norm)}{meant}; known: {', '.join(NORMS)}.")
+        if self.norm not in THREATS:
+            meant = nearest(self.norm, THREATS)
+            raise ValueError(f"Unknown threat model {short(self.norm)}{meant}; known: {', '.join(THREATS)}.")
+        if self.norm not in self.threats:
+            known = ", ".join(self.threats)
+            raise ValueError(
+                f"{self.name} is an attack in {known}, not in {self.norm}; take another attack or threat model."
+            )
         if not (is_number(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be a number of at least 0, got {short(self.eps)}.")
         if not isinstance(self.eps, (int, float)):
@@ -112,10 +122,14 @@ class Attack(ABC):
             self.check_classes(classes)
         if self.feature is not None and not self.applies_to(model):
             raise ValueError(self.feature.refusal(self.name, model))
+        THREATS[self.norm].check(images)
         if len(images) == 0:
             return AttackResult(images.detach(), images.new_zeros(0))
         with torch.enable_grad(), bar(self.label, self.counts(model) * len(images), progress):
-            return self.run(model, images.detach(), labels.long(), ids, seed)
+            found = self.run(model, images.detach(), labels.long(), ids, seed)
+        if self.norm in NORMS or found.sizes is not None:
+            return found
+        return replace(found, sizes={self.norm: THREATS[self.norm].size(found.images, images)})
 
     @abstractmethod
     def run(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
@@ -185,9 +199,6 @@ class Attack(ABC):
     def budget(self) -> dict[str, Any]:
         """Plain data that states the attack and its budget in records and tables."""
         return {"attack": self.label, **asdict(self)}
-
-
-NORMS = ("Linf", "L2", "L1")
 
 
 def check_model(model: Any) -> None:

@@ -35,8 +35,8 @@ class LowFrequencyPGD(PGD):
 
     Purification removes fine structure and keeps coarse one; so steps, and after each of them the perturbation, are
     confined to the lowest spatial frequencies, and then brought back into the ball and into [0, 1]. That puts some of
-    the higher frequencies back. Its perceptual budget is the threat
-    model's ball (theirs is perceptual and larger).
+    the higher frequencies back. In the threat model ``lpips`` its bound is theirs; they also filter the image by
+    kernels that they learn, and pay for LPIPS beyond the bound instead of coming back to it.
 
     Args:
         cutoff: share of the frequencies that is kept, in each direction.
@@ -53,7 +53,7 @@ class LowFrequencyPGD(PGD):
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
         # In L1 the number of pixels in a step follows how many have moved; here all have, so it is that of the start.
-        step = super().direction([low_pass(gradients[0], self.cutoff)], z, z)
+        step = super().direction([low_pass(gradients[0], self.cutoff)], z, z if self.norm == "L1" else x)
         return low_pass(step, self.cutoff)
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from purify.attacks.base import Attack
 from purify.attacks.norms import unit
 from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import VARYING_LEVEL, Feature
+from purify.attacks.threats import NORMS
 from purify.checks import is_number
 
 
@@ -79,6 +80,7 @@ class NormPGD(Weighted, PGD):
     norm_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-norm"
+    threats: ClassVar[tuple[str, ...]] = NORMS  # its steps have an L2 length of the ball's
     needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ def unit(v: Tensor) -> Tensor:
 
 
 class Ball(ABC):
-    """A norm ball around images x in the box [0, 1]."""
+    """What lies within a radius ``eps`` of images x in the box [0, 1]."""
+
+    unit: ClassVar[str] = ""  # of eps, where it has one
 
     @abstractmethod
-    def distance(self, delta: Tensor) -> Tensor:
-        """Norm of each sample's perturbation: (N, C, H, W) -> (N,)."""
+    def size(self, z: Tensor, x: Tensor) -> Tensor:
+        """How far each point z is from x, as eps counts: (N, C, H, W) twice -> (N,)."""
 
     @abstractmethod
     def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -40,8 +43,34 @@ class Ball(ABC):
     def start(self, x: Tensor, eps: float, uniform: Tensor) -> Tensor:
         """A random start in the ball (L2, L1: on its surface), from ``uniform`` in (0, 1) of the shape of ``x``."""
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Images as points, which may have more to them."""
+        return x
 
-class LinfBall(Ball):
+    def leave(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Points as images, and sizes (N,) by name that images alone do not tell."""
+        return z, None
+
+    def step(self, eps: float) -> float:
+        """Mean length of an attack's steps along :meth:`direction`."""
+        return eps
+
+    def check(self, x: Tensor) -> None:  # noqa: B027 - most are for all images
+        """Raise ValueError unless distances from images x can be taken, before any long work."""
+
+
+class NormBall(Ball):
+    """A ball in a norm."""
+
+    @abstractmethod
+    def distance(self, delta: Tensor) -> Tensor:
+        """Norm of each sample's perturbation: (N, C, H, W) -> (N,)."""
+
+    def size(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.distance(z - x)
+
+
+class LinfBall(NormBall):
     """max |delta| <= eps; the projection is exact."""
 
     def distance(self, delta: Tensor) -> Tensor:
@@ -57,7 +86,7 @@ class LinfBall(Ball):
         return self.project(x + eps * (2 * uniform - 1), x, eps)
 
 
-class L2Ball(Ball):
+class L2Ball(NormBall):
     """||delta||_2 <= eps; scaled back and then clamped, which only brings the point closer to x."""
 
     def distance(self, delta: Tensor) -> Tensor:
@@ -76,7 +105,7 @@ class L2Ball(Ball):
 
 
 @dataclass(frozen=True)
-class L1Ball(Ball):
+class L1Ball(NormBall):
     """||delta||_1 <= eps with the exact projection onto ball and box together (Croce & Hein 2021).
 
     Of the pixels that can still move, the ascent direction moves the k with the largest gradients: the share
@@ -128,4 +157,4 @@ class L1Ball(Ball):
         return self.project(x + eps * (2 * uniform - 1), x, eps)
 
 
-BALLS: dict[str, Ball] = {"Linf": LinfBall(), "L2": L2Ball(), "L1": L1Ball()}
+BALLS: dict[str, NormBall] = {"Linf": LinfBall(), "L2": L2Ball(), "L1": L1Ball()}

@@ -16,9 +16,10 @@ from purify.attacks.counting import count
 from purify.attacks.goals import ANY_OTHER, Goal, find_goal, rank_seed
 from purify.attacks.kinks import Inside, moved
 from purify.attacks.losses import LOSSES, Loss
-from purify.attacks.norms import BALLS, Ball, L1Ball, unit
+from purify.attacks.norms import Ball, L1Ball, unit
 from purify.attacks.protocols import GUIDED, PURIFIER, Feature
 from purify.attacks.submitted import SIGNED, Submitted
+from purify.attacks.threats import NORMS, PERCEPTUAL, THREATS
 from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.memory import Parts
@@ -80,7 +81,8 @@ class PGD(Attack):
         steps: gradient steps.
         eot: draws per gradient.
         restarts: runs from new random starts.
-        step_size: mean step length in the norm; default eps. With the cosine schedule steps then fall from 2 eps, where
+        step_size: mean step length in the norm; default eps, or in a perceptual distance the length of what there is
+            of a perturbation. With the cosine schedule steps then fall from 2 eps, where
             APGD also starts, to 0. Measured on digits behind DiffPure (L_inf 0.3, 20 x 4, 64 images) this left 22 %
             right, Madry's 2.5 eps / steps 28 %.
         schedule: how the length changes over the run: one of ``STEP_SCHEDULES``.
@@ -108,6 +110,7 @@ class PGD(Attack):
     goal: Goal | int | str = ANY_OTHER
 
     name: ClassVar[str] = "pgd-eot"
+    threats: ClassVar[tuple[str, ...]] = (*NORMS, *PERCEPTUAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +205,7 @@ class PGD(Attack):
     @property
     def ball(self) -> Ball:
         """The threat model's, with the attack's own way to move in it."""
-        return L1Ball(self.sparsity) if self.norm == "L1" else BALLS[self.norm]
+        return L1Ball(self.sparsity) if self.norm == "L1" else THREATS[self.norm]
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
         """Where to go from z, given the gradient of each of the evaluator's terms."""
@@ -214,11 +217,11 @@ class PGD(Attack):
 
     def project(self, z: Tensor, x: Tensor) -> Tensor:
         """Back into the threat model's ball around x, and into [0, 1]."""
-        return BALLS[self.norm].project(z, x, self.eps)
+        return self.ball.project(z, x, self.eps)
 
     def mean_step(self, x: Tensor) -> float:
         """Mean length of a step along :meth:`direction`."""
-        return self.eps if self.step_size is None else self.step_size
+        return self.ball.step(self.eps) if self.step_size is None else self.step_size
 
     @property
     def gradients(self) -> int:
@@ -274,7 +277,7 @@ class PGD(Attack):
             return first
         x = target.x
         uniform = Noise.keyed(target.seed, target.ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
-        return BALLS[self.norm].start(x, self.eps, uniform)
+        return self.ball.start(x, self.eps, uniform)
 
     def _eot(
         self, target: Target, z: Tensor, first_draw: int, with_gradient: bool = True

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from purify.attacks.pgd import PGD, Target
+from purify.attacks.threats import NORMS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LeeKimPGD(PGD):
     loss: str = "ce"
 
     name: ClassVar[str] = "pgd-eot-lee-kim"
+    threats: ClassVar[tuple[str, ...]] = NORMS
 
     def _iterates(self, target: Target, restart: int, first: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         *_, last = super()._iterates(target, restart, first)

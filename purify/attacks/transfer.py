@@ -118,4 +118,4 @@ class GuidePGD(PGD):
         return self.ball.direction(mixed(gradients, self.guide_weight), z, x)
 
     def mean_step(self, x: Tensor) -> float:
-        return self.eps / 4 if self.step_size is None else self.step_size
+        return self.ball.step(self.eps) / 4 if self.step_size is None else self.step_size

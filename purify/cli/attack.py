@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from purify.attacks import Attack
+from purify.attacks.threats import stated
 from purify.cli.parsing import Parser, describe_parser, described
 from purify.cli.shell import guarded, note_data, note_shard
 from purify.diffusion.precision import FLOAT32
@@ -79,7 +80,7 @@ def run(args: Any, command: str) -> int:
         return 0
     with prepared.open(command) as folder:
         if prepared.ranks.first:
-            threat = f"{asked.threat_model} eps {request.eps:g}"
+            threat = stated(asked.threat_model, request.eps, " eps ")
             print(f"{asked.dataset}, {threat}, {len(prepared.samples)} samples; records in {folder.path}")
         new = prepared.attack(folder)
         if prepared.ranks.first and asked.part:

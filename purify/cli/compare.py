@@ -2,33 +2,41 @@
 
 Reads finished runs of run_autoattack.py; images that a run lacks are left out of its comparison. Attacks that both met
 must have had the same budget. A defence marked ! failed a self-check or was attacked without the exact gradient.
+
+With --transfer: whose adversarial images deceive whom? The strongest attack's images of every defence of the runs are
+judged on all others; a table, transfer.json and transfer.png. The same command resumes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from purify.attacks.threats import stated
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.evaluate.metrics import difference, mean_correct, worst_mean
 from purify.evaluate.runner import CLEAN
 from purify.leaderboard import Row, read_run
+from purify.leaderboard.groups import measurements
 from purify.leaderboard.rows import load_json, load_records
-from purify.options import PATH
+from purify.leaderboard.transfer import transfer
+from purify.options import PATH, TEXT
 
 
 def parser(prog: str = "purify compare") -> Parser:
     """All options."""
     p = Parser(prog=prog, description=__doc__)
     p.add_argument("base", type=taking(PATH), metavar="BASE_DIR", help="the run with the defence to compare with")
-    p.add_argument("runs", nargs="+", type=taking(PATH), metavar="RUN_DIR", help="folders of finished runs")
-    p.add_argument("--defence", default="diffpure", help="name of that defence (default: %(default)s)")
+    p.add_argument("runs", nargs="*", type=taking(PATH), metavar="RUN_DIR", help="folders of finished runs")
+    p.add_argument("--defence", type=taking(TEXT), help="name of that defence (default: diffpure)")
+    p.add_argument("--transfer", action="store_true", help="judge each defence's adversarial images on all others")
+    p.add_argument("--out", type=taking(PATH), help="folder of --transfer (default: below runs/)")
+    p.add_argument("--device", type=taking(TEXT), help="where --transfer judges (default: where the runs were made)")
     return p
 
 
@@ -72,31 +80,37 @@ def check_comparable(base: Row, row: Row) -> None:
         raise ValueError(f"{row.name} in {row.run} met another budget of {sorted(random)[0]} than {base.name} did.")
 
 
-def measurements(runs: Sequence[Path]) -> list[tuple[Row, str]]:
-    """Every row of the runs with the names of the runs that have it; one that several runs repeat comes once."""
-    found: list[tuple[Row, str]] = []
-    for row in (row for run in runs for row in read_run(run)):
-        where = Path(row.run).name
-        same = next((i for i, (other, _) in enumerate(found) if row.repeats(other)), None)
-        if same is None:
-            found.append((row, where))
-        else:
-            found[same] = (found[same][0], f"{found[same][1]}, {where}")
-    return found
-
-
 def run(args: argparse.Namespace, command: str) -> int:
-    """Read the runs and print how far their defences lie above the one of the first."""
-    bases = {row.name: row for row in read_run(args.base)}
-    if args.defence not in bases:
-        raise ValueError(f"{args.base} has no defence {args.defence!r}; it has {', '.join(bases)}.")
-    base = bases[args.defence]
+    """Read the runs and print how far their defences lie above the one of the first, or how attacks transfer."""
+    if args.transfer:
+        return show_transfer(args, command)
+    if not args.runs:
+        raise ValueError(f"There is nothing to compare {args.base} with; give folders of other runs, or --transfer.")
+    if args.out or args.device:
+        raise ValueError("--out and --device are for --transfer; a comparison judges and writes nothing.")
+    bases, name = {row.name: row for row in read_run(args.base)}, args.defence or "diffpure"
+    if name not in bases:
+        raise ValueError(f"{args.base} has no defence {name!r}; it has {', '.join(bases)}.")
+    base = bases[name]
     lines = []
     for row, where in measurements(args.runs):
         check_comparable(base, row)
         lines.append({**compare(base, row), "run": where})
     print(f"Accuracies in %, and by how many points they lie above {base.name} ({base.classifier}), [95 % interval]")
     print(pd.DataFrame(lines).set_index("defence").to_string())
+    return 0
+
+
+def show_transfer(args: argparse.Namespace, command: str) -> int:
+    """Judge, and print the matrix."""
+    if args.defence:
+        raise ValueError("--transfer is about every defence of the runs; leave --defence out.")
+    matrix = transfer([args.base, *args.runs], args.out, args.device, command)
+    row = matrix.parties[0].row
+    print(f"{row.samples} images of {row.dataset}, {stated(row.threat_model, row.eps)}: mean accuracy of each column")
+    print("in %, [95 % interval], on images made for each row by the attack that left least of it")
+    print(matrix.table().to_string())
+    print(f"Wrote {matrix.folder / 'transfer.json'} and {matrix.folder / 'transfer.png'}.")
     return 0
 
 

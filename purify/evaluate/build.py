@@ -14,6 +14,7 @@ from torch import nn
 
 from purify import zoo
 from purify.attacks import ATTACKS, PGD, Adaptive, Attack, NormAutoAttackRand, NormPGD, Square, find_attack, split_goal
+from purify.attacks.threats import NORMS
 from purify.checkpoints import default_score_model
 from purify.data import DATASETS, Dataset
 from purify.diffusion.classes import Predicted
@@ -87,19 +88,33 @@ class Request(Generic[A]):
         return self.data.eps[e.threat_model] if e.eps is None else e.radii[0]
 
     @property
+    def listed(self) -> str:
+        """Under which threat model RobustBench is asked for classifiers; beyond l_p those for L_inf."""
+        return self.asked.threat_model if self.asked.threat_model in NORMS else "Linf"
+
+    @property
     def max_rows(self) -> int:
         """Images times draws in the model at once."""
         return self.asked.rows(self.device)
 
 
 def build_attacks(request: Request) -> list[Attack]:
-    """The attacks by name; ``strongest`` stands for all. Without a gradient those that need none, and square."""
-    names = tuple(ATTACKS) if request.asked.attacks == ("strongest",) else request.asked.attacks
+    """The attacks by name; ``strongest`` stands for all of the threat model.
+
+    Without a gradient those that need none, and square.
+
+    Raises:
+        ValueError: unknown name, or an attack that is not one in the threat model.
+    """
+    threat = request.asked.threat_model
+    fitting = [name for name, kind in ATTACKS.items() if threat in kind.threats]
+    names = fitting if request.asked.attacks == ("strongest",) else request.asked.attacks
     found = [attack for name in names for attack in build_named(name, request)]
     if request.asked.model_gradient != "none":
         return found
     found = [a for a in found if not a.takes_gradient]
-    return found if any(isinstance(a, Square) for a in found) else [*found, *build_attack(Square, request)]
+    alone = threat not in Square.threats or any(isinstance(a, Square) for a in found)
+    return found if alone else [*found, *build_attack(Square, request)]
 
 
 def build_named(name: str, request: Request) -> list[Attack]:
@@ -224,7 +239,7 @@ def build_purified(
     shared: dict[str, Any] = {"t_star": e.t_star, "steps": build_steps(request), "reverse": e.reverse}
     options = {key: value for key, value in shared.items() if value is not None} | dict(given[purifier])
     built = build_purifier(
-        purifier, score_model, request.known, e.threat_model, name, level_options(name, request, given[name]),
+        purifier, score_model, request.known, request.listed, name, level_options(name, request, given[name]),
         gradient=gradient_config(e), shape=request.data.shape, **options,
     )  # fmt: skip
     model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(request.device)
@@ -268,7 +283,7 @@ def with_model_gradient(classifier: nn.Module, name: str, request: Request) -> n
     if surrogate is None:
         raise ValueError(f"--model-gradient bpda takes the backward pass of another network than {name}; name it with "
                          "--model-surrogate.")  # fmt: skip
-    return BPDAClassifier(classifier, load_classifier(surrogate, request.known, e.threat_model))
+    return BPDAClassifier(classifier, load_classifier(surrogate, request.known, request.listed))
 
 
 def gradient_facts(classifier: nn.Module) -> dict[str, Any]:
@@ -284,13 +299,14 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     e, known, name = request.asked, request.known, model_name(request)
     pairs = build_pairs(request)
     given = build_settings(e.settings, pairs)
-    bare = with_model_gradient(load_classifier(name, known, e.threat_model), name, request).to(request.device)
+    bare = with_model_gradient(load_classifier(name, known, request.listed), name, request).to(request.device)
     classes = Predicted(bare) if e.score_classes == "predicted" else e.score_classes
     score_model = load_score(e.score_model or default_score_model(known), known, classes).to(request.device)
     purified = [build_purified(p, n, bare, score_model, request, attacks, given) for p, n in pairs]
     once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
     if e.model_gradient != "none" and not any(isinstance(a, PGD | Adaptive) for a in once):
-        once.append(PGD(e.threat_model, request.eps, steps=request.budget.steps, eot=1))
+        kind = next(k for k in ATTACKS.values() if issubclass(k, PGD) and e.threat_model in k.threats)
+        once.append(kind(e.threat_model, request.eps, steps=request.budget.steps, eot=1))
     defences = [Defence(UNDEFENDED, bare, once, 1, {**described(name, bare), **gradient_facts(bare)}), *purified]
     baseline = f"{known}-at"
     if baseline in zoo.names("classifier") and e.model is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from purify.attacks import ATTACKS
-from purify.attacks.base import NORMS
+from purify.attacks.threats import NORMS, PERCEPTUAL, THREATS
 from purify.certify.multiscale import MODES
 from purify.checks import check_count, check_unique, choose
 from purify.diffusion.precision import FLOAT32, PRECISIONS
@@ -60,6 +60,11 @@ EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
+USUAL_ATTACKS = {  # by threat model
+    **dict.fromkeys(NORMS, EVERY_ATTACK),
+    **dict.fromkeys(PERCEPTUAL, "random-noise,transfer,pgd-eot,low-frequency-eot"),
+    "flow": "random-noise,spatial-transfer,spatial-eot",
+}
 MODEL_GRADIENTS = ("exact", "bpda", "none")
 
 
@@ -101,14 +106,19 @@ class Attacking(Description):
     reverse: str | None = option(None, TEXT, DEFENCE, f"reverse rule: {', '.join(REVERSE_RULES)}")
     purifications: int = option(1, WHOLE, DEFENCE, "purifications per answer")
     aggregate: str = option("logits", TEXT, DEFENCE, f"how they are combined: {', '.join(AGGREGATES)}")
-    threat_model: str = option("Linf", TEXT, THREAT, f"ball of the attack: {', '.join(NORMS)}")
+    threat_model: str = option(
+        "Linf", TEXT, THREAT,
+        f"what is bounded: {', '.join(NORMS)}; {', '.join(PERCEPTUAL)}: perceptual distances; flow: moves pixels",
+    )  # fmt: skip
     eps: float | tuple[float, ...] | None = option(
-        None, RADII, THREAT, "radius; several, as 0.1,0.2,0.3: the curve of accuracy against them, with a run for each"
-    )
+        None, RADII, THREAT,
+        "radius, of flow in pixels; several, as 0.1,0.2,0.3: the curve of accuracy against them, with a run for each",
+    )  # fmt: skip
     attacks: tuple[str, ...] = option(
-        tuple(EVERY_ATTACK.split(",")), NAMES, THREAT,
-        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all (each where it applies); a PGD "
-        "attack at one class or at the K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
+        None, NAMES, THREAT,
+        f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all of the threat model (each where "
+        f"it applies; default: {EVERY_ATTACK}, or those of another threat model); a PGD attack at one class or at the "
+        "K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
     )  # fmt: skip
     norm_weights: tuple[float, ...] = option(
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
@@ -141,11 +151,18 @@ class Attacking(Description):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known: dict[str, Any] = {"aggregate": AGGREGATES, "threat_model": NORMS, "gradient": ENGINES, "budget": BUDGETS}
+        known: dict[str, Any] = {
+            "aggregate": AGGREGATES,
+            "threat_model": THREATS,
+            "gradient": ENGINES,
+            "budget": BUDGETS,
+        }
         known |= {"reverse": REVERSE_RULES, "model_gradient": MODEL_GRADIENTS}
         known["precision"] = (*PRECISIONS, AUTO)
         for name, names in known.items():
             self._choose(name, names)
+        if self.attacks is None:
+            object.__setattr__(self, "attacks", tuple(USUAL_ATTACKS[self.threat_model].split(",")))
         if self.model_surrogate is not None and self.model_gradient != "bpda":
             raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from purify.attacks import PGD
+from purify.attacks.threats import stated as stated_threat
 from purify.evaluate import report
 from purify.evaluate.progress import Progress
 from purify.evaluate.protocols import shown
@@ -97,7 +98,9 @@ def finish(
         found = results(folder, defences, samples)
     attack = defences[0].attacks[0]
     data = f"{len(samples)} images of {config['dataset']}"
-    verdict = report.verdict(found, defences, f"{attack.norm} eps {attack.eps:g}", data, criterion or "mean")
+    verdict = report.verdict(
+        found, defences, stated_threat(attack.norm, attack.eps, " eps "), data, criterion or "mean"
+    )
     stated = dict(budget or own_budget(defences))
     context = {"verdict": verdict, "config": config, "budget": stated, "sessions": folder.sessions}
     if protocols:

@@ -218,15 +218,11 @@ class RunFolder:
 
     def image(self, defence: str, attack: str, sample: int) -> np.ndarray:
         """The adversarial image of a record, float32 (C, H, W)."""
-        path = self.image_path(defence, attack, sample)
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is missing or damaged; remove its record's line to have it redone.") from error
+        return read_image(self.image_path(defence, attack, sample))
 
     def image_path(self, defence: str, attack: str, sample: int) -> Path:
         """Where the adversarial image of a record is."""
-        return self.path / "adversarial" / defence / attack / f"{sample}.npy"
+        return image_path(self.path, defence, attack, sample)
 
     def _write_image(self, record: dict[str, Any], image: np.ndarray) -> None:
         path = self.image_path(*key(record))
@@ -240,6 +236,23 @@ class RunFolder:
         except OSError as error:
             raise ValueError(FULL.format(error)) from error
         os.replace(partial, path)
+
+
+def image_path(run: Path, defence: str, attack: str, sample: int) -> Path:
+    """Where a run's folder has an adversarial image."""
+    return run / "adversarial" / defence / attack / f"{sample}.npy"
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An adversarial image, float32 (C, H, W).
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or damaged; remove its record's line to have it redone.") from error
 
 
 def _sessions(manifest: Path, config: dict[str, Any]) -> list[dict[str, Any]]:

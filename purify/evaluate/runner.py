@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from purify.attacks.base import Attack, AttackResult, keyed, num_classes
 from purify.attacks.norms import BALLS
 from purify.attacks.protocols import HasDetails
+from purify.attacks.threats import THREATS
 from purify.checks import check_count, check_images, check_labels, check_unique, choose, has, short
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32, PRECISIONS
@@ -165,6 +166,8 @@ def evaluate(
 def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0, classes: int | None = None) -> None:
     """Raise ValueError unless the models can take the samples one by one, know their labels, and all names differ.
 
+    Also where a threat model cannot measure the images.
+
     ``classes``: of the data; a model of fewer is refused, one of more gets a warning.
     """
     check_images(samples.images)
@@ -177,6 +180,8 @@ def check_together(defences: Sequence[Defence], samples: Samples, seed: int = 0,
         if k is not None:
             for attack in defence.attacks:
                 attack.check_classes(k)
+        for norm in dict.fromkeys(attack.norm for attack in defence.attacks):
+            THREATS[norm].check(samples.images)
         check_steady(defence.name, defence.model, samples.images, samples.ids, seed)
 
 
@@ -242,12 +247,17 @@ class _Stage:
                 **{n: values[i] for n, values in distances.items()},
                 **judged.extras(i),
                 "loss": None if torch.isnan(loss[i]) else float(loss[i]),
-                **({} if found is None else counted(found, i)),
+                **({} if found is None else {**measured(found, i), **counted(found, i)}),
                 "seconds": round(seconds, 4),
             }
             image = None if self.attack is None else adversarial[i].cpu().numpy()
             self.folder.append(record, image)
             yield record
+
+
+def measured(found: AttackResult, i: int) -> dict[str, float]:
+    """How far sample i was taken, as threat models beyond l_p measure it."""
+    return {name: float(values[i]) for name, values in (found.sizes or {}).items()}
 
 
 def counted(found: AttackResult, i: int) -> dict[str, int]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from purify.leaderboard.rows import Row
+from purify.leaderboard.rows import Row, read_run
 
 
 def ranked(rows: Iterable[Row]) -> list[list[Row]]:
@@ -64,3 +65,16 @@ def system(config: Mapping[str, Any]) -> dict[str, Any]:
 def without(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """A copy without these entries."""
     return {key: value for key, value in config.items() if key not in keys}
+
+
+def measurements(runs: Sequence[Path]) -> list[tuple[Row, str]]:
+    """Every row of the runs with the names of the runs that have it; one that several runs repeat comes once."""
+    found: list[tuple[Row, str]] = []
+    for row in (row for run in runs for row in read_run(run)):
+        where = Path(row.run).name
+        same = next((i for i, (other, _) in enumerate(found) if row.repeats(other)), None)
+        if same is None:
+            found.append((row, where))
+        else:
+            found[same] = (found[same][0], f"{found[same][1]}, {where}")
+    return found

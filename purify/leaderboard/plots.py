@@ -17,9 +17,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from purify.attacks.threats import stated
 from purify.certify.metrics import certified_accuracy
 from purify.evaluate.metrics import Estimate
 from purify.leaderboard.certified import CertifiedRow
+from purify.leaderboard.groups import threat
 from purify.leaderboard.links import portable
 from purify.leaderboard.rows import Row
 
@@ -88,16 +90,20 @@ PLOTS = (
 def draw_plots(rows: Sequence[Row], folder: Path) -> list[dict[str, str]]:
     """Draw what there is data for, one point for each row; returns file and description of each plot.
 
-    Rows of reduced budgets are left out where a data set has others.
+    Each data set has its plots, and of several threat models each. Rows of reduced budgets are left out where there are
+    others.
     """
     drawn = []
-    for dataset in dict.fromkeys(r.dataset for r in rows):
-        own = [r for r in rows if r.dataset == dataset]
+    for dataset, norm, eps in dict.fromkeys(map(threat, rows)):
+        own = [r for r in rows if threat(r) == (dataset, norm, eps)]
         own = [r for r in own if not r.reduced] or own
+        only = len({threat(r) for r in rows if r.dataset == dataset}) == 1
+        name = dataset if only else f"{dataset}-{norm}-{eps:g}"
+        about = dataset if only else f"{dataset}, {stated(norm, eps)}"
         for plot in PLOTS:
             shown = [r for r in own if plot.value(r) is not None]
             if shown:
-                file, title = f"{dataset}-{plot.file}.svg", f"{plot.title}: {dataset}"
+                file, title = f"{name}-{plot.file}.svg", f"{plot.title}: {about}"
                 _draw(folder / file, shown, plot, title)
                 drawn.append({"file": file, "title": title, "dataset": dataset})
     return drawn

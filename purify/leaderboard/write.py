@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from purify.attacks.threats import stated
 from purify.evaluate.metrics import Estimate
 from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import write_json
@@ -96,7 +97,7 @@ def entry(row: Row, folder: Path, leader: Row) -> dict[str, Any]:
         "dataset": row.dataset,
         "threat_model": row.threat_model,
         "eps": f"{row.eps:g}",
-        "threat": f"{row.threat_model} {row.eps:g}",
+        "threat": stated(row.threat_model, row.eps),
         "clean_acc": f"{100 * row.clean['mean'].value:.1f}",
         "autoattack_acc": percent(row.autoattack),
         "external": None,

@@ -46,7 +46,8 @@ def labels():
 
 
 # All but autoattack-rand-norm, which mixes the statistic in before the gradient can be seen.
-GRADIENTS = [k for k in ATTACKS.values() if issubclass(k, PGD | AutoAttackRand) and k is not NormAutoAttackRand]
+KINDS = [k for k in ATTACKS.values() if issubclass(k, PGD | AutoAttackRand)]
+GRADIENTS = [k for k in KINDS if k is not NormAutoAttackRand]
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
@@ -57,7 +58,7 @@ def test_attacks_say_whether_they_differentiate_the_judged_model(kind, images, l
     guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2")
     purifier = Purifier(score, SSNISigmoid(0.4, found), "ddpm", 4, guidance=guidance)
     model = DefendedClassifier(TinyClassifier(), purifier)
-    attack = kind("Linf", 0.1, **({"surrogate_steps": 2} if kind is SurrogatePGD else {}))
+    attack = kind(kind.threats[0], 0.1, **({"surrogate_steps": 2} if kind is SurrogatePGD else {}))
     attack = replace(attack, goal="any") if isinstance(attack, PGD) else attack
     draws = torch.zeros(7, dtype=torch.long)
 
@@ -72,7 +73,7 @@ def test_attacks_say_whether_they_differentiate_the_judged_model(kind, images, l
 
 def test_records_name_the_kind_of_an_attack():
     for kind in ATTACKS.values():
-        assert kind_of(kind(norm="Linf", eps=0.1).label) is kind
+        assert kind_of(kind(norm=kind.threats[0], eps=0.1).label) is kind
     assert kind_of("one of somebody else's") is None
 
 

@@ -6,17 +6,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from purify.attacks.continued import ContinuedPGD
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, estimate
-from purify.evaluate.protocols.base import Attacked, Effort, Found, Line, Protocol, Stage, counting, purified_logits
+from purify.evaluate.protocols.base import (
+    Attacked,
+    Effort,
+    Found,
+    Line,
+    Protocol,
+    Stage,
+    check_continues,
+    counting,
+    purified_logits,
+)
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier, log_mean_softmax, mean_logits
 
+ENOUGH = 16  # purifications by which it is decided whether an image is broken
+RESAMPLED = 64  # answers of k purifications among them, all of which must be wrong
 LEAST = 16  # purifications of an image at least: a single answer of eight says little
 
 
@@ -40,6 +53,21 @@ def answers(logits: Tensor, k: int, how: str) -> Tensor:
     """Classes (N, T // k) that answers of ``k`` purifications each give, from logits (N, T, K) of T purifications."""
     whole = logits[:, : logits.shape[1] // k * k].unflatten(1, (-1, k))
     return ANSWERS[how](whole.flatten(0, 1)).argmax(1).unflatten(0, whole.shape[:2])
+
+
+def broken(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Which images (N,) have no right answer of k purifications left, by logits (N, T, K) of T that were drawn.
+
+    ``RESAMPLED`` answers of k among the T, with replacement, must be wrong in every way to combine them: so that is
+    told of answers of which a few draws hold no two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = torch.ones(len(logits), dtype=torch.bool)
+    for _ in range(RESAMPLED):
+        drawn = logits[:, torch.randint(logits.shape[1], (k,), generator=generator)]
+        for combine in ANSWERS.values():
+            found &= combine(drawn).argmax(1) != labels
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,8 @@ class Averaged(Protocol):
     The cheap attacker ends with the images of the run's strongest attack, made against single purifications. The other
     goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: of
     their mean logits, and of their mean softmax. Counting has none. Each kind of answer is asked about both attacks'
-    images, and the lower accuracy counts. Answers of all k and kinds share their purifications.
+    images, and the lower accuracy counts. Answers of all k and kinds share their purifications. Nobody goes on from
+    images of the cheap attacker that are :func:`broken`, by purifications of the attacker's; the judges have others.
     """
 
     name = "averaged"
@@ -82,22 +111,30 @@ class Averaged(Protocol):
     def climbs(self, averages: Sequence[int]) -> bool:
         return bool(owns(averages))
 
+    def check(self, defence: Defence) -> None:
+        check_continues(self.name, defence)
+
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         strongest, counts = stage_name(attacked.strongest()), attacked.effort.averages
         for name in (CLEAN, strongest):
             yield Stage(cheap(name, counts), self._asked(attacked.defence, counts), self._judging(attacked, name))
+        if owns(counts):
+            asked = ENOUGH * calls(_single(attacked.defence)).forward
+            yield Stage(cheap("broken", counts), asked, self._breaking(attacked, strongest))
         for own in owns(counts):
             planned = self._climbed(attacked.defence, attacked.effort, own)
             yield Stage(own.stage, planned, self._climbing(attacked, strongest, own))
 
     def planned(self, defence: Defence, effort: Effort) -> float:
         climbed = sum(self._climbed(defence, effort, own) for own in owns(effort.averages))
-        return 2 * self._asked(defence, effort.averages) + climbed
+        broken = ENOUGH * calls(_single(defence)).forward if owns(effort.averages) else 0
+        return 2 * self._asked(defence, effort.averages) + broken + climbed
 
     def lines(self, attacked: Attacked) -> list[Line]:
         counts = attacked.effort.averages
         shared = attacked.calls(*(cheap(name, counts) for name in (CLEAN, stage_name(attacked.strongest()))))
-        climbed = {k: attacked.calls(*(own.stage for own in owns((k,)))) for k in counts}
+        broken = cheap("broken", counts)
+        climbed = {k: attacked.calls(broken, *(own.stage for own in owns((k,)))) for k in counts if owns((k,))}
         points = {(p.k, p.how, p.who): p.accuracy for p in self.points(attacked)}
         found = []
         for (k, how, who), accuracy in points.items():
@@ -141,28 +178,49 @@ class Averaged(Protocol):
 
         return measure
 
-    def _climbing(self, attacked: Attacked, strongest: str, own: Own) -> Callable[[Samples], Found]:
-        effort, single = attacked.effort, calls(_single(attacked.defence))
-        model = attacked.model.with_purifications(own.k, own.aggregate)
+    def _breaking(self, attacked: Attacked, strongest: str) -> Callable[[Samples], Found]:
+        seed, effort = derive_seed(attacked.seed, "attack", "averaged broken"), attacked.effort
 
         def measure(batch: Samples) -> Found:
-            base = attacked.strongest()
-            attack = ContinuedPGD(
-                base.norm,
-                base.eps,
-                steps=_steps(effort),
-                eot=1,
-                max_rows=max(1, effort.max_rows // own.k),
-                start=attacked.images(strongest, batch),
-            )
-            seed = derive_seed(attacked.seed, "attack", own.stage)
-            with counting() as counted:
-                images = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed).images
-            found = _answers(attacked, images, batch, (own.k,))
-            spent = own.k * (counted.gradients / len(batch) * single.gradient + single.forward)
-            return Found(found[0], spent + draws(own.k) * single.forward, images, found[1])
+            single, images = attacked.model.with_purifications(1), attacked.images(strongest, batch)
+            logits = purified_logits(single, images, batch.ids, range(ENOUGH), seed, effort.max_rows).cpu()
+            found = {str(k): broken(logits, batch.labels.cpu(), k).tolist() for k in effort.averages}
+            more = [{"broken": {k: answers[i] for k, answers in found.items()}} for i in range(len(batch))]
+            return Found(logits.argmax(2), ENOUGH * calls(single).forward, more=more)
 
         return measure
+
+    def _climbing(self, attacked: Attacked, strongest: str, own: Own) -> Callable[[Samples], Found]:
+        def measure(batch: Samples) -> Found:
+            stage = cheap("broken", attacked.effort.averages)
+            records = [attacked.folder.get(attacked.defence.name, stage, int(i)) for i in batch.ids]
+            left = torch.tensor([not r["broken"][str(own.k)] for r in records]).nonzero()[:, 0]
+            images = attacked.images(strongest, batch).clone()
+            predictions, more = _known(attacked, strongest, batch, own.k)
+            spent = torch.zeros(len(batch), dtype=torch.float64)
+            if len(left):
+                images[left], taken = self._climb(attacked, batch[left], images[left], own)
+                spent[left] += taken
+                predictions[left], found = _answers(attacked, images[left], batch[left], (own.k,))
+                for i, answered in zip(left.tolist(), found, strict=True):
+                    more[i] = answered
+            return Found(predictions, spent, images, more)
+
+        return measure
+
+    def _climb(self, attacked: Attacked, batch: Samples, start: Tensor, own: Own) -> tuple[Tensor, float]:
+        """Images of the attack along the aggregate's gradient, and the calls that each took, its answers included."""
+        effort, single, base = attacked.effort, calls(_single(attacked.defence)), attacked.strongest()
+        rows = max(1, effort.max_rows // own.k)
+        attack = ContinuedPGD(base.norm, base.eps, steps=_steps(effort), eot=1, max_rows=rows, start=start)
+        model, seed = (
+            attacked.model.with_purifications(own.k, own.aggregate),
+            derive_seed(attacked.seed, "attack", own.stage),
+        )
+        with counting() as counted:
+            images = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed).images
+        spent = own.k * (counted.gradients / len(batch) * single.gradient + single.forward)
+        return images, spent + draws(own.k) * single.forward
 
 
 def owns(counts: Sequence[int]) -> list[Own]:
@@ -197,6 +255,17 @@ def _answers(
         for i in range(len(batch))
     ]
     return logits.argmax(2), rows
+
+
+def _known(
+    attacked: Attacked, strongest: str, batch: Samples, k: int
+) -> tuple[Tensor, list[dict[str, dict[str, dict[str, list[int]]]]]]:
+    """What :func:`_answers` says of the cheap attacker's images, from its records."""
+    name, count = cheap(strongest, attacked.effort.averages), draws(k)
+    records = [attacked.folder.get(attacked.defence.name, name, int(i)) for i in batch.ids]
+    kinds = [r["answers"][str(k)] for r in records]
+    rows = [{"answers": {str(k): {how: classes[: count // k] for how, classes in found.items()}}} for found in kinds]
+    return torch.tensor([r["predictions"][:count] for r in records]), rows
 
 
 def _share(attacked: Attacked, stage: str, k: int, how: str) -> Estimate:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from purify.attacks.base import Attack
+from purify.attacks.continued import ContinuedPGD
 from purify.attacks.counting import heard
 from purify.attacks.noise import RandomNoise
 from purify.diffusion.noise import derive_seed
@@ -117,13 +118,13 @@ class Found:
 
     Attributes:
         predictions: answers (N, R).
-        calls: network calls for one image.
+        calls: network calls for each image, (N,), or for every one.
         images: adversarial images, if the stage made any.
         more: what each record says besides.
     """
 
     predictions: Tensor
-    calls: float
+    calls: Tensor | float
     images: Tensor | None = None
     more: Sequence[dict[str, Any]] = ()
 
@@ -187,6 +188,16 @@ class Protocol(ABC):
     @abstractmethod
     def lines(self, attacked: Attacked) -> list[Line]:
         """What the records of all stages come to."""
+
+
+def check_continues(name: str, defence: Defence) -> None:
+    """Raise ValueError unless a protocol's own attack can go on from the images of the run's attacks."""
+    threat = defence.attacks[0].norm
+    if threat not in ContinuedPGD.threats:
+        raise ValueError(
+            f"The protocol {name} goes on from attacked images, which do not say how far in {threat} they are; leave "
+            "it out of --protocol."
+        )
 
 
 class Counted:

@@ -16,6 +16,8 @@ from purify.evaluate.protocols.base import Attacked, Effort, Found, Line, Protoc
 from purify.evaluate.runner import CLEAN, Defence, Samples, counted, stage_name
 from purify.purification.calls import calls
 
+AT_ONCE = 8  # more answers to a clean image, until one is wrong
+
 
 class InLoop(Protocol):
     """Broken if any of N answers to any iterate of the attack is wrong, beside clean images asked as often.
@@ -24,7 +26,8 @@ class InLoop(Protocol):
     at every iterate, so the attack's own forward passes are the submissions, and cost nothing more. Of the run's
     attacks it is the strongest one that counts them (PGD and its kin; the adaptive attack's, on the whole process). An
     attack in half precision counted answers that are not the defence's, and is run again in the one that is judged. The
-    control asks the unattacked image as often: what it loses is lost to the defence's noise, without any attacker.
+    control asks the unattacked image as often, or until an answer is wrong: what it loses is lost to the defence's
+    noise, without any attacker.
     """
 
     name = "in-loop"
@@ -87,16 +90,23 @@ class InLoop(Protocol):
         return Found(survivors[:, None], spent, more=more)
 
     def _control(self, attacked: Attacked, asked: int, batch: Samples) -> Found:
-        """Answers to the clean images: the run's judges gave the first ones."""
+        """Answers to the clean images, -1 after the first wrong ones: the run's judges gave the first answers."""
         records = [attacked.run.get(attacked.defence.name, CLEAN, int(i)) for i in batch.ids]
         known = torch.tensor([r["predictions"] for r in records])[:, :asked]
-        rest = range(known.shape[1], asked)
-        if len(rest) == 0:
-            return Found(known, 0.0)
-        logits = purified_logits(
-            attacked.model, batch.images, batch.ids, rest, attacked.judge_seed, attacked.effort.max_rows
-        )
-        return Found(torch.cat([known, logits.argmax(2).cpu()], 1), len(rest) * calls(attacked.model).forward)
+        found = torch.full((len(batch), asked), -1)
+        found[:, : known.shape[1]] = known
+        labels, spent = batch.labels.cpu()[:, None], torch.zeros(len(batch))
+        for first in range(known.shape[1], asked, AT_ONCE):
+            left = (found[:, :first] == labels).all(1).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            part, rows = range(first, min(first + AT_ONCE, asked)), batch[left]
+            logits = purified_logits(
+                attacked.model, rows.images, rows.ids, part, attacked.judge_seed, attacked.effort.max_rows
+            )
+            found[left, first : part.stop] = logits.argmax(2).cpu()
+            spent[left] += len(part) * calls(attacked.model).forward
+        return Found(found, spent)
 
 
 def submitting(defence: Defence) -> list[Attack]:

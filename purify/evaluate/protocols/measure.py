@@ -152,6 +152,6 @@ def _record(attacked: Attacked, stage: Stage, batch: Samples, found: Found, i: i
         "label": int(batch.labels[i]),
         "predictions": found.predictions[i].tolist(),
         **(found.more[i] if found.more else {}),
-        "calls": round(found.calls),
+        "calls": round(float(found.calls[i] if isinstance(found.calls, Tensor) else found.calls)),
         "seconds": round(seconds, 4),
     }
