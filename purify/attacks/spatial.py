@@ -52,6 +52,9 @@ class SpatialPGD(PGD):
     ) -> tuple[Tensor, list[Tensor]]:
         return super()._eot(target, parted(z)[0], first_draw, with_gradient)  # gradients are those of images
 
+    def _asked(self, model: nn.Module, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+        return super()._asked(model, parted(x)[0], ids, seed)
+
 
 @dataclass(frozen=True)
 class SpatialTransfer(SpatialPGD, Transfer):
