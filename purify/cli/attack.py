@@ -286,4 +286,6 @@ def describe(attack: Attack) -> str:
         return attack.label
     if "queries" in parts:
         return f"{attack.label} {parts['queries']} queries"
-    return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}"
+    goal = parts.get("goal", "")
+    turns = "" if goal in attack.label else f", {goal}"  # of attacks whose name says that there is one
+    return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}{turns}"

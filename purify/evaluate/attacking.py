@@ -184,9 +184,11 @@ def prepare(asked: Evaluation) -> Prepared:
     """
     data, ranks, device = begin(asked)
     request = Request(asked, data, device)
+    attacks = build_attacks(request)
     samples = load_samples(asked, data, request.budget.n_examples, device)
-    attacks, defences = assemble(request, samples)
+    defences = assemble(request, attacks, samples)
     check_protocols(asked.protocol, defences, samples.images, asked.averages or AVERAGES)
+    check_answers(defences, samples, data.num_classes)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)
@@ -195,23 +197,24 @@ def prepare(asked: Evaluation) -> Prepared:
     return Prepared(request, attacks, defences, samples, configured(asked, defences, samples), ranks, chosen)
 
 
-def assemble(request: Request[Any], samples: Samples) -> tuple[list[Attack], list[Defence]]:
-    """The attacks of a description, and what they are run on.
+def assemble(request: Request[Any], attacks: list[Attack], samples: Samples) -> list[Defence]:
+    """What the attacks of a description are run on.
 
     Raises:
         ValueError: parts that do not fit together, or models that cannot take the images.
     """
-    asked, data = request.asked, request.data
-    attacks = build_attacks(request)
     defences = build_defences(request, attacks)
     check_unique([d.name for d in defences], "defences", "name each purifier and noise level once")
-    check_together(defences, samples, asked.seed, known_classes(asked, data))
+    check_together(defences, samples, request.asked.seed, known_classes(request.asked, request.data))
+    return defences
+
+
+def check_answers(defences: list[Defence], samples: Samples, classes: int) -> None:
+    """Raise ValueError where gradients that attacks take are not to be had; warn of classifiers that guess."""
     for defence in defences:
         check_gradient(defence, samples.images)
         if not isinstance(defence.model, DefendedClassifier):
-            images, labels, ids = samples.images, samples.labels, samples.ids
-            check_clean(defence.name, defence.model, images, labels, ids, data.num_classes)
-    return attacks, defences
+            check_clean(defence.name, defence.model, samples.images, samples.labels, samples.ids, classes)
 
 
 def configured(asked: Evaluation, defences: list[Defence], samples: Samples) -> dict[str, Any]:

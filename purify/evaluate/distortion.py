@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from purify.evaluate.attacking import RECORD, assemble, begin, folder_name, load_samples, open_folder
+from purify.evaluate.attacking import RECORD, assemble, begin, check_answers, folder_name, load_samples, open_folder
 from purify.evaluate.bisection import CONFIRM, Bisection, Interval, Search, probe_name, replay
-from purify.evaluate.build import Request
+from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.metrics import LEVEL, Estimate, estimate, wilson
 from purify.evaluate.progress import Progress
@@ -209,16 +209,16 @@ def prepare(asked: MinimumDistortion) -> Ready:
         usual = 2 * data.eps[asked.threat_model]
         asked = asked.replace(eps=min(usual, 1.0) if asked.threat_model == "Linf" else usual)
     request = Request(asked, data, device)
+    attacks = build_attacks(request)
+    grouped = next((a.label for a in attacks if a.group_size), None)
+    if grouped:
+        advice = "name other --attacks"
+        raise ValueError(f"{grouped} attacks fixed groups of images, which need different radii here; {advice}.")
     samples = load_samples(asked, data, request.budget.n_examples, device)
-    _, defences = assemble(request, samples)
-    for d in defences:
-        grouped = [a.label for a in d.attacks if a.group_size]
-        if grouped:
-            raise ValueError(f"{grouped[0]} attacks fixed groups of images together, which need different radii here; "
-                             "name other --attacks.")  # fmt: skip
-    return Ready(
-        request, Bisection(asked.threat_model, request.eps, asked.rate, asked.halvings), defences, samples, ranks
-    )
+    defences = assemble(request, attacks, samples)
+    check_answers(defences, samples, data.num_classes)
+    bisection = Bisection(asked.threat_model, request.eps, asked.rate, asked.halvings)
+    return Ready(request, bisection, defences, samples, ranks)
 
 
 def plain(found: Distortions, radii: Sequence[float]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ CASES = {
     "image odd.png --purifier gms --out out": "(did you mean 'gns'?)",
     "download score-sde-cifar": "score-sde-cifar10",
     # numbers
-    "attack --eps 8/0": "--eps takes a number, as 0.03 or 8/255, got '8/0'",
+    "attack --eps 8/0": "--eps takes a number, as 0.03 or 8/255, or several separated by commas, got '8/0'",
     "attack --eps -0.1": "eps must be a number of at least 0",
     "attack --memory-budget 1X": "--memory-budget takes bytes, as 1000000, 512M or 1.5G, or auto",
     "attack --n-examples 0": "--n-examples must be a whole number of at least 1",
@@ -238,7 +238,7 @@ CASES = {
     "distortion --eps 0": "--eps is the largest radius that is tried, and must be above 0",
     "distortion --eps 0.1,0.2": "--eps takes a number, as 0.03 or 8/255, got '0.1,0.2'",
     "distortion --precision auto": "Name the precision of the attacks",
-    "distortion --attacks square": "square attacks fixed groups of images together",
+    "distortion --attacks square": "square attacks fixed groups of images, which need",
     "certify --method magic": "Unknown method 'magic'; known: cohen, densepure, dssn, multiscale, ssn",
     "certify --dataset mnist": "Unknown data set 'mnist'",
     "certify --budget huge": "Unknown --budget 'huge'; known: paper, quick, standard",
