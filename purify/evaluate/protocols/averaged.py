@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from purify.attacks.base import keyed
 from purify.attacks.continued import ContinuedPGD
+from purify.attacks.pgd import Evaluator, margin_loss
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, estimate
 from purify.evaluate.protocols.base import (
@@ -28,8 +30,6 @@ from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier, log_mean_softmax, mean_logits
 
-ENOUGH = 16  # purifications by which it is decided whether an image is broken
-RESAMPLED = 64  # answers of k purifications among them, all of which must be wrong
 LEAST = 16  # purifications of an image at least: a single answer of eight says little
 
 
@@ -38,9 +38,9 @@ def majority(logits: Tensor) -> Tensor:
     return one_hot(logits.argmax(-1), logits.shape[-1]).sum(1)
 
 
-# How M purifications become one answer, and whose gradient there is: counting has none.
+# How M purifications become one answer.
 ANSWERS = {"logits": mean_logits, "softmax": log_mean_softmax, "majority": majority}
-GRADIENTS = ("logits", "softmax")
+CLIMBED = (mean_logits, log_mean_softmax)  # counting has no gradient
 WORDS = {"logits": "mean logits", "softmax": "mean softmax", "majority": "majority"}
 
 
@@ -55,32 +55,24 @@ def answers(logits: Tensor, k: int, how: str) -> Tensor:
     return ANSWERS[how](whole.flatten(0, 1)).argmax(1).unflatten(0, whole.shape[:2])
 
 
-def broken(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Which images (N,) have no right answer of k purifications left, by logits (N, T, K) of T that were drawn.
-
-    ``RESAMPLED`` answers of k among the T, with replacement, must be wrong in every way to combine them: so that is
-    told of answers of which a few draws hold no two.
-    """
-    generator = torch.Generator().manual_seed(0)
-    found = torch.ones(len(logits), dtype=torch.bool)
-    for _ in range(RESAMPLED):
-        drawn = logits[:, torch.randint(logits.shape[1], (k,), generator=generator)]
-        for combine in ANSWERS.values():
-            found &= combine(drawn).argmax(1) != labels
-    return found
-
-
 @dataclass(frozen=True)
-class Own:
-    """An attack along the gradient of the mean of ``k`` purifications, of their logits or softmax."""
+class AnswersPGD(ContinuedPGD):
+    """PGD on answers of ``k`` purifications, of which each draw is one: on the mean of the margins of ``CLIMBED``.
 
-    k: int
-    aggregate: str
+    The model gives single purifications, which both ways to combine them share.
+    """
 
-    @property
-    def stage(self) -> str:
-        """How records call it."""
-        return f"averaged {self.k} {self.aggregate}"
+    k: int = 1
+
+    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
+        call, k = keyed(model, seed), self.k
+
+        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor]:
+            each = (draws[:, None] * k + torch.arange(k, device=draws.device)).flatten()
+            logits = call(images.repeat_interleave(k, 0), ids.repeat_interleave(k), each).unflatten(0, (-1, k))
+            return (torch.stack([margin_loss(combine(logits), y) for combine in CLIMBED]).mean(0),)
+
+        return evaluate
 
 
 @dataclass(frozen=True)
@@ -100,10 +92,9 @@ class Averaged(Protocol):
     """Answers of k purifications each: mean logits, mean softmax, majority, against cheap and own gradients.
 
     The cheap attacker ends with the images of the run's strongest attack, made against single purifications. The other
-    goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: of
-    their mean logits, and of their mean softmax. Counting has none. Each kind of answer is asked about both attacks'
-    images, and the lower accuracy counts. Answers of all k and kinds share their purifications. Nobody goes on from
-    images of the cheap attacker that are :func:`broken`, by purifications of the attacker's; the judges have others.
+    goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: the
+    mean of their mean logits' margin and of their mean softmax's. Counting has no gradient. Answers of all k and kinds
+    share their purifications.
     """
 
     name = "averaged"
@@ -118,23 +109,18 @@ class Averaged(Protocol):
         strongest, counts = stage_name(attacked.strongest()), attacked.effort.averages
         for name in (CLEAN, strongest):
             yield Stage(cheap(name, counts), self._asked(attacked.defence, counts), self._judging(attacked, name))
-        if owns(counts):
-            asked = ENOUGH * calls(_single(attacked.defence)).forward
-            yield Stage(cheap("broken", counts), asked, self._breaking(attacked, strongest))
-        for own in owns(counts):
-            planned = self._climbed(attacked.defence, attacked.effort, own)
-            yield Stage(own.stage, planned, self._climbing(attacked, strongest, own))
+        for k in owns(counts):
+            planned = self._climbed(attacked.defence, attacked.effort, k)
+            yield Stage(own(k), planned, self._climbing(attacked, strongest, k))
 
     def planned(self, defence: Defence, effort: Effort) -> float:
-        climbed = sum(self._climbed(defence, effort, own) for own in owns(effort.averages))
-        broken = ENOUGH * calls(_single(defence)).forward if owns(effort.averages) else 0
-        return 2 * self._asked(defence, effort.averages) + broken + climbed
+        climbed = sum(self._climbed(defence, effort, k) for k in owns(effort.averages))
+        return 2 * self._asked(defence, effort.averages) + climbed
 
     def lines(self, attacked: Attacked) -> list[Line]:
         counts = attacked.effort.averages
         shared = attacked.calls(*(cheap(name, counts) for name in (CLEAN, stage_name(attacked.strongest()))))
-        broken = cheap("broken", counts)
-        climbed = {k: attacked.calls(broken, *(own.stage for own in owns((k,)))) for k in counts if owns((k,))}
+        climbed = {k: attacked.calls(own(k)) for k in owns(counts)}
         points = {(p.k, p.how, p.who): p.accuracy for p in self.points(attacked)}
         found = []
         for (k, how, who), accuracy in points.items():
@@ -155,19 +141,17 @@ class Averaged(Protocol):
         found = []
         for k in counts:
             for how in ANSWERS if k > 1 else ("logits",):  # one purification is its own mean, and majority
-                for who, stage in (("clean", CLEAN), ("cheap", strongest)):
-                    found.append(Point(k, how, who, _share(attacked, cheap(stage, counts), k, how)))
-                own = [_share(attacked, attack.stage, k, how) for attack in owns((k,))]
-                found += [Point(k, how, "own", min(own, key=lambda share: share.value))] if own else []
+                asked = {"clean": cheap(CLEAN, counts), "cheap": cheap(strongest, counts)}
+                asked |= {"own": own(k)} if k in owns(counts) else {}
+                found += [Point(k, how, who, _share(attacked, stage, k, how)) for who, stage in asked.items()]
         return found
 
     def _asked(self, defence: Defence, counts: Sequence[int]) -> float:
         return max(map(draws, counts)) * calls(_single(defence)).forward
 
-    def _climbed(self, defence: Defence, effort: Effort, own: Own) -> float:
+    def _climbed(self, defence: Defence, effort: Effort, k: int) -> float:
         single = calls(_single(defence))
-        climbed = own.k * (_steps(effort) * single.gradient + single.forward)
-        return climbed + draws(own.k) * single.forward
+        return k * (_steps(effort) * single.gradient + single.forward) + draws(k) * single.forward
 
     def _judging(self, attacked: Attacked, name: str) -> Callable[[Samples], Found]:
         counts = attacked.effort.averages
@@ -178,54 +162,30 @@ class Averaged(Protocol):
 
         return measure
 
-    def _breaking(self, attacked: Attacked, strongest: str) -> Callable[[Samples], Found]:
-        seed, effort = derive_seed(attacked.seed, "attack", "averaged broken"), attacked.effort
-
-        def measure(batch: Samples) -> Found:
-            single, images = attacked.model.with_purifications(1), attacked.images(strongest, batch)
-            logits = purified_logits(single, images, batch.ids, range(ENOUGH), seed, effort.max_rows).cpu()
-            found = {str(k): broken(logits, batch.labels.cpu(), k).tolist() for k in effort.averages}
-            more = [{"broken": {k: answers[i] for k, answers in found.items()}} for i in range(len(batch))]
-            return Found(logits.argmax(2), ENOUGH * calls(single).forward, more=more)
-
-        return measure
-
-    def _climbing(self, attacked: Attacked, strongest: str, own: Own) -> Callable[[Samples], Found]:
-        def measure(batch: Samples) -> Found:
-            stage = cheap("broken", attacked.effort.averages)
-            records = [attacked.folder.get(attacked.defence.name, stage, int(i)) for i in batch.ids]
-            left = torch.tensor([not r["broken"][str(own.k)] for r in records]).nonzero()[:, 0]
-            images = attacked.images(strongest, batch).clone()
-            predictions, more = _known(attacked, strongest, batch, own.k)
-            spent = torch.zeros(len(batch), dtype=torch.float64)
-            if len(left):
-                images[left], taken = self._climb(attacked, batch[left], images[left], own)
-                spent[left] += taken
-                predictions[left], found = _answers(attacked, images[left], batch[left], (own.k,))
-                for i, answered in zip(left.tolist(), found, strict=True):
-                    more[i] = answered
-            return Found(predictions, spent, images, more)
-
-        return measure
-
-    def _climb(self, attacked: Attacked, batch: Samples, start: Tensor, own: Own) -> tuple[Tensor, float]:
-        """Images of the attack along the aggregate's gradient, and the calls that each took, its answers included."""
+    def _climbing(self, attacked: Attacked, strongest: str, k: int) -> Callable[[Samples], Found]:
         effort, single, base = attacked.effort, calls(_single(attacked.defence)), attacked.strongest()
-        rows = max(1, effort.max_rows // own.k)
-        attack = ContinuedPGD(base.norm, base.eps, steps=_steps(effort), eot=1, max_rows=rows, start=start)
-        model, seed = (
-            attacked.model.with_purifications(own.k, own.aggregate),
-            derive_seed(attacked.seed, "attack", own.stage),
-        )
-        with counting() as counted:
-            images = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed).images
-        spent = own.k * (counted.gradients / len(batch) * single.gradient + single.forward)
-        return images, spent + draws(own.k) * single.forward
+        model, rows = attacked.model.with_purifications(1), max(1, effort.max_rows // k)
+
+        def measure(batch: Samples) -> Found:
+            start, seed = attacked.images(strongest, batch), derive_seed(attacked.seed, "attack", own(k))
+            attack = AnswersPGD(base.norm, base.eps, steps=_steps(effort), eot=1, max_rows=rows, start=start, k=k)
+            with counting() as counted:
+                images = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed).images
+            found = _answers(attacked, images, batch, (k,))
+            spent = k * (counted.gradients / len(batch) * single.gradient + single.forward)
+            return Found(found[0], spent + draws(k) * single.forward, images, found[1])
+
+        return measure
 
 
-def owns(counts: Sequence[int]) -> list[Own]:
-    """The attacks along the gradient of an aggregate; of one purification it is that of the run's own attacks."""
-    return [Own(k, aggregate) for k in counts if k > 1 for aggregate in GRADIENTS]
+def owns(counts: Sequence[int]) -> list[int]:
+    """Of which numbers there is an attack on answers: of one purification it is that of the run's own attacks."""
+    return [k for k in counts if k > 1]
+
+
+def own(k: int) -> str:
+    """How records call the attack on answers of ``k`` purifications."""
+    return f"averaged {k} own"
 
 
 def cheap(name: str, counts: Sequence[int]) -> str:
@@ -255,17 +215,6 @@ def _answers(
         for i in range(len(batch))
     ]
     return logits.argmax(2), rows
-
-
-def _known(
-    attacked: Attacked, strongest: str, batch: Samples, k: int
-) -> tuple[Tensor, list[dict[str, dict[str, dict[str, list[int]]]]]]:
-    """What :func:`_answers` says of the cheap attacker's images, from its records."""
-    name, count = cheap(strongest, attacked.effort.averages), draws(k)
-    records = [attacked.folder.get(attacked.defence.name, name, int(i)) for i in batch.ids]
-    kinds = [r["answers"][str(k)] for r in records]
-    rows = [{"answers": {str(k): {how: classes[: count // k] for how, classes in found.items()}}} for found in kinds]
-    return torch.tensor([r["predictions"][:count] for r in records]), rows
 
 
 def _share(attacked: Attacked, stage: str, k: int, how: str) -> Estimate:
