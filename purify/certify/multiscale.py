@@ -85,16 +85,22 @@ MODES: dict[str, Mode] = {"strict": Strict(), "reference": Reference()}
 
 
 def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
-    """Counts of the answer, then of the others in falling order, where the small ones are added up from the smallest on
-    until each sum is at least ``least``; what is left over joins the last sum."""
-    bins: list[int] = [0]
-    for count in sorted(np.delete(counts, answer).tolist()):
-        if bins[-1] >= least:
-            bins.append(0)
-        bins[-1] += count
-    if len(bins) > 1 and bins[-1] < least:
-        bins[-2:] = [bins[-2] + bins[-1]]
-    return [int(counts[answer]), *reversed(bins)]
+    """Counts of the answer, then of the others in falling order, where those below ``least`` are added up, the largest
+    first, until each sum is at least ``least``; what is left over joins the last bin.
+
+    There is always a bin of others, however few they are: the published program then bounds them by the class that a
+    passed scale chose, which is not sound (docs/certify.md).
+    """
+    bins: list[int] = []
+    rest = 0
+    for count in sorted(np.delete(counts, answer).tolist(), reverse=True):
+        rest += count
+        if rest >= least:
+            bins.append(rest)
+            rest = 0
+    if bins:
+        bins[-1] += rest
+    return [int(counts[answer]), *(bins or [rest])]
 
 
 @dataclass(frozen=True)
