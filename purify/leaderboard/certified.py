@@ -122,6 +122,7 @@ def stated(system: dict[str, Any]) -> str:
         early = f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
     elif stop is not None:
         early = f" at most, stopped once the radii {', '.join(f'{r:g}' for r in stop['radii'])} are settled"
-    calls = f", each {system['votes']} x {system['steps']} network calls" if "votes" in system else ""
+    votes = f"{system['votes']} x " if "votes" in system else ""
+    calls = f", each {votes}{system['steps']} network calls" if "steps" in system else ""
     precision = f", {system['precision']} denoiser" if "precision" in system else ""
     return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}{calls}{precision}"
