@@ -4,7 +4,7 @@
 Both certify the same images by the same code on the same votes: the noisy images of every draw that could be asked for
 are classified once (and kept in --votes), and a certificate that asks for a draw gets its vote. Calls are those the
 certificates would have made. Beside them stands the other way to look often, exact bounds at alpha over the number of
-looks, under the same rule for giving a radius up.
+looks, under the same rule for giving a radius up (not for a cascade, which several sigmas make).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from purify import zoo
-from purify.certify import Anytime, Certificate, Draws, Smooth, denoised_smoothing
+from purify.certify import Anytime, Cascade, Certificate, Draws, Smooth, denoised_smoothing
 from purify.certify.bounds import lower_bound, upper_bound
 from purify.certify.counts import ROWS
 from purify.certify.sampling import FUTILE
@@ -42,12 +42,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="benchmarks/certify_draws.py", description=__doc__)
     p.add_argument("--dataset", default="digits", help="digits or fashion_mnist (default: digits)")
-    p.add_argument("--sigma", type=float, default=0.25)
+    p.add_argument(
+        "--sigma", type=NUMBERS.convert, default=[0.25], help="one, or the scales of a cascade (default: 0.25)"
+    )
     p.add_argument("--samples", type=int, default=128, help="images, the first ones (default: 128)")
     p.add_argument("--draws", type=int, default=10_000, help="n (default: 10000); n0 is 100")
     p.add_argument("--alpha", type=float, default=0.001)
-    p.add_argument("--radii", type=NUMBERS.convert, help="a grid (default: several, up to 3 sigma)")
-    p.add_argument("--votes", type=Path, help=".npy that keeps the votes, or has them")
+    p.add_argument("--radii", type=NUMBERS.convert, help="a grid (default: several, up to 3 of the least sigma)")
+    p.add_argument("--votes", type=Path, help=".npy that keeps the votes, or has them (scales, images, draws)")
     p.add_argument("--threads", type=int, help="CPU threads for torch")
     return p
 
@@ -97,28 +99,45 @@ def in_looks(hits: np.ndarray, radii: Sequence[float], draws: Draws, sigma: floa
 
 
 def compare(
-    votes: np.ndarray, labels: np.ndarray, radii: Sequence[float], draws: Draws, sigma: float
+    votes: np.ndarray, labels: np.ndarray, radii: Sequence[float], draws: Draws, sigmas: Sequence[float]
 ) -> dict[str, str]:
-    """A row of the table: calls of each way, and what the curve loses."""
-    images = torch.zeros(len(votes), 1, 1, 1)
-    replay = Replay(torch.nn.Identity().eval(), sigma, votes=votes)
-    full = replay.certify(images, draws)
-    found = replay.certify(images, Draws(draws.n0, draws.n, draws.alpha, Anytime(tuple(radii))))
-    chosen = found.selected.numpy()
-    hits = (votes[:, draws.n0 :] == chosen[:, None]).cumsum(1)
-    union, spent = in_looks(hits, radii, draws, sigma)
+    """A row of the table: calls of each way, and what the curve loses; ``votes`` (scales, N, draws)."""
+    images = torch.zeros(votes.shape[1], 1, 1, 1)
+    scales = tuple(Replay(torch.nn.Identity().eval(), s, votes=v) for s, v in zip(sigmas, votes, strict=True))
+    system = scales[0] if len(scales) == 1 else Cascade(scales)
+    full = system.certify(images, draws)
+    found = system.certify(images, Draws(draws.n0, draws.n, draws.alpha, Anytime(tuple(radii))))
     calls, all_calls = found.draws.double().mean().item(), full.draws.double().mean().item()
-    own = (found.draws - found.counts.sum(1)).numpy()  # those that chose the class
-    lost, roomy = curves(full, found, labels, radii, draws, sigma)
-    lost_union = max(np.mean(right(full, labels) >= r) - np.mean((chosen == labels) & (union >= r)) for r in radii)
-    return {
+    before, after = right(full, labels), right(found, labels)
+    lost = max(np.mean(before >= r) - np.mean(after >= r) for r in radii)
+    row = {
         "radii": ", ".join(f"{r:g}" for r in radii),
         "calls": f"{calls:.0f}",
         "of fixed n": f"{calls / all_calls:.3f}",
-        "in looks": f"{(spent + own).mean():.0f}",
         "curve lower by at most": f"{100 * lost:.1f}",
-        "with room": f"{100 * roomy:.1f}",
-        "in looks, lower by": f"{100 * lost_union:.1f}",
+    }
+    return row if len(scales) > 1 else row | looks(votes[0], labels, radii, draws, sigmas[0], full, found)
+
+
+def looks(
+    votes: np.ndarray,
+    labels: np.ndarray,
+    radii: Sequence[float],
+    draws: Draws,
+    sigma: float,
+    full: Certificate,
+    found: Certificate,
+) -> dict[str, str]:
+    """What the curve loses where fixed n decides with room, and the same by exact bounds in a number of looks."""
+    chosen = found.selected.numpy()
+    hits = (votes[:, draws.n0 :] == chosen[:, None]).cumsum(1)
+    union, spent = in_looks(hits, radii, draws, sigma)
+    own = (found.draws - found.counts.sum(1)).numpy()  # those that chose the class
+    lost = max(np.mean(right(full, labels) >= r) - np.mean((chosen == labels) & (union >= r)) for r in radii)
+    return {
+        "with room": f"{100 * with_room(full, found, labels, radii, draws, sigma):.1f}",
+        "in looks": f"{(spent + own).mean():.0f}",
+        "in looks, lower by": f"{100 * lost:.1f}",
     }
 
 
@@ -127,17 +146,15 @@ def right(found: Certificate, labels: np.ndarray) -> np.ndarray:
     return np.where(found.classes.numpy() == labels, found.radii.numpy(), -1.0)
 
 
-def curves(
+def with_room(
     full: Certificate, found: Certificate, labels: np.ndarray, radii: Sequence[float], draws: Draws, sigma: float
-) -> tuple[float, float]:
-    """By how much certified accuracy falls at most, over the radii: in all, and over images that fixed n decides with
-    room, that is, by a bound at least one standard error above the one needed."""
+) -> float:
+    """By how much certified accuracy falls at most, over the radii, where fixed n decides with room: by a bound at
+    least one standard error above the one needed."""
     before, after = right(full, labels), right(found, labels)
     bounds = norm.cdf(np.array(radii) / sigma)
     room = sigma * norm.ppf(np.minimum(bounds + np.sqrt(bounds * (1 - bounds) / draws.n), 1))
-    lost = [np.mean(before >= r) - np.mean(after >= r) for r in radii]
-    roomy = [np.mean((before >= further) & (after < r)) for r, further in zip(radii, room, strict=True)]
-    return float(max(lost)), float(max(roomy))
+    return float(max(np.mean((before >= far) & (after < r)) for r, far in zip(radii, room, strict=True)))
 
 
 def unanimous(draws: Draws) -> pd.DataFrame:
@@ -163,16 +180,16 @@ def measure(args: argparse.Namespace) -> pd.DataFrame:
     set_threads(args.threads)
     draws = Draws(100, args.draws, args.alpha)
     score, classifier = zoo.score_model(args.dataset), zoo.classifier(f"{args.dataset}-standard")
-    smooth = denoised_smoothing(classifier, score, args.sigma)
+    scales = [denoised_smoothing(classifier, score, s) for s in args.sigma]
     images, labels = (t[: args.samples] for t in load_dataset(args.dataset, "test"))
-    grids = [args.radii] if args.radii else [[step * args.sigma for step in steps] for steps in GRIDS]
+    grids = [args.radii] if args.radii else [[step * min(args.sigma) for step in steps] for steps in GRIDS]
     if args.votes is not None and args.votes.exists():
-        votes = np.load(args.votes, allow_pickle=False)[: args.samples]
+        votes = np.load(args.votes, allow_pickle=False)[:, : args.samples]
     else:
-        votes = cast(smooth, images, draws.n0 + draws.n)
+        votes = np.stack([cast(smooth, images, draws.n0 + draws.n) for smooth in scales])
         if args.votes is not None:
             np.save(args.votes, votes)
-    if votes.shape != (len(images), draws.n0 + draws.n):
+    if votes.shape != (len(scales), len(images), draws.n0 + draws.n):
         raise ValueError(f"{args.votes} holds votes of shape {votes.shape}, not of {len(images)} images; remove it.")
     return pd.DataFrame([compare(votes, labels.numpy(), g, draws, args.sigma) for g in grids])
 
@@ -185,8 +202,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.dataset}, sigma {args.sigma:g}, {args.samples} images, n {args.draws}, alpha {args.alpha:g}")
+    sigmas = ", ".join(f"{s:g}" for s in args.sigma)
+    print(f"{args.dataset}, sigma {sigmas}, {args.samples} images, n {args.draws}, alpha {args.alpha:g}")
     print(found.to_string(index=False))
+    if len(args.sigma) > 1:
+        return 0
     print(f"\nAn image on which all draws agree:\n{unanimous(Draws(100, args.draws, args.alpha)).to_string()}")
     return 0
 

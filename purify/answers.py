@@ -64,7 +64,7 @@ def remark_probabilities(logits: Tensor, what: str) -> None:
 
 def lost(logits: Tensor) -> Tensor:
     """Which rows of logits (N, K) hold NaN, or no finite largest one, (N,); minus infinity rules a class out."""
-    return logits.isnan().any(1) | ~logits.amax(1).isfinite()
+    return ~logits.amax(1).isfinite()  # NaN is larger than any number there
 
 
 def no_number(model: Any, what: str, sample: int, again: Callable[[], Any]) -> str:

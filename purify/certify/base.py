@@ -118,6 +118,21 @@ def check_reached(best: float, least: float, draws: Draws, level: float) -> floa
     return best
 
 
+def check_asked(radius: float, draws: Draws, under: str) -> float:
+    """``radius``, the largest that draws certify ``under`` a noise.
+
+    Raises:
+        ValueError: it is smaller than all that anytime sampling is asked for.
+    """
+    if draws.stop is not None and draws.stop.radii[0] > radius:
+        asked = ", ".join(f"{r:g}" for r in draws.stop.radii)
+        raise ValueError(
+            f"{draws.n} draws at alpha {draws.alpha:g} certify at most {radius:.4g} under {under}, and {asked} asked "
+            "for; name a smaller radius, or make more draws."
+        )
+    return radius
+
+
 @dataclass(frozen=True)
 class RandomizedSmoothing(Certifier):
     """A smoothed classifier whose answer holds while its probability stays above 1/2.
@@ -183,7 +198,7 @@ class RandomizedSmoothing(Certifier):
         draws = as_draws(draws)
         noise = keys(images, sample_ids, derive_seed(seed, "certify", self.stream))
         self.reachable(draws)
-        votes = self._count(images, noise, 0, draws.selections, lambda rows, counts, look: ~clear(counts)).cpu()
+        votes = self.count_until(images, noise, 0, draws.selections, lambda rows, counts, look: ~clear(counts)).cpu()
         selected, hits = votes.argmax(1), np.full((len(images), len(draws.looks)), -1)
         chosen, goals = selected.numpy(), Goals(draws, self.probability, len(images))
 
@@ -191,7 +206,7 @@ class RandomizedSmoothing(Certifier):
             hits[rows, look] = counts[np.arange(len(rows)), chosen[rows]]
             return goals.open(rows, hits[rows, look], draws.looks[look])
 
-        counts = self._count(images, noise, draws.n0, draws.looks, unsettled).cpu()
+        counts = self.count_until(images, noise, draws.n0, draws.looks, unsettled).cpu()
         classes, radii = self._answer(selected, hits, draws)
         looked = None if draws.stop is None else torch.from_numpy(hits)
         return Certificate(classes, radii, counts, votes.sum(1) + counts.sum(1), selected, looked)
@@ -202,9 +217,9 @@ class RandomizedSmoothing(Certifier):
         classes, radii = self._answer(found.selected, hits.numpy(), draws)
         return replace(found, classes=classes, radii=radii)
 
-    def _count(self, images: Tensor, noise: Noise, first: int, looks: Sequence[int], stay: Stay) -> Tensor:
-        """Counts (N, K) over draws from ``first`` on; at each look (after so many draws) images leave that need not
-        ``stay``."""
+    def count_until(self, images: Tensor, noise: Noise, first: int, looks: Sequence[int], stay: Stay) -> Tensor:
+        """int64 (N, K) on the images' device: class counts over draws from ``first`` on, the last ``looks`` of them at
+        most. At each look (after so many draws) images leave that need not ``stay``."""
         counts: Tensor | None = None
         alive, done = torch.arange(len(images), device=images.device), 0
         for look, end in enumerate(looks):
@@ -228,14 +243,7 @@ class RandomizedSmoothing(Certifier):
     def reachable(self, draws: Draws) -> float:
         level = draws.alpha * (1.0 if draws.stop is None else float(CAPITAL[0]))
         best = check_reached(float(draws.bound(np.array(draws.n), draws.n)), 0.5, draws, level)
-        radius = float(self.radius(np.array(best)))
-        if draws.stop is not None and draws.stop.radii[0] > radius:
-            asked = ", ".join(f"{r:g}" for r in draws.stop.radii)
-            raise ValueError(
-                f"{draws.n} draws at alpha {draws.alpha:g} certify at most {radius:.4g} under this noise ("
-                f"{self.stream}), and {asked} asked for; name a smaller radius, or make more draws."
-            )
-        return radius
+        return check_asked(float(self.radius(np.array(best))), draws, f"this noise ({self.stream})")
 
     def predict(
         self,

@@ -6,10 +6,12 @@ Noise is keyed by (seed, sample, draw), so it does not depend on batch, order or
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -72,29 +74,34 @@ class NoisyCounts:
             ValueError: the classifier returned no logits (N, K) of at least two classes, NaN, or plus infinity.
         """
         n, m, device = len(images), len(draws), images.device
-        size = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
-        counts, first = torch.zeros(n, 0, dtype=torch.int64, device=device), torch.full((), n * m, device=device)
+        most = self.max_rows or ROWS.get(device.type, ROWS["cpu"])
+        size = math.ceil(n * m / math.ceil(n * m / most))  # parts of one size: small ones cost more for each row
+        rows = torch.arange(n * m, device=device)
+        votes, wrong, classes = torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool), 0
 
-        def ask(rows: Tensor) -> Tensor:
-            sample, draw = rows // m, draws.start + rows % m
+        def ask(part: Tensor) -> Tensor:
+            sample, draw = part // m, draws.start + part % m
             own = Noise(noise.seed, noise.sample_ids[sample], draw, noise.stream_id)
             return self._logits(self.perturb(images[sample], own), own)
 
-        for rows, logits in Parts(size).of(torch.arange(n * m, device=device), ask):
-            sample = rows // m
-            if counts.shape[1] == 0:
-                counts = counts.new_zeros(n, logits.shape[1])
-            first = torch.minimum(first, torch.where(lost(logits), rows, n * m).amin())
-            counts.view(-1).index_add_(0, sample * logits.shape[1] + logits.argmax(1), torch.ones_like(sample))
-        if int(first) < n * m:
-            place, index = divmod(int(first), m)
-            one = noise[place : place + 1]
-            own = replace(one, draws=one.draws * 0 + draws[index])
-            again = self.perturb(images[place : place + 1], own)
-            what = f"On noise draw {draws[index]} the classifier"
-            call = partial(answer, self.classifier, again, own)
-            raise ValueError(no_number(self.classifier, what, int(one.sample_ids), call))
-        return counts
+        start = 0
+        for part, logits in Parts(size).of(rows, ask):
+            here, classes = slice(start, start + len(part)), logits.shape[1]
+            votes[here], wrong[here] = logits.argmax(1), lost(logits)
+            start += len(part)
+        if bool(wrong.any()):
+            self._complain(images, noise, draws, int(wrong.long().argmax()))
+        return torch.bincount(rows // m * classes + votes, minlength=n * classes).reshape(n, classes)
+
+    def _complain(self, images: Tensor, noise: Noise, draws: range, row: int) -> NoReturn:
+        """Raise the ValueError for logits that are no number, of a row of images times draws."""
+        place, index = divmod(row, len(draws))
+        one = noise[place : place + 1]
+        own = replace(one, draws=one.draws * 0 + draws[index])
+        again = self.perturb(images[place : place + 1], own)
+        what = f"On noise draw {draws[index]} the classifier"
+        call = partial(answer, self.classifier, again, own)
+        raise ValueError(no_number(self.classifier, what, int(one.sample_ids), call))
 
     def _logits(self, noisy: Tensor, noise: Noise) -> Tensor:
         proper = nullcontext() if self.referee is None else float32_proper()  # TF32 errs by more than a near tie

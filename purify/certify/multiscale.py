@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,21 +18,35 @@ from scipy.stats import norm
 from statsmodels.stats.proportion import multinomial_proportions_confint
 from torch import Tensor
 
-from purify.certify.base import ABSTAIN, Certificate, Certifier, check_reached
-from purify.certify.bounds import lower_bound, upper_bound
+from purify.certify.base import ABSTAIN, Certificate, Certifier, check_asked, check_reached
+from purify.certify.bounds import CAPITAL, betting_bound, lower_bound, upper_bound
 from purify.certify.counts import NoisyModel, keys
 from purify.certify.gaussian import Smooth
-from purify.certify.sampling import Draws, as_draws
+from purify.certify.passing import Passing
+from purify.certify.sampling import FUTILE, Draws, as_draws, clear
 from purify.checks import check_count, choose, is_number, short
-from purify.diffusion.noise import derive_seed
+from purify.diffusion.noise import Noise, derive_seed
 
 
 class Mode(ABC):
     """How alpha is spent on the bounds of K scales. Stage 0 is the largest scale."""
 
+    @property
+    def anytime(self) -> Mode:
+        """The same for bounds that are looked at often.
+
+        Raises:
+            ValueError: there are none.
+        """
+        raise ValueError("The published program makes all draws; leave anytime sampling out, or use mode strict.")
+
     @abstractmethod
     def level(self, alpha: float, stage: int, scales: int) -> float:
         """The level at which ``stage`` is decided."""
+
+    def lowest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        """Lower bound of the selected class's probability, from counts (K,)."""
+        return float(lower_bound(counts[selected], counts.sum(), level))
 
     @abstractmethod
     def highest(self, counts: np.ndarray, selected: int, level: float) -> float:
@@ -51,6 +65,10 @@ class Strict(Mode):
     the answer that the smaller scales find is independent of the counts here, and C - 1 classes are enough.
     """
 
+    @property
+    def anytime(self) -> Mode:
+        return Betting()
+
     def level(self, alpha: float, stage: int, scales: int) -> float:
         return alpha / (2 * scales - 1)
 
@@ -60,6 +78,25 @@ class Strict(Mode):
     def highest_other(self, counts: np.ndarray, answer: int, level: float) -> float:
         others = np.delete(counts, answer)
         return 0.0 if len(others) == 0 else float(upper_bound(others.max(), counts.sum(), level / len(others)))
+
+
+class Betting(Strict):
+    """The same 2K - 1 events at the same levels, with bounds by betting, true after every number of draws at once: when
+    drawing stops may depend on anything. Upper ones hold for all C classes, whichever is answered.
+
+    Passing a scale needs no bound: if the class answered reaches p0 there, the cascade answers it, too. So it is
+    decided by the upper bound by which radii are given up.
+    """
+
+    def lowest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        return float(betting_bound(counts[selected], counts.sum(), level))
+
+    def highest(self, counts: np.ndarray, selected: int, level: float) -> float:
+        return float(upper_bound(counts[selected], counts.sum(), FUTILE))
+
+    def highest_other(self, counts: np.ndarray, answer: int, level: float) -> float:
+        most, n = np.delete(counts, answer).max(initial=0), counts.sum()
+        return 1 - float(betting_bound(n - most, n, level / len(counts)))
 
 
 class Reference(Mode):
@@ -85,16 +122,22 @@ MODES: dict[str, Mode] = {"strict": Strict(), "reference": Reference()}
 
 
 def pool(counts: np.ndarray, answer: int, least: int = 5) -> list[int]:
-    """Counts of the answer, then of the others in falling order, where the small ones are added up from the smallest on
-    until each sum is at least ``least``; what is left over joins the last sum."""
-    bins: list[int] = [0]
-    for count in sorted(np.delete(counts, answer).tolist()):
-        if bins[-1] >= least:
-            bins.append(0)
-        bins[-1] += count
-    if len(bins) > 1 and bins[-1] < least:
-        bins[-2:] = [bins[-2] + bins[-1]]
-    return [int(counts[answer]), *reversed(bins)]
+    """Counts of the answer, then of the others in falling order, where those below ``least`` are added up, the largest
+    first, until each sum is at least ``least``; what is left over joins the last bin.
+
+    There is always a bin of others, however few they are: the published program then bounds them by the class that a
+    passed scale chose, which is not sound (docs/certify.md).
+    """
+    bins: list[int] = []
+    rest = 0
+    for count in sorted(np.delete(counts, answer).tolist(), reverse=True):
+        rest += count
+        if rest >= least:
+            bins.append(rest)
+            rest = 0
+    if bins:
+        bins[-1] += rest
+    return [int(counts[answer]), *(bins or [rest])]
 
 
 @dataclass(frozen=True)
@@ -113,7 +156,7 @@ def decide(
     sigmas: Sequence[float],
     alpha: float = 0.001,
     p0: float = 0.5,
-    mode: str = "strict",
+    mode: str | Mode = "strict",
 ) -> Decision | None:
     """The decision at the last of the stages seen so far, or None: go on to the next smaller scale.
 
@@ -121,20 +164,26 @@ def decide(
         counts: of each stage seen, from the largest scale: class counts (C,) over its fresh draws.
         selected: of each stage seen: the class that its selection draws chose.
         sigmas: all K scales, falling.
-        alpha, p0, mode: see :class:`Cascade`.
+        alpha, p0, mode: see :class:`Cascade`; the bounds themselves for others than its two.
     """
-    rule, stage = MODES[mode], len(counts) - 1
+    rule, stage = MODES[mode] if isinstance(mode, str) else mode, len(counts) - 1
     level, answer, own = rule.level(alpha, stage, len(sigmas)), selected[-1], counts[-1]
-    low = float(lower_bound(own[answer], own.sum(), level))
+    low = rule.lowest(own, answer, level)
     if low < p0:
         if rule.highest(own, answer, level) >= p0:
             return Decision(ABSTAIN, 0.0, stage, "undecided")
         return None if stage + 1 < len(sigmas) else Decision(ABSTAIN, 0.0, stage, "exhausted")
-    radii = [sigmas[stage] * (norm.ppf(low) - norm.ppf(p0))]
-    for sigma, passed in zip(sigmas[:stage], counts[:-1], strict=True):
-        radii.append(sigma * (norm.ppf(p0) - norm.ppf(rule.highest_other(passed, answer, level))))
-    radius = float(min(radii))
+    own_radius = sigmas[stage] * (norm.ppf(low) - norm.ppf(p0))
+    radius = float(min(own_radius, allowed(counts[:-1], answer, sigmas, level, p0, rule)))
     return Decision(answer, radius, stage, "answered") if radius >= 0 else Decision(ABSTAIN, 0.0, stage, "contested")
+
+
+def allowed(
+    passed: Sequence[np.ndarray], answer: int, sigmas: Sequence[float], level: float, p0: float, rule: Mode
+) -> float:
+    """The radius within which no class but ``answer`` reaches p0 at the scales passed; infinite if none was."""
+    highs = [rule.highest_other(counts, answer, level) for counts in passed]
+    return min((s * (norm.ppf(p0) - norm.ppf(high)) for s, high in zip(sigmas, highs, strict=False)), default=np.inf)
 
 
 def mixed_logits(counts: np.ndarray, logits: np.ndarray, uniform: float = 0.1) -> np.ndarray:
@@ -155,15 +204,15 @@ def reached(counts: Sequence[np.ndarray], p0: float = 0.5) -> tuple[int, int]:
 Stage = tuple[int, np.ndarray]  # the class that the selection draws chose, and the counts (C,) of the fresh ones
 
 
-def _certificate(decisions: Sequence[Decision], seen: Sequence[Sequence[Stage]], each: int) -> Certificate:
-    """Decisions, with the stages up to those that decided, each of ``each`` draws."""
+def _certificate(decisions: Sequence[Decision], seen: Sequence[Sequence[Stage]], draws: Tensor) -> Certificate:
+    """Decisions, with the stages up to those that decided, and how much was drawn for each."""
     deciding = [stages[d.stage] for d, stages in zip(decisions, seen, strict=True)]
     stages = torch.tensor([d.stage for d in decisions])
     return Certificate(
         torch.tensor([d.answer for d in decisions]),
         torch.tensor([d.radius for d in decisions], dtype=torch.float64),
         torch.from_numpy(np.stack([own for _, own in deciding])),
-        (stages + 1) * each,
+        draws,
         torch.tensor([c for c, _ in deciding]),
         stages=stages,
         passed=[[(c, own.tolist()) for c, own in s[: d.stage]] for d, s in zip(decisions, seen, strict=True)],
@@ -223,24 +272,48 @@ class Cascade(Certifier):
     ) -> Certificate:
         """Certificates of images (N, C, H, W) in [0, 1]; only images that pass a scale are asked at the next.
 
-        ``counts`` are those of the stage that decided. Arguments and errors as in :meth:`Smooth.certify`.
+        ``counts`` are those of the stage that decided; with anytime sampling those of the look with the best bound, if
+        it answered. Arguments and errors as in :meth:`Smooth.certify`.
         """
         draws = as_draws(draws)
         self.reachable(draws)
         ids = keys(images, sample_ids, seed).sample_ids
         seen: list[list[Stage]] = [[] for _ in images]
         decisions: list[Decision | None] = [None] * len(images)
+        spent = torch.zeros(len(images), dtype=torch.int64)
         for scale in self.scales:
             rows = [i for i, decision in enumerate(decisions) if decision is None]
             if not rows:
                 break
             noise = keys(images[rows], ids[rows], derive_seed(seed, "certify", scale.stream))
-            chosen = scale.counts(images[rows], noise, range(draws.n0)).argmax(1).tolist()
-            found = scale.counts(images[rows], noise, range(draws.n0, draws.n0 + draws.n)).cpu().numpy()
-            for i, c, own in zip(rows, chosen, found, strict=True):
-                seen[i].append((c, own))
+            stages, made = self._ask(scale, images[rows], noise, draws, [seen[i] for i in rows])
+            spent[rows] += made
+            for i, stage in zip(rows, stages, strict=True):
+                seen[i].append(stage)
                 decisions[i] = self._decide(seen[i], draws)
-        return _certificate([d for d in decisions if d is not None], seen, draws.n0 + draws.n)
+        return _certificate([d for d in decisions if d is not None], seen, spent)
+
+    def _ask(
+        self, scale: Smooth, images: Tensor, noise: Noise, draws: Draws, before: Sequence[Sequence[Stage]]
+    ) -> tuple[list[Stage], Tensor]:
+        """What a scale says of images that passed the scales ``before``, and how many draws were made for each."""
+        votes = scale.count_until(images, noise, 0, draws.selections, lambda rows, counts, look: ~clear(counts)).cpu()
+        chosen = votes.argmax(1).tolist()
+        if draws.stop is None:
+            counts = scale.counts(images, noise, range(draws.n0, draws.n0 + draws.n)).cpu()
+            kept = counts.numpy()
+        else:
+            stage, rule = len(before[0]), MODES[self.mode].anytime
+            level = rule.level(draws.alpha, stage, len(self.scales))
+            caps = [
+                allowed([own for _, own in passed], c, self.sigmas, level, self.p0, rule)
+                for passed, c in zip(before, chosen, strict=True)
+            ]
+            last = stage + 1 == len(self.scales)
+            watch = Passing(draws, level, votes.shape[1], scale.sigma, self.p0, np.array(chosen), np.array(caps), last)
+            counts = scale.count_until(images, noise, draws.n0, draws.looks, watch).cpu()
+            kept = watch.kept
+        return list(zip(chosen, kept, strict=True)), votes.sum(1) + counts.sum(1)
 
     def recompute(self, found: Certificate, draws: Draws) -> Certificate:
         self.reachable(draws)
@@ -257,19 +330,20 @@ class Cascade(Certifier):
                     "nothing was drawn; choose a smaller alpha, or certify again."
                 )
             decisions.append(decision)
-        return replace(_certificate(decisions, seen, draws.n0 + draws.n), draws=found.draws)
+        return _certificate(decisions, seen, found.draws)
 
     def _decide(self, stages: Sequence[Stage], draws: Draws) -> Decision | None:
         """The decision at the last of these stages, or None: go on."""
         selected, counts = zip(*stages, strict=True)
-        return decide(counts, selected, self.sigmas, draws.alpha, self.p0, self.mode)
+        mode = self.mode if draws.stop is None else MODES[self.mode].anytime
+        return decide(counts, selected, self.sigmas, draws.alpha, self.p0, mode)
 
     def reachable(self, draws: Draws) -> float:
-        if draws.stop is not None:
-            raise ValueError("A cascade makes all its draws; leave anytime sampling out.")
-        level = MODES[self.mode].level(draws.alpha, 0, len(self.scales))
-        low = check_reached(float(lower_bound(draws.n, draws.n, level)), self.p0, draws, level)
-        return float(self.sigmas[0] * (norm.ppf(low) - norm.ppf(self.p0)))
+        rule = MODES[self.mode] if draws.stop is None else MODES[self.mode].anytime
+        level = rule.level(draws.alpha, 0, len(self.scales))
+        best = rule.lowest(np.array([draws.n]), 0, level)
+        low = check_reached(best, self.p0, draws, level if draws.stop is None else level * float(CAPITAL[0]))
+        return check_asked(float(self.sigmas[0] * (norm.ppf(low) - norm.ppf(self.p0))), draws, "the cascade")
 
     def predict(
         self,

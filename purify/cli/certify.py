@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from purify.evaluate.ranks import leave
 from purify.evaluate.recompute import recompute
 from purify.evaluate.records import SCHEMA, RunFolder, curve_picture, write_json, writing
 from purify.evaluate.systems import Ready, prepare, summed
-from purify.options import PATH, flags, options, plain
+from purify.options import PATH
 
 INSIDE = "changed by PGD inside"
 EXAMPLES = """examples:
@@ -53,6 +54,7 @@ def run(args: Any, command: str) -> int:
     """Check everything, then certify, attack and report."""
     asked = described(Certification, args, OLD)
     if args.recompute is not None:
+        check_recompute(command)
         return show_recomputed(args.recompute, asked)
     ready = prepare(asked)
     draws = ready.order.draws
@@ -72,12 +74,16 @@ def run(args: Any, command: str) -> int:
     return 0
 
 
+def check_recompute(command: str) -> None:
+    """Raise ValueError if a command names more than what can be recomputed, be it what the run had."""
+    named = (word.partition("=")[0] for word in shlex.split(command) if word.startswith("--"))
+    other = next((name for name in named if name not in ("--recompute", "--alpha", "--radii")), None)
+    if other:
+        raise ValueError(f"--recompute takes --alpha and --radii, all else is the run's; leave {other} out.")
+
+
 def show_recomputed(folder: Path, asked: Certification) -> int:
     """Print the tables of a finished run at another alpha, and write them beside its result.json."""
-    changed = plain(asked.replace(alpha=Certification().alpha, radii=None))
-    other = [flags(f)[0] for f in options(Certification) if changed.get(f.name) != plain(Certification()).get(f.name)]
-    if other:
-        raise ValueError(f"--recompute takes --alpha and --radii, all else is the run's; leave {other[0]} out.")
     found = recompute(folder, asked.alpha, asked.radii)
     for norm in dict.fromkeys(r.norm for r in found.values()):
         part = {name: r.summary for name, r in found.items() if r.norm == norm}

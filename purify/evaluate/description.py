@@ -317,7 +317,7 @@ class Certification(Description):
 
     batch_size: int = option(16, WHOLE, RUN, "samples at once")
     method: tuple[str, ...] = option(
-        ("cohen",), NAMES, WHAT, "cohen, multiscale, densepure, ssn, dssn; separated by commas"
+        ("cohen",), NAMES, WHAT, "cohen, multiscale, few-step, densepure, ssn, dssn; separated by commas"
     )
     sigma: tuple[float, ...] = option((0.25, 0.5, 1.0), NUMBERS, GAUSSIAN, "scales, separated by commas")
     score_model: tuple[str, ...] | None = option(
@@ -329,7 +329,13 @@ class Certification(Description):
     p0: float = option(0.5, NUMBER, GAUSSIAN, "threshold of the cascade")
     mode: str = option("strict", TEXT, GAUSSIAN, f"bounds of the cascade: {', '.join(MODES)}")
     votes: int = option(5, WHOLE, GAUSSIAN, "reverse processes of densepure for each noisy image")
-    reverse_steps: int = option(5, WHOLE, GAUSSIAN, "reverse steps of each")
+    reverse_steps: int | None = option(
+        None, WHOLE, GAUSSIAN, "reverse steps of each, and of few-step (default: 5 for densepure, 2 for few-step)"
+    )
+    reverse: str | None = option(
+        None, TEXT, GAUSSIAN,
+        f"their rule: {', '.join(REVERSE_RULES)} (default: ddpm for densepure, ddim for few-step)",
+    )  # fmt: skip
     lam: float | None = option(
         None, NUMBER, SPLITTING, "lambda (default: the one that the classifier was trained with)"
     )
@@ -358,6 +364,8 @@ class Certification(Description):
         self._choose("mode", MODES)
         self._choose("budget", DRAWS)
         self._choose("sampling", SAMPLING)
+        if self.reverse is not None:
+            self._choose("reverse", REVERSE_RULES)
         self._choose("precision", PRECISIONS)
 
     @classmethod

@@ -95,7 +95,7 @@ def certificate(records: Sequence[Mapping[str, Any]], draws: Draws) -> Certifica
     selected = torch.tensor([r.get("selected", r["predictions"][0]) for r in records])
     counts = torch.tensor([r["counts"] for r in records]).masked_fill((selected == ABSTAIN)[:, None], 0)
     hits = None
-    if draws.stop is not None:
+    if draws.stop is not None and all("stage" not in r for r in records):
         taken, looks = [r["hits"] for r in records], len(draws.looks)
         hits = torch.from_numpy(np.array([h + [-1] * (looks - len(h)) for h in taken]))
     cascade = [r for r in records if "stage" in r]

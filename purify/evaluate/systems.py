@@ -29,6 +29,7 @@ from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
 from purify.diffusion.precision import FLOAT32, PRECISIONS
+from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import (
@@ -53,19 +54,23 @@ RADII = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)  # L2
 SHARES = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)  # L1: of lambda, which no radius can exceed by more than half a level
 
 # Options that only some methods read.
+STEPPED = ("few-step", "densepure")  # several reverse steps for each noisy image
+GAUSSIAN = ("cohen", "multiscale", *STEPPED)
+DRAWN = (*GAUSSIAN, "ssn")
 READ_BY = {
-    "sigma": ("cohen", "multiscale", "densepure"),
-    "score_model": ("cohen", "multiscale", "densepure"),
-    "precision": ("cohen", "multiscale", "densepure"),
+    "sigma": GAUSSIAN,
+    "score_model": GAUSSIAN,
+    "precision": GAUSSIAN,
     "p0": ("multiscale",),
     "mode": ("multiscale",),
     "votes": ("densepure",),
-    "reverse_steps": ("densepure",),
+    "reverse_steps": STEPPED,
+    "reverse": STEPPED,
     "lam": ("ssn", "dssn"),
-    "selection_draws": ("cohen", "multiscale", "densepure", "ssn"),
-    "draws": ("cohen", "multiscale", "densepure", "ssn"),
-    "alpha": ("cohen", "multiscale", "densepure", "ssn"),
-    "sampling": ("cohen", "densepure", "ssn"),
+    "selection_draws": DRAWN,
+    "draws": DRAWN,
+    "alpha": DRAWN,
+    "sampling": DRAWN,
 }
 
 
@@ -157,8 +162,6 @@ def cohen(order: Order) -> list[System]:
 
 def multiscale(order: Order) -> list[System]:
     """The cascade over all sigmas."""
-    if order.asked.sampling == "anytime":
-        raise ValueError("A cascade makes all its draws; leave --sampling anytime out.")
     systems = []
     for d in gaussian(order):
         cascade = Cascade(d.scales, order.asked.p0, order.asked.mode)
@@ -167,16 +170,29 @@ def multiscale(order: Order) -> list[System]:
     return systems
 
 
+def few_step(order: Order) -> list[System]:
+    """One reverse process of a few steps instead of one step, at each sigma by itself."""
+    c = order.asked
+    steps, reverse = 2 if c.reverse_steps is None else c.reverse_steps, c.reverse or "ddim"
+    return stepped(order, "few-step", {"steps": steps, "reverse": reverse}, 1, steps, reverse)
+
+
 def densepure(order: Order) -> list[System]:
     """The vote over reverse processes, at each sigma by itself."""
     c = order.asked
-    if "none" in (c.score_model or ()):
+    steps = 5 if c.reverse_steps is None else c.reverse_steps
+    size = {"votes": c.votes, "steps": steps, **({"reverse": c.reverse} if c.reverse not in (None, "ddpm") else {})}
+    return stepped(order, "densepure", size, c.votes, steps, c.reverse or "ddpm")
+
+
+def stepped(order: Order, method: str, size: Mapping[str, Any], votes: int, steps: int, reverse: str) -> list[System]:
+    """Smoothing of ``votes`` reverse processes; ``size`` is what a manifest says of them."""
+    if "none" in (order.asked.score_model or ()):
         advice = "name a --score-model, or leave it out"
-        raise ValueError(f"densepure votes over reverse processes of a diffusion model; {advice}.")
-    size = {"votes": c.votes, "steps": c.reverse_steps}
-    build = partial(dense_smoothing, votes=c.votes, steps=c.reverse_steps)
+        raise ValueError(f"{method} takes reverse steps of a diffusion model; {advice}.")
+    build = partial(dense_smoothing, votes=votes, steps=steps, rule=REVERSE_RULES[reverse]())
     return [
-        System(f"densepure {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **size, **d.networks})
+        System(f"{method} {s.sigma:g}{d.suffix}", s, order.draws, order.inside, {**s.config(), **size, **d.networks})
         for d in gaussian(order, build)
         for s in d.scales
     ]
@@ -201,11 +217,11 @@ def splitting(kind: type[SSN] | type[DSSN]) -> Callable[[Order], list[System]]:
 METHODS: dict[str, Callable[[Order], list[System]]] = {
     "cohen": cohen,
     "multiscale": multiscale,
+    "few-step": few_step,
     "densepure": densepure,
     "ssn": splitting(SSN),
     "dssn": splitting(DSSN),
 }
-GAUSSIAN = ("cohen", "multiscale", "densepure")
 
 
 def any_classifier(name: str, known: str, norm: str) -> nn.Module:

@@ -24,6 +24,7 @@ class CertifiedRow:
         classifier: the embedded classifier in it, or the first digits of another's fingerprint.
         dataset, norm: what was certified, and the norm of its radii.
         found: certified accuracy at the run's radii, ACR, abstentions, draws and the attacks inside the radius.
+        network_calls: mean calls of the denoiser's network for an image; None without a denoiser.
         alpha: probability that a certificate is false; None where certificates are exact.
         budget: draws, images and the attack.
         samples, seed: how much was measured.
@@ -35,6 +36,7 @@ class CertifiedRow:
     dataset: str
     norm: str
     found: Summary
+    network_calls: float | None
     alpha: float | None
     budget: str
     samples: int
@@ -69,6 +71,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
             dataset=config["dataset"],
             norm=results[name]["norm"],
             found=found,
+            network_calls=found.draws * _calls(system) if "score_model" in system else None,
             alpha=None if exact else draws["alpha"],
             budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
             samples=config["n_examples"],
@@ -90,6 +93,17 @@ def _called(digest: str | None) -> str:
 def _embedded() -> dict[str, str]:
     """The embedded classifiers by fingerprint."""
     return {weights_digest(zoo.classifier(name)): name for name in zoo.names("classifier")}
+
+
+@cache
+def _denoisers() -> dict[str, str]:
+    """The embedded score models by fingerprint."""
+    return {zoo.score_model(name).fingerprint(): name for name in zoo.names("score")}
+
+
+def _calls(system: dict[str, Any]) -> int:
+    """Calls of the denoiser's network for one draw."""
+    return int(system.get("votes", 1)) * int(system.get("steps", 1))
 
 
 def _sum_up(
@@ -115,13 +129,17 @@ def _sum_up(
 
 
 def stated(system: dict[str, Any]) -> str:
-    """The draws of a manifest's system as text, with what one of them takes, and the denoiser's precision."""
+    """The draws of a manifest's system as text, with what one of them takes, the denoiser and its precision."""
     draws, early = system["draws"], ""
     stop = draws["stop"]
     if stop is not None and "looks" in stop:  # until 0.2
         early = f", stopped at radius {stop['radius']:g} in {stop['looks']} looks"
     elif stop is not None:
         early = f" at most, stopped once the radii {', '.join(f'{r:g}' for r in stop['radii'])} are settled"
-    calls = f", each {system['votes']} x {system['steps']} network calls" if "votes" in system else ""
+    votes = f"{system['votes']} x " if "votes" in system else ""
+    calls = f", each {votes}{system['steps']} network calls" if "steps" in system else ""
+    rule = f" of {system['reverse']}" if "reverse" in system else ""
     precision = f", {system['precision']} denoiser" if "precision" in system else ""
-    return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}{calls}{precision}"
+    known = _denoisers().get(system["score_model"]) if "score_model" in system else None
+    denoiser = "" if known is None else f", denoiser {known}"
+    return f"n0 {draws['n0']:,}, n {draws['n']:,}{early}{calls}{rule}{precision}{denoiser}"

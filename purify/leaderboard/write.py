@@ -156,6 +156,7 @@ def certified_entry(row: CertifiedRow, folder: Path) -> dict[str, Any]:
             **plain({"acr": found.acr, "abstained": found.abstained}),
         },
         "draws": found.draws,
+        "network_calls": row.network_calls,
         "alpha": row.alpha,
         "attacked": found.attacked,
         "refuted": found.refuted,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DATA, TinyClassifier
+from piecewise import Piecewise, falling, holds
 from scipy import stats
 
 from purify import Noise, derive_seed
@@ -170,43 +171,11 @@ def test_bad_input_is_refused(images):
         Cascade(())
     with pytest.raises(ValueError, match="Unknown cascade mode 'loose'; known: reference, strict"):
         Cascade((smooth,), mode="loose")
-    with pytest.raises(ValueError, match="leave anytime sampling out"):
-        Cascade((smooth,)).certify(images, Draws(stop=Anytime((0.0,))))
+    with pytest.raises(ValueError, match="The published program makes all draws; leave anytime sampling out"):
+        Cascade((smooth,), mode="reference").certify(images, Draws(stop=Anytime((0.0,))))
 
 
 # --- soundness ----------------------------------------------------------------------------------------------------
-
-
-class Piecewise:
-    """A random piecewise constant classifier of the real line, whose smoothed probabilities are known exactly."""
-
-    def __init__(self, rng, classes=3, pieces=6):
-        self.edges = np.concatenate([[-np.inf], np.sort(rng.uniform(-2, 2, pieces - 1)), [np.inf]])
-        self.labels, self.classes = rng.integers(classes, size=pieces), classes
-
-    def probabilities(self, x, sigma):
-        """(N,) -> (N, C)."""
-        mass = np.diff(stats.norm.cdf((self.edges[None] - x[:, None]) / sigma), axis=1)
-        return np.stack([mass[:, self.labels == c].sum(1) for c in range(self.classes)], 1)
-
-    def cascade(self, x, sigmas, p0):
-        """The answers of the cascade of true probabilities, ABSTAIN where no class reaches p0 anywhere."""
-        answer = np.full(len(x), ABSTAIN)
-        for sigma in sigmas:  # falling
-            p = self.probabilities(x, sigma)
-            halts = (answer == ABSTAIN) & (p.max(1) >= p0)
-            answer[halts] = p.argmax(1)[halts]
-        return answer
-
-
-def holds(f, x, found, sigmas, p0):
-    """Whether the cascade answers the same at 201 points within the radius."""
-    around = x + found.radius * (1 - 1e-9) * np.linspace(-1, 1, 201)
-    return bool((f.cascade(around, sigmas, p0) == found.answer).all())
-
-
-def falling(rng):
-    return sorted(rng.uniform(0.1, 1.2, rng.integers(1, 4)), reverse=True)
 
 
 def test_no_change_inside_the_radius():
@@ -288,27 +257,63 @@ def test_strict_failure_rate_is_at_most_alpha():
     assert worst > 0
 
 
-def pooled(values, least):
-    """An independent reading: cut the rising counts into runs, each as short as its sum allows."""
-    rising, runs = sorted(values), []
-    while rising:
-        length = next((k for k in range(1, len(rising) + 1) if sum(rising[:k]) >= least), len(rising))
-        runs.append(sum(rising[:length]))
-        rising = rising[length:]
-    if len(runs) > 1 and runs[-1] < least:
-        runs = [*runs[:-2], runs[-2] + runs[-1]]
-    return runs[::-1]
+def pooled(others):
+    """An independent reading: bins of five or more stay; of the smaller ones, falling, the shortest runs that make five
+    become bins; the last bin takes the rest."""
+    stay, small = (sorted(filter(keep, others)) for keep in (lambda v: v >= 5, lambda v: v < 5))
+    bins = stay[::-1]
+    while sum(small) >= 5:
+        length = min(k for k in range(1, len(small) + 1) if sum(small[-k:]) >= 5)
+        bins.append(sum(small[-length:]))
+        del small[-length:]
+    if not bins:
+        return [sum(small)]
+    return [*bins[:-1], bins[-1] + sum(small)]
 
 
-@pytest.mark.parametrize("classes", [2, 3, 4, 5])
-def test_pooling_by_brute_force(classes):
-    for counts in itertools.product(range(8), repeat=classes):
-        found = pool(np.array(counts), 0)
-        assert found == [counts[0], *pooled(counts[1:], 5)]
-        assert sum(found) == sum(counts)
-        assert min(found[1:]) >= min(5, sum(counts[1:]))
+@pytest.mark.parametrize("others", range(1, 10))
+def test_pooling_by_brute_force(others):
+    """All counts of up to ten classes, each from none to seven."""
+    for counts in itertools.combinations_with_replacement(range(8), others):
+        found = pool(np.array([6, *counts]), 0)
+        assert found == [6, *pooled(counts)]
+        assert sum(found[1:]) == sum(counts)
+        assert min(found[1:]) >= min(5, sum(counts))
 
 
-def test_pooling_goes_on_after_the_last_bin():
+def test_pooling_is_of_counts_in_any_order_whichever_the_answer():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        counts, answer = rng.integers(0, 9, 10), int(rng.integers(10))
+        assert pool(counts, answer) == [counts[answer], *pooled(np.delete(counts, answer).tolist())]
+
+
+def test_pooling_as_published():
+    """Small counts make bins of their own, the largest first, and leave large bins alone but for the rest."""
     counts = np.array([4000, 2994, 2994, 3, 3, 3, 3, 0, 0, 0])
     assert pool(counts, 0) == [4000, 2994, 2994, 6, 6]
+    found = run([counts, [9000, 600, 400, *[0] * 7]], [0, 0], [1.0, 0.5, 0.25], 0.001, mode="reference")
+    assert (found.stage, found.radius) == (1, pytest.approx(0.476945, abs=5e-7))
+    assert pool(np.array([50, 10, 3, 3, 3]), 0) == [50, 10, 9]
+    assert pool(np.array([50, 4, 3, 3, 3, 3]), 0) == [50, 7, 9]
+    assert pool(np.array([50, 2, 1]), 0) == [50, 3]
+    assert pool(np.array([50, 0, 0]), 0) == [50, 0]
+
+
+def test_the_published_branch_for_two_bins_would_certify_what_is_false():
+    """The example of docs/certify.md: two classes, p0 = 0.6; the large scale chose class 1 (58 %) and was passed, the
+    small one answers 0. The branch takes one minus class 1's own lower bound, 44 %, for an upper bound of class 1."""
+    rng, sigmas, p0, n, alpha = np.random.default_rng(4), [1.0, 0.1], 0.6, 10_000, 0.001
+    f = Piecewise(rng, classes=2, pieces=3)
+    f.edges, f.labels = np.array([-np.inf, -0.4, 0.725, np.inf]), np.array([1, 0, 1])
+    exact = [f.probabilities(np.array([0.0]), s)[0] for s in sigmas]
+    assert exact[0][1] == pytest.approx(0.58, abs=0.002)
+    drawn = [np.round(p * n).astype(int) for p in exact]
+    found = run(drawn, [1, 0], sigmas, alpha, p0, "reference")
+    assert (found.answer, found.stage) == (0, 1)
+    assert holds(f, 0.0, found, sigmas, p0)
+    high = 1 - lower_bound(drawn[0][1], n, alpha / 2)
+    assert high == pytest.approx(0.438, abs=5e-4)
+    branch = sigmas[0] * (stats.norm.ppf(p0) - stats.norm.ppf(high))
+    own = sigmas[1] * (stats.norm.ppf(lower_bound(drawn[1][0], n, alpha / 2)) - stats.norm.ppf(p0))
+    assert not holds(f, 0.0, replace(found, radius=min(branch, own)), sigmas, p0)

@@ -5,12 +5,14 @@ import torch
 from conftest import SmoothNet, TinyClassifier, smooth_model
 from kills import lines
 
-from purify import ContinuousVP, ScoreModel
+from purify import ContinuousVP, ScoreModel, zoo
 from purify.attacks.base import keyed
 from purify.certify import DensePure, Draws, OneShotDenoised, Smooth, dense_smoothing
 from purify.cli.certify import main
+from purify.data import load_dataset
 from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import DDIM, Ancestral
+from purify.leaderboard import read_certified
 from purify.purification.plans import reverse_times
 
 SIGMA = 0.5
@@ -82,6 +84,21 @@ def test_the_command_certifies_and_attacks_it(tmp_path, capsys):
     assert not any(r.get("refuted") for r in found)
     assert main([*run, "--votes", "2", "--out", str(tmp_path / "run")]) == 2
     assert "differs in systems.densepure 0.25.votes" in capsys.readouterr().err
+
+
+def test_few_steps_by_the_command_are_those_of_the_rule(tmp_path, capsys):
+    """Two DDIM steps of a flow network and no vote, certified with the same draws in Python."""
+    run = ["--method", "few-step", "--sigma", "0.25", "--score-model", "digits-flow", "--n-examples", "2"]
+    run += ["--selection-draws", "10", "--draws", "40", "--attack-examples", "1", "--attack-steps", "2", "--eot", "2"]
+    assert main([*run, "--threads", "1", "--out", str(tmp_path / "run")]) == 0
+    records = [r for r in lines(tmp_path / "run") if r["attack"] == "certificate"]
+    smooth = dense_smoothing(zoo.classifier("digits-standard"), zoo.score_model("digits-flow"), 0.25, 1, 2, DDIM())
+    expected = smooth.certify(load_dataset("digits", "test")[0][:2], Draws(10, 40))
+    assert [r["counts"] for r in records] == expected.counts.tolist()
+    assert main([*run, "--reverse", "consistency", "--out", str(tmp_path / "run")]) == 2
+    assert "differs in systems.few-step 0.25.reverse" in capsys.readouterr().err
+    (row,) = read_certified(tmp_path / "run")
+    assert "each 2 network calls" in row.budget
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

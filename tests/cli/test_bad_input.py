@@ -251,7 +251,7 @@ CASES = {
     "certify --votes 3": "--votes says nothing about cohen; it is for densepure",
     "certify --method densepure --votes 0": "votes must be a whole number of at least 1",
     "certify --method densepure --reverse-steps 0": "steps must be a whole number of at least 1",
-    "certify --method densepure --score-model none": "densepure votes over reverse processes of a diffusion model",
+    "certify --method densepure --score-model none": "densepure takes reverse steps of a diffusion model",
     "certify --precision bf8": "Unknown --precision 'bf8'; known: bf16, float32, fp16",
     "certify --score-model none --precision bf16": "--precision bf16 is the denoiser's; there is none with",
     "certify --method ssn --precision bf16": "--precision says nothing about ssn",

@@ -17,7 +17,8 @@ RUN = [
     *("--draws", "150", "--attack-examples", "0", "--threads", "1"),
 ]
 ANYTIME = [
-    *("--sigma", "0.25", "--n-examples", "6", "--draws", "200", "--attack-examples", "0", "--threads", "1"),
+    *("--method", "cohen,multiscale", "--sigma", "0.25,0.7", "--n-examples", "6", "--draws", "200"),
+    *("--attack-examples", "0", "--threads", "1"),
     *("--sampling", "anytime", "--radii", "0,0.25,0.5"),
 ]
 
@@ -55,9 +56,10 @@ def test_the_runs_own_alpha_gives_its_own_results(runs):
 def test_anytime_radii_are_those_of_the_looks_taken(runs):
     looks = np.array(Draws(100, 200, stop=Anytime((0.0,))).looks)
     for alpha in (0.1, 1e-5):
-        bounds = [betting_bound(r["hits"], looks[: len(r["hits"])], alpha).max() for r in lines(runs / "anytime")]
-        (found,) = recompute(runs / "anytime", alpha, radii=(0.0,)).values()
-        right = [r["selected"] == r["label"] for r in lines(runs / "anytime")]
+        records = [r for r in lines(runs / "anytime") if r["defence"] == "cohen 0.25"]
+        bounds = [betting_bound(r["hits"], looks[: len(r["hits"])], alpha).max() for r in records]
+        found = recompute(runs / "anytime", alpha, radii=(0.0,))["cohen 0.25"]
+        right = [r["selected"] == r["label"] for r in records]
         assert (found.summary.correct >= 0).tolist() == [b >= 0.5 and ok for b, ok in zip(bounds, right, strict=True)]
 
 
@@ -74,6 +76,7 @@ def test_what_was_not_drawn_is_refused_in_one_sentence(runs, tmp_path, capsys):
     for words, what in (
         (["--recompute", str(tmp_path)], "holds no finished run"),
         (["--recompute", str(runs / "0.2"), "--sigma", "2"], "takes --alpha and --radii, all else is the run's; leave"),
+        (["--recompute", str(runs / "0.2"), "--precision=float32"], "all else is the run's; leave --precision out."),
     ):
         assert main(words) == 2
         assert what in capsys.readouterr().err

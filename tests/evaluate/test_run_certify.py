@@ -14,7 +14,19 @@ from torch import nn
 
 from purify import zoo
 from purify.attacks.norms import BALLS
-from purify.certify import ABSTAIN, DSSN, SSN, Cascade, Certifier, Draws, denoised_smoothing, dense_smoothing, to_grid
+from purify.certify import (
+    ABSTAIN,
+    DSSN,
+    SSN,
+    Anytime,
+    Cascade,
+    Certifier,
+    Draws,
+    Smooth,
+    denoised_smoothing,
+    dense_smoothing,
+    to_grid,
+)
 from purify.certify.metrics import linf_share
 from purify.cli.certify import main
 from purify.data import load_dataset
@@ -77,6 +89,29 @@ def test_pgd_inside_the_radius_never_succeeds_and_outside_it_does(splitting_clas
                 records[i]["predictions"][0]
             ]
         assert changed >= len(positive) / 4, certifier.config()
+
+
+def test_no_certified_image_of_twenty_four_is_changed(splitting_classifier):
+    """The standing test: PGD inside the radius of every certificate, of each kind and way of sampling."""
+    scales = tuple(Smooth(splitting_classifier, s) for s in (0.1, 0.25))
+    fixed, radii = Draws(50, 500, 0.01), Anytime((0.0, 0.1))
+    anytime = replace(fixed, stop=radii)
+    samples, attacks = digits(24), 0
+    for certifier, draws in (
+        *((c, d) for c in (scales[1], Cascade(scales)) for d in (fixed, anytime)),
+        (SSN(splitting_classifier, 0.5), fixed),
+        (SSN(splitting_classifier, 0.5), anytime),
+        (DSSN(splitting_classifier, 0.25), fixed),
+    ):
+        system = System("s", certifier, draws, Inside(24, 5, 4), {})
+        records = list(certificates(system, samples, seed=0))
+        certified = [i for i, r in enumerate(records) if r["radius"] > 0]
+        assert len(certified) > 12, certifier.config()
+        for i in certified:
+            for stage in system.stages()[1:]:
+                assert not attack(system, stage, samples[torch.tensor([i])], records[i], seed=0)[0]["refuted"]
+                attacks += 1
+    assert attacks > 150
 
 
 def test_a_false_certificate_is_refuted():

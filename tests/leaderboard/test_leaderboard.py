@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import load_script
 
+from purify import zoo
 from purify.cli.attack import main as benchmark
 from purify.cli.certify import main as certify
 from purify.cli.leaderboard import main as leaderboard
@@ -285,7 +286,8 @@ def test_certified_rows_have_the_numbers_of_the_run(certified):
     by_name = {r.name: r for r in found}
     assert (by_name["cohen 0.1"].alpha, by_name["dssn"].alpha) == (0.001, None)
     assert by_name["dssn"].found.draws == int(0.2 * 255)
-    assert by_name["cohen 0.1"].budget == "n0 10, n 64; 12 images; PGD 2 x EOT 2 inside the radius"
+    assert by_name["cohen 0.1"].budget == "n0 10, n 64, denoiser digits; 12 images; PGD 2 x EOT 2 inside the radius"
+    assert (by_name["cohen 0.1"].network_calls, by_name["dssn"].network_calls) == (74, None)
 
 
 def test_unfinished_and_changed_certified_runs_are_refused(certified, tmp_path):
@@ -700,5 +702,7 @@ def test_the_budget_of_certificates_says_what_a_draw_takes_and_when_drawing_stop
     dense = {"draws": anytime, "votes": 5, "steps": 4, "precision": "bf16"}
     expected = "at most, stopped once the radii 0, 0.25 are settled, each 5 x 4 network calls, bf16 denoiser"
     assert stated(dense) == f"n0 100, n 10,000 {expected}"
+    few = {"draws": fixed, "steps": 2, "reverse": "ddim", "score_model": zoo.score_model("digits-flow").fingerprint()}
+    assert stated(few) == "n0 100, n 10,000, each 2 network calls of ddim, denoiser digits-flow"
     old = {**fixed, "stop": {"radius": 0.5, "looks": 4}}  # of version 0.2
     assert stated({"draws": old}) == "n0 100, n 10,000, stopped at radius 0.5 in 4 looks"
