@@ -9,6 +9,7 @@ from purify.train.loop import Hyper
 from purify.train.losses import (
     AdversarialCrossEntropy,
     BridgeLoss,
+    ClassEpsLoss,
     CrossEntropy,
     DiffusionCalibration,
     EpsLoss,
@@ -27,6 +28,7 @@ class Recipe:
     architecture: dict[str, Any]
     loss: (
         EpsLoss
+        | ClassEpsLoss
         | FlowMatching
         | BridgeLoss
         | CrossEntropy
@@ -36,8 +38,9 @@ class Recipe:
         | DiffusionCalibration
     )
     hyper: Hyper
-    start: str | None = None  # zoo name of the score model that is fine-tuned
+    start: str | None = None  # zoo name of the network that is fine-tuned
     prediction: str = "eps"  # of a score model
+    classifier: dict[str, Any] | None = None  # arguments of its DiffusionClassifier, of a class-conditional one
 
 
 DIGITS_UNET = {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1}
@@ -61,6 +64,15 @@ RECIPES: dict[str, Recipe] = {
         FlowMatching(),
         Hyper(steps=3_000, batch_size=64, lr=2e-3, ema=0.998),
         prediction="velocity",
+    ),
+    # Told the class: a diffusion classifier, and without a class a score model.
+    "digits-classes": Recipe(
+        "score",
+        "digits",
+        {**DIGITS_UNET, "kind": "class-patch-unet", "num_classes": 11},
+        ClassEpsLoss(),
+        Hyper(steps=4_000, batch_size=64, lr=2e-3, ema=0.998),
+        classifier={"timesteps": 5, "t_min": 0.1, "t_max": 0.6},
     ),
     "digits-standard": Recipe(
         "classifier", "digits", DIGITS_CNN, CrossEntropy(shift=1), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
