@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from purify.networks.consistency import ConsistencyFunction
 from purify.weights.loading import differences, refuse
 
 
@@ -32,6 +33,15 @@ class Format:
 
     recognises: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Path, int | None], Layout]
+
+
+def consistency(
+    network: nn.Module, weights: Mapping[str, Tensor], settings: Mapping[str, Any], **ends: float
+) -> Layout:
+    """The layout of a consistency function around ``network``; ``ends``: its ``sigma_min`` and ``sigma_data``."""
+    function = ConsistencyFunction(network, **ends)
+    own = {f"network.{key}": weight for key, weight in weights.items()}
+    return Layout(function, own, {**settings, "schedule": function.schedule, "prediction": "consistency"})
 
 
 def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str], source: Path) -> dict[str, Tensor]:
