@@ -36,10 +36,14 @@ class Format:
 
 
 def consistency(
-    network: nn.Module, weights: Mapping[str, Tensor], settings: Mapping[str, Any], **ends: float
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    sigma_min: float = 0.002,
+    sigma_data: float = 0.5,
 ) -> Layout:
-    """The layout of a consistency function around ``network``; ``ends``: its ``sigma_min`` and ``sigma_data``."""
-    function = ConsistencyFunction(network, **ends)
+    """The layout of a :class:`~purify.networks.consistency.ConsistencyFunction` around ``network``."""
+    function = ConsistencyFunction(network, None, sigma_min, sigma_data)
     own = {f"network.{key}": weight for key, weight in weights.items()}
     return Layout(function, own, {**settings, "schedule": function.schedule, "prediction": "consistency"})
 

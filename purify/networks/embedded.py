@@ -58,8 +58,8 @@ class ClassPatchUNet(PatchUNet):
         """The table, where :class:`~purify.diffusion.classes.Predicted` looks for it."""
         return self.unet.class_embedding
 
-    def forward(self, u: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-        """As :class:`PatchUNet`, with classes int64 (N,)."""
+    def forward(self, u: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+        """As :class:`PatchUNet`, with classes int64 (N,), without which it raises ValueError."""
         output = self.unet(pixel_unshuffle(u, self.patch), labels, classes).sample
         return pixel_shuffle(output, self.patch)
 
