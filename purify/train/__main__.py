@@ -23,9 +23,17 @@ from purify.machine import set_threads
 from purify.networks.embedded import build_network
 from purify.options import PATH, WHOLE
 from purify.purification.classify import DiffusionClassifier
+from purify.train.defences import PurifiedCrossEntropy
 from purify.train.loop import train
 from purify.train.losses import DiffusionCalibration, SplittingLoss
-from purify.train.measure import accuracy, measure_classifier, measure_denoised, measure_score, measure_splitting
+from purify.train.measure import (
+    accuracy,
+    measure_classifier,
+    measure_denoised,
+    measure_purified,
+    measure_score,
+    measure_splitting,
+)
 from purify.train.recipes import RECIPES, Recipe
 
 
@@ -118,6 +126,8 @@ def measure(module: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor) -
         return found
     if isinstance(loss, SplittingLoss):
         return measure_splitting(module, loss, images, labels)
+    if isinstance(loss, PurifiedCrossEntropy):
+        return measure_purified(module, loss, images, labels)
     return measure_classifier(module, images, labels, DATASETS[recipe.dataset].eps["Linf"])
 
 
