@@ -23,6 +23,7 @@ from purify.presets import (
     mimicdiffusion,
 )
 from purify.purification.blackbox import BlackBox, BPDAClassifier
+from purify.purification.classify import DiffusionClassifier
 from purify.purification.defended import DefendedClassifier
 from purify.purification.frequency import FrequencyProjection
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance, SSIMGuidance
@@ -62,6 +63,7 @@ __all__ = [
     "Constant",
     "ContinuousVP",
     "DefendedClassifier",
+    "DiffusionClassifier",
     "DiscreteVP",
     "EDMDenoiser",
     "Evaluation",

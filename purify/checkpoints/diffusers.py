@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from purify.checkpoints.layout import Layout
+from purify.checkpoints.layout import Layout, consistency
 from purify.checkpoints.unet import unet
 from purify.checks import choose
 from purify.diffusion.schedule import DiscreteVP
@@ -49,6 +49,8 @@ def read_folder(folder: Path, with_schedule: bool = True, with_classes: bool = F
 
     ``with_classes``: whether it is known what a class-conditional one is told.
 
+    Beside the scheduler of consistency models it is one, driven in the times of the continuous VP-SDE.
+
     Raises:
         ValueError: files missing; another class of network; a scheduler that is not variance-preserving.
     """
@@ -67,6 +69,10 @@ def read_folder(folder: Path, with_schedule: bool = True, with_classes: bool = F
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     shape = None if size is None else (network.config.in_channels, height, width)
     settings: dict[str, Any] = {"image_shape": shape}
+    scheduler = _json(_scheduler_file(folder)) if with_schedule else {}
+    if scheduler.get("_class_name") == "CMStochasticIterativeScheduler":
+        ends = {name: scheduler[name] for name in ("sigma_min", "sigma_data") if name in scheduler}
+        return consistency(network, weights, settings, **ends)
     if with_schedule:
         learned = network.config.out_channels == 2 * network.config.in_channels
         settings |= _scheduled(_scheduler_file(folder), learned)

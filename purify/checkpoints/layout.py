@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from purify.networks.consistency import ConsistencyFunction
 from purify.weights.loading import differences, refuse
 
 
@@ -32,6 +33,19 @@ class Format:
 
     recognises: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Path, int | None], Layout]
+
+
+def consistency(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    sigma_min: float = 0.002,
+    sigma_data: float = 0.5,
+) -> Layout:
+    """The layout of a :class:`~purify.networks.consistency.ConsistencyFunction` around ``network``."""
+    function = ConsistencyFunction(network, None, sigma_min, sigma_data)
+    own = {f"network.{key}": weight for key, weight in weights.items()}
+    return Layout(function, own, {**settings, "schedule": function.schedule, "prediction": "consistency"})
 
 
 def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str], source: Path) -> dict[str, Tensor]:

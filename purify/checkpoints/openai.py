@@ -1,4 +1,8 @@
-"""guided-diffusion and improved-diffusion (Dhariwal & Nichol 2021, Nichol & Dhariwal 2021) on diffusers' UNet2DModel.
+"""guided-diffusion, improved-diffusion and consistency_models of OpenAI on diffusers' UNet2DModel.
+
+Dhariwal & Nichol 2021, Nichol & Dhariwal 2021, Song et al. 2023. consistency_models writes guided-diffusion's keys, but
+its attention is a convolution in two dimensions whose rows are all queries, all keys and all values. Its EDM teachers
+have the same layout and cannot be told apart: read one by wrapping it in purify.EDMDenoiser yourself.
 
 Both programs write the same unconditional U-Net as a bare state dict. What the weights do not tell is taken from the
 program: guided-diffusion resamples in residual blocks, attends with heads of 64 channels and was trained on 1000 linear
@@ -15,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from purify.checkpoints.layout import Format, Layout, renamed
+from purify.checkpoints.layout import Format, Layout, consistency, renamed
 from purify.checkpoints.unet import unet
 from purify.checks import check_count
 from purify.diffusion.schedule import DiscreteVP
@@ -81,7 +85,10 @@ def read(content: Mapping[str, Any], source: Path, head_channels: int | None = N
     network = _network(shape, heads, len(content[TABLE]) if TABLE in content else None)
     names = _names(shape, network)
     weights = renamed(content, names, source)
-    weights = {ours: _converted(ours, w, heads) for ours, w in weights.items()}
+    flat = any(key.endswith("qkv.weight") and w.ndim == 4 for key, w in content.items())
+    weights = {ours: _converted(ours, w, None if flat else heads) for ours, w in weights.items()}
+    if flat:
+        return consistency(network, weights, {"image_shape": _image_shape(shape)})
     return Layout(network, weights, _settings(shape))
 
 
@@ -196,24 +203,33 @@ def _names(shape: Shape, network: nn.Module) -> dict[str, str]:
     return {key: f"{modules[module]}.{leaf}" for key in network.state_dict() for module, leaf in [key.rsplit(".", 1)]}
 
 
-def _converted(ours: str, weight: Tensor, head_channels: int) -> Tensor:
-    """Attention weights as diffusers has them: each head's rows are its query, its key and its value, in turn."""
+def _converted(ours: str, weight: Tensor, head_channels: int | None) -> Tensor:
+    """Attention weights as diffusers has them: each head's rows are its query, its key and its value, in turn.
+
+    Without ``head_channels`` all queries come first, then all keys and all values.
+    """
     if ".attentions." not in ours or ".group_norm." in ours:
         return weight
-    weight = weight.flatten(1) if weight.ndim == 3 else weight  # a convolution over a sequence, of width 1
+    weight = weight.flatten(1) if weight.ndim > 2 else weight  # a convolution of width 1
     parts = [i for i, part in enumerate((".to_q.", ".to_k.", ".to_v.")) if part in ours]
     if not parts:
         return weight
+    if head_channels is None:
+        return weight.chunk(3)[parts[0]].contiguous()
     heads = weight.unflatten(0, (-1, 3, head_channels))
     return heads[:, parts[0]].flatten(0, 1).contiguous()
 
 
-def _settings(shape: Shape) -> dict[str, Any]:
+def _image_shape(shape: Shape) -> tuple[int, int, int] | None:
     size = SIZES.get(tuple(w // shape.widths[0] for w in shape.widths))
+    return None if size is None else (shape.channels, size, size)
+
+
+def _settings(shape: Shape) -> dict[str, Any]:
     learned = shape.out_channels == 2 * shape.channels
     settings: dict[str, Any] = {
         "prediction": "learned_variance" if learned else "eps",
-        "image_shape": None if size is None else (shape.channels, size, size),
+        "image_shape": _image_shape(shape),
     }
     if shape.residual_resampling:
         return {**settings, "schedule": DiscreteVP.linear(1000), "time_scale": 1000.0, "time_offset": 1.0}

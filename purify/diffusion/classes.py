@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from purify import registry
 from purify.answers import ask
 from purify.checks import check_count, check_eval, choose, short
 from purify.fingerprint import unwrapped, weights_digest
@@ -134,14 +135,19 @@ class Predicted(ClassRule):
         return {"kind": "predicted", "classifier": weights_digest(self.classifier)}
 
 
+PLAIN: dict[str, type[ClassRule]] = {"unconditional": Unconditional, "fixed": Fixed}  # those that are plain data
+
+
 def as_rule(classes: Any) -> ClassRule:
-    """A rule given as itself, as ``unconditional``, or as a class.
+    """A rule given as itself, as ``unconditional``, as a class, or as its config.
 
     Raises:
         ValueError: it is something else.
     """
     if isinstance(classes, ClassRule):
         return classes
+    if isinstance(classes, Mapping):
+        return registry.build(classes, PLAIN, "class rule")
     if isinstance(classes, str) and classes.isdigit():
         classes = int(classes)
     if isinstance(classes, int) and not isinstance(classes, bool):

@@ -22,7 +22,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 STREAM_BITS = 24  # the upper byte of the step word names the stream, the rest counts steps
-STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4, "guidance": 5, "time": 6}
+STREAMS = {"purify": 0, "attack": 1, "score-norm": 2, "certify": 3, "train": 4, "guidance": 5, "time": 6, "classify": 7}
 
 
 def derive_seed(seed: int, *names: object) -> int:

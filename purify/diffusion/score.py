@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.checks import check_shape, choose, fitting, is_number, short
-from purify.diffusion.classes import ClassRule, Predicted, as_rule, check_takes, check_told
+from purify.diffusion.classes import ClassRule, Predicted, Unconditional, as_rule, check_takes, check_told
 from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import unwrapped, weights_digest
@@ -265,6 +265,17 @@ class ScoreModel(nn.Module):
             return self
         other = copy.copy(self)
         other._bound = self.classes.of(self.network, u)
+        return other
+
+    def told(self, classes: Tensor) -> ScoreModel:
+        """The same model, told these classes, weights (N, K) of which each row sums to 1, of the images that it sees.
+
+        Raises:
+            ValueError: the network takes no classes.
+        """
+        check_takes(self.network)
+        other = copy.copy(self)
+        other.classes, other._bound = self.classes or Unconditional(), classes
         return other
 
     def __getitem__(self, rows: Tensor) -> ScoreModel:

@@ -17,9 +17,12 @@ class PatchUNet(nn.Module):
     """diffusers' ``UNet2DModel`` on pixels folded into channels, ``patch`` x ``patch`` at a time.
 
     Folding makes the network about ``patch``^2 times cheaper, which every attack on a small image pays back.
+    ``options`` are more of diffusers'.
     """
 
-    def __init__(self, channels: int, size: int, patch: int, widths: list[int], layers: int = 1) -> None:
+    def __init__(
+        self, channels: int, size: int, patch: int, widths: list[int], layers: int = 1, **options: Any
+    ) -> None:
         super().__init__()
         from diffusers.models.unets.unet_2d import UNet2DModel
 
@@ -34,12 +37,31 @@ class PatchUNet(nn.Module):
             up_block_types=("UpBlock2D",) * len(widths),
             norm_num_groups=8,
             add_attention=False,
+            **options,
         )
         self.unet = with_double_time(unet)
 
     def forward(self, u: Tensor, labels: Tensor) -> Tensor:
         """u (N, C, H, W), float labels (N,) -> (N, C, H, W)."""
         return pixel_shuffle(self.unet(pixel_unshuffle(u, self.patch), labels).sample, self.patch)
+
+
+class ClassPatchUNet(PatchUNet):
+    """The same, told a class: one of ``num_classes - 1``, or the last entry of its table for none."""
+
+    def __init__(self, *args: Any, num_classes: int, **arguments: Any) -> None:
+        super().__init__(*args, **arguments, num_class_embeds=num_classes)
+        self.num_classes = num_classes
+
+    @property
+    def class_embedding(self) -> nn.Module:
+        """The table, where :class:`~purify.diffusion.classes.Predicted` looks for it."""
+        return self.unet.class_embedding
+
+    def forward(self, u: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+        """As :class:`PatchUNet`, with classes int64 (N,), without which it raises ValueError."""
+        output = self.unet(pixel_unshuffle(u, self.patch), labels, classes).sample
+        return pixel_shuffle(output, self.patch)
 
 
 class SmallCNN(nn.Module):
@@ -62,7 +84,11 @@ class SmallCNN(nn.Module):
         return self.head(self.features(2 * x - 1).mean((-2, -1)))
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"patch-unet": PatchUNet, "small-cnn": SmallCNN}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "patch-unet": PatchUNet,
+    "class-patch-unet": ClassPatchUNet,
+    "small-cnn": SmallCNN,
+}
 
 
 def build_network(config: dict[str, Any], seed: int = 0) -> nn.Module:

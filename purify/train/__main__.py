@@ -16,14 +16,24 @@ from purify.checks import check_writable, choose
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS, load_dataset
+from purify.diffusion.classes import classes_of
 from purify.diffusion.schedule import ContinuousVP
 from purify.diffusion.score import ScoreModel
 from purify.machine import set_threads
 from purify.networks.embedded import build_network
 from purify.options import PATH, WHOLE
+from purify.purification.classify import DiffusionClassifier
+from purify.train.defences import PurifiedCrossEntropy
 from purify.train.loop import train
 from purify.train.losses import DiffusionCalibration, SplittingLoss
-from purify.train.measure import measure_classifier, measure_denoised, measure_score, measure_splitting
+from purify.train.measure import (
+    accuracy,
+    measure_classifier,
+    measure_denoised,
+    measure_purified,
+    measure_score,
+    measure_splitting,
+)
 from purify.train.recipes import RECIPES, Recipe
 
 
@@ -64,11 +74,14 @@ def recipe_name(name: str, dataset: str | None) -> str:
 def build(recipe: Recipe) -> nn.Module:
     """The module that the recipe's loss takes, untrained or as the recipe's start."""
     if recipe.start is not None:
-        return zoo.score_model(recipe.start).requires_grad_(True)
+        load = zoo.classifier if recipe.kind == "classifier" else zoo.score_model
+        return load(recipe.start).requires_grad_(True)
     network = build_network(recipe.architecture, recipe.hyper.seed)
     if recipe.kind == "classifier":
         return network
-    return ScoreModel(network, ContinuousVP(), recipe.prediction, image_shape=DATASETS[recipe.dataset].shape)
+    classes = None if classes_of(network) is None else "unconditional"
+    shape = DATASETS[recipe.dataset].shape
+    return ScoreModel(network, ContinuousVP(), recipe.prediction, image_shape=shape, classes=classes)
 
 
 def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -93,6 +106,8 @@ def run(name: str, recipe: Recipe, out: Path, data_dir: Path | None = None) -> d
     }
     if isinstance(module, ScoreModel):
         entry |= {"score_model": module.config()}
+    if recipe.classifier is not None:
+        entry |= {"classifier": recipe.classifier}
     entry["measured"] = measure(module, recipe, test_images, test_labels)
     zoo.save(out / name, module.network if isinstance(module, ScoreModel) else module, entry)
     (out / f"{name}.md").write_text(card(name, entry))
@@ -106,9 +121,13 @@ def measure(module: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor) -
         found = measure_score(module, images)
         if isinstance(loss, DiffusionCalibration):
             found |= measure_denoised(module, loss, images, labels)
+        if recipe.classifier is not None:
+            found["clean_accuracy"] = accuracy(DiffusionClassifier(module, **recipe.classifier), images, labels)
         return found
     if isinstance(loss, SplittingLoss):
         return measure_splitting(module, loss, images, labels)
+    if isinstance(loss, PurifiedCrossEntropy):
+        return measure_purified(module, loss, images, labels)
     return measure_classifier(module, images, labels, DATASETS[recipe.dataset].eps["Linf"])
 
 

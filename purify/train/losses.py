@@ -15,6 +15,7 @@ from purify.certify.counts import Perturbation
 from purify.certify.gaussian import denoise
 from purify.certify.splitting import Splitting, SplittingLevels, check_levels
 from purify.checks import check_count, choose, is_number
+from purify.diffusion.classes import classes_of
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import ScoreModel, per_sample
 
@@ -39,6 +40,28 @@ class EpsLoss:
         u = 2 * images - 1
         u_t = per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z
         return (module.eps(u_t, t) - z).square().mean()
+
+
+@dataclass(frozen=True)
+class ClassEpsLoss:
+    """:class:`EpsLoss` of a network that is told the class, or for a share ``drop`` none (Ho & Salimans 2022).
+
+    The last entry of the network's table stands for none.
+    """
+
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.drop) and 0 <= self.drop <= 1):
+            raise ValueError(f"drop must lie in [0, 1], got {self.drop}.")
+
+    def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        assert isinstance(module, ScoreModel)
+        entries = classes_of(module.network)
+        assert entries is not None
+        dropped = torch.rand(len(images), generator=generator) < self.drop
+        told = one_hot(torch.where(dropped, entries - 1, labels), entries).to(images)
+        return EpsLoss()(module.told(told), images, labels, generator)
 
 
 @dataclass(frozen=True)

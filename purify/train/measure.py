@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from purify.attacks import PGD
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.train.defences import PurifiedCrossEntropy
 from purify.train.losses import DiffusionCalibration, SplittingLoss
 
 TIMES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
@@ -56,6 +57,16 @@ def measure_classifier(
     return {
         "clean_accuracy": accuracy(model, images, labels),
         f"robust_accuracy_eps{eps:g}": held.double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def measure_purified(model: nn.Module, loss: PurifiedCrossEntropy, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy on images as they are, and on one purification of each."""
+    purified = torch.cat([loss.purifier(x, sample_ids=range(len(x)), seed=k) for k, x in enumerate(images.split(500))])
+    return {
+        "clean_accuracy": accuracy(model, images, labels),
+        "purified_accuracy": accuracy(model, purified, labels),
     }
 
 

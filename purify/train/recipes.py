@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from purify.train.defences import ADDTLoss, ConsistencyDistillation, PurifiedCrossEntropy
 from purify.train.loop import Hyper
 from purify.train.losses import (
     AdversarialCrossEntropy,
     BridgeLoss,
+    ClassEpsLoss,
     CrossEntropy,
     DiffusionCalibration,
     EpsLoss,
@@ -27,8 +29,12 @@ class Recipe:
     architecture: dict[str, Any]
     loss: (
         EpsLoss
+        | ClassEpsLoss
         | FlowMatching
         | BridgeLoss
+        | ADDTLoss
+        | ConsistencyDistillation
+        | PurifiedCrossEntropy
         | CrossEntropy
         | AdversarialCrossEntropy
         | Trades
@@ -36,8 +42,9 @@ class Recipe:
         | DiffusionCalibration
     )
     hyper: Hyper
-    start: str | None = None  # zoo name of the score model that is fine-tuned
+    start: str | None = None  # zoo name of the network that is fine-tuned
     prediction: str = "eps"  # of a score model
+    classifier: dict[str, Any] | None = None  # arguments of its DiffusionClassifier, of a class-conditional one
 
 
 DIGITS_UNET = {"kind": "patch-unet", "channels": 1, "size": 8, "patch": 1, "widths": [24, 24], "layers": 1}
@@ -61,6 +68,15 @@ RECIPES: dict[str, Recipe] = {
         FlowMatching(),
         Hyper(steps=3_000, batch_size=64, lr=2e-3, ema=0.998),
         prediction="velocity",
+    ),
+    # Told the class: a diffusion classifier, and without a class a score model.
+    "digits-classes": Recipe(
+        "score",
+        "digits",
+        {**DIGITS_UNET, "kind": "class-patch-unet", "num_classes": 11},
+        ClassEpsLoss(),
+        Hyper(steps=4_000, batch_size=64, lr=2e-3, ema=0.998),
+        classifier={"timesteps": 5, "t_min": 0.1, "t_max": 0.6},
     ),
     "digits-standard": Recipe(
         "classifier", "digits", DIGITS_CNN, CrossEntropy(shift=1), Hyper(steps=3_000, batch_size=64, weight_decay=1e-4)
@@ -116,6 +132,41 @@ RECIPES: dict[str, Recipe] = {
         BridgeLoss("digits-standard", 0.3),
         Hyper(steps=1_000, batch_size=64, lr=4e-4, warmup=50, ema=0.995),
         start="digits",
+    ),
+    # One trained at adversarial noise (ADDT); unit grows with eps from the paper's 0.03 at 8/255.
+    "digits-addt": Recipe(
+        "score",
+        "digits",
+        DIGITS_UNET,
+        ADDTLoss("digits-standard", unit=0.3, most=0.7),
+        Hyper(steps=400, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
+        start="digits",
+    ),
+    # A consistency function for one- and two-step purification.
+    "digits-consistency": Recipe(
+        "score",
+        "digits",
+        DIGITS_UNET,
+        ConsistencyDistillation("digits"),
+        Hyper(steps=800, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
+        start="digits",
+    ),
+    # Classifiers that stand behind a purifier: DiffPure, and one step of it against attacks through both.
+    "digits-purified": Recipe(
+        "classifier",
+        "digits",
+        DIGITS_CNN,
+        PurifiedCrossEntropy("digits", 0.18),
+        Hyper(steps=300, batch_size=64, lr=5e-4, warmup=50, ema=0.99, weight_decay=1e-4),
+        start="digits-standard",
+    ),
+    "digits-purified-at": Recipe(
+        "classifier",
+        "digits",
+        DIGITS_CNN,
+        PurifiedCrossEntropy("digits", 0.03, 1, "one-shot", eps=0.3, attack_steps=3),
+        Hyper(steps=200, batch_size=64, lr=5e-4, warmup=50, ema=0.99, weight_decay=1e-4),
+        start="digits-at",
     ),
     # Calibrated score models for denoised smoothing, from the ones above.
     "digits-calibrated": Recipe(

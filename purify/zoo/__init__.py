@@ -16,6 +16,7 @@ from purify.checks import choose
 from purify.diffusion.schedule import schedule_from_config
 from purify.diffusion.score import ScoreModel
 from purify.networks.embedded import build_network
+from purify.purification.classify import DiffusionClassifier
 from purify.purification.scorenorm import Calibration
 from purify.weights.files import read
 from purify.weights.loading import assign
@@ -25,11 +26,18 @@ CALIBRATIONS = Path(__file__).parent / "calibrations"
 
 
 def names(kind: str | None = None) -> list[str]:
-    """Names of the embedded entries, all or those of a ``kind`` (``score``, ``classifier``)."""
+    """Names of the embedded entries, all or those of a ``kind`` (``score``, ``classifier``).
+
+    A class-conditional score model that is a diffusion classifier, too, is of both kinds.
+    """
     if kind is not None:
         choose(kind, dict.fromkeys(("score", "classifier")), "kind of zoo model")
-    entries = sorted(WEIGHTS.glob("*.json"))
-    return [e.stem for e in entries if kind is None or json.loads(e.read_text())["kind"] == kind]
+    return [e.stem for e in sorted(WEIGHTS.glob("*.json")) if kind is None or kind in _kinds(json.loads(e.read_text()))]
+
+
+def _kinds(entry: dict[str, Any]) -> tuple[str, ...]:
+    """What an entry can be loaded as; ``classifier`` holds the arguments of its diffusion classifier."""
+    return (entry["kind"], "classifier") if "classifier" in entry else (entry["kind"],)
 
 
 def score_model(name: str | Path) -> ScoreModel:
@@ -52,9 +60,11 @@ def score_model(name: str | Path) -> ScoreModel:
 def classifier(name: str | Path) -> nn.Module:
     """An embedded classifier by name (``digits-standard``, ``digits-at``, ...), or one that purify saved, by path.
 
-    Returns a module from images in [0, 1] to logits, in eval mode with frozen weights. Raises as :func:`score_model`.
+    Returns a module from images in [0, 1] to logits, in eval mode with frozen weights: of a class-conditional score
+    model its :class:`~purify.purification.classify.DiffusionClassifier`. Raises as :func:`score_model`.
     """
-    return _load(name, "classifier")[1]
+    settings = describe(name).get("classifier")
+    return _load(name, "classifier")[1] if settings is None else DiffusionClassifier(score_model(name), **settings)
 
 
 def calibrations() -> list[str]:

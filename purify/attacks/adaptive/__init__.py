@@ -48,7 +48,8 @@ class Adaptive(Attack):
     the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
     Args:
-        calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`.
+        calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
+            purifier answers, however many calls one of them takes.
         max_rows: images times draws that go through the model at once.
     """
 
@@ -195,7 +196,8 @@ class Adaptive(Attack):
         better = (other.loss > one.loss).reshape(-1, 1, 1, 1)
         spent = ASKED + sum(GRADIENT * attack.gradients + attack.forwards for attack in attacks)
         images = torch.where(better, other.images, one.images)
-        return AttackResult(images, torch.maximum(one.loss, other.loss), torch.full_like(y, spent))
+        used = torch.full_like(y, spent * calls(model).forward)
+        return AttackResult(images, torch.maximum(one.loss, other.loss), used)
 
     def _alone(self, eot: int) -> list[PGD]:
         """The attacks on a model of which nothing is known."""

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Clean against worst-case accuracy of every purifier and training-side defence, under the adaptive attack.
+
+    python benchmarks/defences.py --out docs/defences --images 16 --calls 1500
+    python benchmarks/defences.py --out docs/defences --only "diffpure;addt"    # processes may share a folder
+
+A system's numbers go into a file of its own, so that the command goes on where it stopped; the table and the plot hold
+all that are there, with the adversarially trained classifier as a line. Few images and few calls tell what falls, not
+which of two is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from purify import PURIFIERS, DefendedClassifier, zoo
+from purify.attacks import Adaptive
+from purify.checks import check_count, check_writable, choose
+from purify.data import DATASETS, load_dataset
+from purify.evaluate.metrics import Estimate, estimate
+from purify.machine import set_threads
+from purify.wrap import build_purifier
+
+BASELINE = "adversarial training"
+
+
+@dataclass(frozen=True)
+class System:
+    """A classifier, alone or behind a purifier.
+
+    Attributes:
+        purifier: name of a preset; None: the classifier alone.
+        model, score_model: what follows the data set in the names of embedded networks.
+        options: of the preset.
+    """
+
+    purifier: str | None = "diffpure"
+    model: str = "standard"
+    score_model: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def networks(self, dataset: str) -> tuple[str, str]:
+        """Names of its classifier and its score model."""
+        return f"{dataset}-{self.model}", "-".join(filter(None, (dataset, self.score_model)))
+
+    def build(self, dataset: str) -> nn.Module:
+        model, score_model = self.networks(dataset)
+        if self.purifier is None:
+            return zoo.classifier(model)
+        purifier = build_purifier(self.purifier, score_model, dataset, **self.options)
+        return DefendedClassifier(zoo.classifier(model), purifier)
+
+
+ONE, TWO = ({"reverse": rule, "steps": n} for rule, n in (("one-shot", 1), ("consistency", 2)))
+SYSTEMS: dict[str, System] = {
+    BASELINE: System(None, "at"),
+    "no purifier": System(None),
+    "diffusion classifier": System(None, "classes"),
+    "diffusion classifier + likelihood": System("likelihood", "classes"),
+    **{name: System(name) for name in PURIFIERS},
+    "adbm": System(score_model="adbm"),
+    "addt": System(score_model="addt"),
+    "flow, 2 steps": System(score_model="flow", options={"reverse": "ddim", "steps": 2}),
+    "consistency, 1 step": System(score_model="consistency", options=ONE),
+    "consistency, 2 steps": System(score_model="consistency", options=TWO),
+    "purified classifier": System(model="purified"),
+    "purified-at classifier, 1 step": System(model="purified-at", options={**ONE, "t_star": 0.03}),
+    "diffpure + adversarial training": System(model="at"),
+}
+
+
+def available(dataset: str) -> dict[str, System]:
+    """The systems whose networks are embedded for the data set."""
+    names = set(zoo.names())
+    return {name: system for name, system in SYSTEMS.items() if names.issuperset(system.networks(dataset))}
+
+
+def measure(system: System, dataset: str, first: int, n: int, calls: int, draws: int) -> dict[str, Any]:
+    """Accuracy on images ``first`` to ``first + n``, clean and under the attack, on ``draws`` fresh purifications."""
+    ids = torch.arange(first, first + n)
+    images, labels = (t[first : first + n] for t in load_dataset(dataset, "test"))
+    model = system.build(dataset)
+    random = isinstance(model, DefendedClassifier)
+    attack = Adaptive("Linf", DATASETS[dataset].eps["Linf"], calls=calls)
+    attack = attack if random else attack.on_deterministic()
+    found = attack(model, images, labels, sample_ids=ids, seed=2)
+
+    @torch.no_grad()
+    def accuracy(x: torch.Tensor) -> dict[str, float]:
+        if random:
+            right = [model(x, sample_ids=ids, seed=1, draw=d).argmax(1) == labels for d in range(draws)]
+        else:
+            right = [model(x).argmax(1) == labels]
+        return vars(estimate(torch.stack(right).double().mean(0).numpy()))
+
+    budget = {"images": n, "first": first, "calls": calls, "draws": draws}
+    return {"dataset": dataset, **budget, "clean": accuracy(images), "worst": accuracy(found.images)}
+
+
+def read(folder: Path, dataset: str) -> dict[str, dict[str, Any]]:
+    """What is there of a data set, by system, the most robust first."""
+    found = {name: folder / filename(dataset, name) for name in SYSTEMS}
+    rows = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
+    return dict(sorted(rows.items(), key=lambda item: -item[1]["worst"]["value"]))
+
+
+def filename(dataset: str, name: str) -> str:
+    """Where a system's numbers are."""
+    return f"{dataset}-{name.replace(' ', '-').replace(',', '').replace('+', 'and')}.json"
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """In Markdown, with what each lacks of the adversarially trained classifier."""
+    base = rows.get(BASELINE)
+    lines = [
+        "| system | clean | worst case | below adversarial training | images, calls |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        behind = "" if base is None else f"{100 * (base['worst']['value'] - row['worst']['value']):.1f}"
+        accuracies = " | ".join(shown(row[key]) for key in ("clean", "worst"))
+        lines.append(f"| {name} | {accuracies} | {behind} | {row['images']}, {row['calls']:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown(found: Mapping[str, float]) -> str:
+    """A value with its interval, in %."""
+    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+
+def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Worst case over clean accuracy, each with its interval; the adversarially trained classifier as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(fig)
+    ax = fig.subplots()
+    for k, (name, row) in enumerate(rows.items()):
+        x, y = (Estimate(**{key: 100 * v for key, v in row[side].items()}) for side in ("clean", "worst"))
+        if name == BASELINE:
+            ax.axhline(y.value, color="k", linestyle="--", linewidth=1, label=name)
+            ax.axhspan(y.low, y.high, color="k", alpha=0.08, linewidth=0)
+            continue
+        error = [y.value - y.low], [y.high - y.value]
+        ax.errorbar(x.value, y.value, error, fmt="osD^v<>pP*"[k % 10], ms=5, lw=0.8, capsize=2, label=name)
+    ax.set(xlabel="clean accuracy, %", ylabel="worst-case accuracy, %", ylim=(-2, 100))
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="digits", help="digits or fashion_mnist (default: digits)")
+    p.add_argument("--only", help="which systems, separated by semicolons (default: all)")
+    p.add_argument("--first", type=int, default=0, help="the first test image (default: 0)")
+    p.add_argument("--images", type=int, default=16, help="test images (default: 16)")
+    p.add_argument("--calls", type=int, default=1500, help="network calls per image (default: 1500)")
+    p.add_argument("--draws", type=int, default=10, help="purifications that judge each image (default: 10)")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    p.add_argument("--out", type=Path, required=True, help="folder of the numbers, the table and the plot")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        choose(args.dataset, DATASETS, "data set")
+        known = available(args.dataset)
+        wanted = args.only.split(";") if args.only else list(known)
+        systems = {name.strip(): choose(name.strip(), known, "system") for name in wanted}
+        for what in ("images", "calls", "draws"):
+            check_count(getattr(args, what), f"--{what}")
+        check_writable(args.out / "table.md")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    set_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, system in systems.items():
+        path = args.out / filename(args.dataset, name)
+        if not path.is_file():
+            row = measure(system, args.dataset, args.first, args.images, args.calls, args.draws)
+            partial = path.with_suffix(f".partial{os.getpid()}")
+            partial.write_text(json.dumps({"system": name, **row}, indent=1) + "\n")
+            partial.replace(path)
+            print(f"{name}: clean {shown(row['clean'])}, worst case {shown(row['worst'])}", flush=True)
+    rows = read(args.out, args.dataset)
+    (args.out / f"{args.dataset}.md").write_text(table(rows))
+    plot(rows, args.out / f"{args.dataset}.svg")
+    print(f"\n{table(rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
