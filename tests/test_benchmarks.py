@@ -91,6 +91,31 @@ def test_throughput(tmp_path):
     assert script.main(["--samples", "0"]) == 2
 
 
+def test_engine_overhead(tmp_path, capsys):
+    """The passes that are run bare are those that a gradient takes."""
+    script, out = load_script("engine_overhead"), tmp_path / "o.json"
+    few = [
+        "--datasets",
+        "digits",
+        "--batch-size",
+        "1",
+        "--repeats",
+        "1",
+        "--purifiers",
+        "diffpure",
+        "agdm",
+        "likelihood",
+    ]
+    assert script.main([*few, "--out", str(out)]) == 0
+    passes = {row["purifier"]: row["passes"] for row in json.loads(out.read_text())["rows"]}
+    assert passes["diffpure"] == {"score forward": 10, "score backward": 10}
+    guide = {"guide forward": 1 + 2 * 10, "guide backward": 1 + 2 * 10, "guide twice": 10}
+    assert passes["agdm"] == {**guide, "score forward": 10, "score backward": 10}
+    assert passes["likelihood"] == {"score forward": 20, "score backward": 20, "score twice": 10}
+    assert "digits, agdm: checkpoint, own" in capsys.readouterr().out
+    assert script.main(["--purifiers", "nothing", "--out", str(out)]) == 2
+
+
 def test_attack_speed(tmp_path, monkeypatch):
     """Both ask for the same gradients, however they are batched; ours also looks at one image and the last iterate."""
     script = load_script("attack_speed")
@@ -331,6 +356,7 @@ def test_scaling(tmp_path, capsys, monkeypatch):
 WORKS = {
     "attack_speed": "times",
     "certify_speed": "build_works",
+    "engine_overhead": "measure",
     "gradient_fidelity": "measure",
     "guidance_overhead": "measure",
     "released_attacks": "measure",

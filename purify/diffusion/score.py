@@ -282,8 +282,17 @@ class ScoreModel(nn.Module):
         """The model bound to some of its rows."""
         if self._bound is None:
             return self
+        return self.bound_to(self._bound[rows])
+
+    @property
+    def bound(self) -> Tensor | None:
+        """The classes, or weights of classes, that the model is told whatever it sees."""
+        return self._bound
+
+    def bound_to(self, classes: Tensor) -> ScoreModel:
+        """The same model with these classes for :attr:`bound`."""
         other = copy.copy(self)
-        other._bound = self._bound[rows]
+        other._bound = classes
         return other
 
     def check_output(self, output: Tensor, u: Tensor) -> None:

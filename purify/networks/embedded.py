@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from purify.checks import choose
 from purify.networks.timesteps import with_double_time
@@ -43,7 +43,46 @@ class PatchUNet(nn.Module):
 
     def forward(self, u: Tensor, labels: Tensor) -> Tensor:
         """u (N, C, H, W), float labels (N,) -> (N, C, H, W)."""
-        return pixel_shuffle(self.unet(pixel_unshuffle(u, self.patch), labels).sample, self.patch)
+        return pixel_shuffle(plain_unet(self.unet, pixel_unshuffle(u, self.patch), labels), self.patch)
+
+
+def plain_unet(unet: Any, x: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
+    """What diffusers' ``UNet2DModel`` of plain blocks, without attention, computes of x (N, C, H, W), labels (N,) and
+    classes (N,).
+
+    The same modules in the same order, and the same bits. Left out is what costs these small networks a fifth of a call
+    of 8 images, and 5 % of one of 64: looking for the weights' type in every module, dividing by 1, and the activation
+    of the time features once more in every block.
+    """
+    dtype = unet.conv_in.weight.dtype
+    embedding = unet.time_embedding(unet.time_proj(labels).to(dtype))
+    if classes is not None:
+        embedding = embedding + unet.class_embedding(classes).to(dtype)
+    act = silu(embedding)
+    x = unet.conv_in(x)
+    kept = [x]
+    for down in unet.down_blocks:
+        for block in down.resnets:
+            x = _residual(block, x, act)
+            kept.append(x)
+        for halve in down.downsamplers or ():
+            x = halve(x)
+            kept.append(x)
+    for block in unet.mid_block.resnets:
+        x = _residual(block, x, act)
+    for up in unet.up_blocks:
+        for block in up.resnets:
+            x = _residual(block, torch.cat([x, kept.pop()], 1), act)
+        for double in up.upsamplers or ():
+            x = double(x)
+    return unet.conv_out(silu(unet.conv_norm_out(x)))
+
+
+def _residual(block: Any, x: Tensor, act: Tensor) -> Tensor:
+    h = block.conv1(silu(block.norm1(x)))
+    h = h + block.time_emb_proj(act)[:, :, None, None]
+    h = block.conv2(silu(block.norm2(h)))
+    return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + h
 
 
 class ClassPatchUNet(PatchUNet):

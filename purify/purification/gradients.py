@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint_adjoint
@@ -26,7 +27,7 @@ from purify.diffusion.reverse import OneShot, ProbabilityFlow
 from purify.memory import free_bytes
 from purify.purification.plans import FixedSteps, Plan
 from purify.purification.process import Evaluate, Process, ReverseStep, Round, Step
-from purify.purification.rebuilt import Straight
+from purify.purification.rebuilt import Rebuilt, Straight
 from purify.purification.scorenorm import plain_total
 
 DEFAULT_BUDGET = 2**30  # bytes of step graphs that are kept unless something else is asked for
@@ -108,8 +109,21 @@ def keep(step: Step, u: Tensor) -> Tensor:
 
 def recompute(step: Step, u: Tensor) -> Tensor:
     """One step, of which only the input is kept; its graph is built again in the backward pass."""
-    # Steps draw keyed noise, so no generator state needs to be kept or restored.
+    if isinstance(step, ReverseStep) and step.frozen and unpack_dual(u).tangent is None:
+        return _rebuilt(step, u)
+    # What a step closes over, weights among it, gets its gradients. Steps draw keyed noise, so no generator state
+    # needs to be kept or restored.
     return checkpoint(step, u, use_reentrant=False, preserve_rng_state=False)
+
+
+def _rebuilt(step: ReverseStep, u: Tensor) -> Tensor:
+    """The first pass without a graph, the second without hooks: a tenth to a fifth of the time less."""
+    variables = step.variables()
+
+    def moved(u: Tensor, *values: Tensor) -> tuple[Tensor]:
+        return (step.at(dict(zip(variables, values, strict=True)))(u),)
+
+    return Rebuilt.apply(moved, u, *variables.values())[0]
 
 
 def saved_bytes(step: Step, u: Tensor) -> tuple[Tensor, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -47,13 +48,15 @@ class StepFactory:
         """The step from t to s that is the ``position``-th of its samples, counted from 0; of some ``rows`` only."""
         noise, index = self.noise if rows is None else self.noise[rows], self.first_index + 1 + position
         model = self.model if rows is None else self.model[rows]
-        if self.guidance is None:
-            return ReverseStep(self.rule, model, t, s, noise, index)
-        assert self.bound is not None
-        bound = self.bound if rows is None else self.bound[rows]
-        look = self.guidance.look(bound, noise, index)
-        enter = self.guidance.enter(model, s, bound, noise, index)
-        return ReverseStep(self.rule, model, t, s, noise, index, look, enter)
+        bound = self.bound if rows is None or self.bound is None else self.bound[rows]
+        assert self.guidance is None or bound is not None
+        return ReverseStep(self.rule, model, t, s, noise, index, self.guidance, bound, self.frozen)
+
+    @cached_property
+    def frozen(self) -> bool:
+        """Whether no weight of the networks in the steps wants a gradient."""
+        networks = [self.model, None if self.guidance is None else self.guidance.network]
+        return not any(p.requires_grad for network in networks if network is not None for p in network.parameters())
 
 
 class Plan(ABC):

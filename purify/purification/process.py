@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ Watch = Callable[["ReverseStep", Tensor], None]  # sees each reverse step and th
 
 ROUND_INDICES = 2**16  # noise indices of a round: its diffusion has the first, its steps have those that follow
 MOST_ROUNDS = 2**24 // ROUND_INDICES  # noise has so many steps
+
+
+class Conditions(Protocol):
+    """What ties steps to the image that came in, see :class:`~purify.purification.conditioning.Conditioning`."""
+
+    def look(self, bound: Tensor, noise: Noise, index: int | Tensor) -> Look: ...
+
+    def enter(self, model: ScoreModel, s: Tensor, bound: Tensor, noise: Noise, index: int | Tensor) -> Enter | None: ...
 
 
 def unwatched(step: ReverseStep, u: Tensor) -> None:
@@ -46,7 +55,8 @@ class DiffuseStep:
 class ReverseStep:
     """u_t -> u_s by ``rule``, with z keyed by ``noise`` and ``index`` (one, or (N,)): the same in a recomputation.
 
-    ``look``: what guides the step. ``enter``: what is done to the state and its time first.
+    ``guidance``: what ties the step to ``bound``, what it made of the image that came in. ``frozen``: whether no weight
+    of its networks wants a gradient.
     """
 
     rule: ReverseRule
@@ -55,14 +65,39 @@ class ReverseStep:
     s: Tensor
     noise: Noise
     index: int | Tensor
-    look: Look = unguided
-    enter: Enter | None = None
+    guidance: Conditions | None = None
+    bound: Tensor | None = None
+    frozen: bool = False
+
+    @property
+    def look(self) -> Look:
+        """What guides the step."""
+        if self.guidance is None or self.bound is None:
+            return unguided
+        return self.guidance.look(self.bound, self.noise, self.index)
 
     def __call__(self, u: Tensor) -> Tensor:
         shape = self.rule.drawn(u.shape[1:])
         z = self.noise.normal(self.index, shape, u.dtype) if self.rule.stochastic else None
-        u, t = (u, self.t) if self.enter is None else self.enter(u, self.t)
+        u, t = self._entered(u)
         return self.rule(self.model, u, t, self.s, z, self.look)
+
+    def _entered(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        if self.guidance is None or self.bound is None:
+            return u, self.t
+        enter = self.guidance.enter(self.model, self.s, self.bound, self.noise, self.index)
+        return (u, self.t) if enter is None else enter(u, self.t)
+
+    def variables(self) -> dict[str, Tensor]:
+        """What gradients flow into besides the state, by name."""
+        found = {"t": self.t, "s": self.s, "bound": self.bound, "classes": self.model.bound}
+        return {name: value for name, value in found.items() if value is not None and value.requires_grad}
+
+    def at(self, values: Mapping[str, Tensor]) -> ReverseStep:
+        """The same step with other values of :meth:`variables`."""
+        own: dict[str, Any] = dict(values)
+        model = self.model.bound_to(own.pop("classes")) if "classes" in own else self.model
+        return replace(self, model=model, **own)
 
     def __len__(self) -> int:
         return len(self.t)

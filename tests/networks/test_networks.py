@@ -10,6 +10,8 @@ from torch import nn
 
 from purify import ContinuousVP, EDMDenoiser, Purifier, ScoreModel, diffpure
 from purify.networks.ddpmpp import DDPMpp, time_features
+from purify.networks.embedded import plain_unet
+from purify.networks.timesteps import with_double_time
 
 MEAN, COVARIANCE = torch.tensor([0.2, -0.1, 0.4, 0.0]), 0.1 * torch.eye(4) + 0.05
 TIMES = torch.linspace(0.01, 0.9, 6, dtype=torch.float64)
@@ -207,3 +209,30 @@ def test_resizing_is_part_of_the_config_and_needs_a_size(images):
         purifier(images.repeat(1, 3, 1, 1))
     with pytest.raises(ValueError, match="give the ScoreModel an image_shape"):
         Purifier(ScoreModel(SmoothNet(), ContinuousVP()), 0.3, resize=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [None, 4])
+def test_the_short_way_through_a_plain_unet_is_diffusers_to_the_bit(dtype, classes):
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            8,
+            1,
+            1,
+            block_out_channels=(8, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            num_class_embeds=classes,
+            **plain,
+        )
+        u = torch.randn(3, 1, 8, 8, dtype=dtype).requires_grad_()
+    unet = with_double_time(unet.to(dtype).eval())
+    labels = torch.tensor([0.0, 12.0, 999.0], dtype=dtype)
+    told = None if classes is None else torch.tensor([0, 3, 1])
+    found = [plain_unet(unet, u, labels, told), unet(u, labels, told).sample]
+    assert torch.equal(*found)
+    assert torch.equal(*(torch.autograd.grad(output.square().sum(), u)[0] for output in found))

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from conftest import SmoothNet, TinyClassifier, assert_finite_differences, assert_second_derivative, smooth_model
+from torch.autograd import forward_ad
 from torch.nn.functional import cross_entropy
 
 from purify import ContinuousVP, DefendedClassifier, Purifier, ScoreModel, SSNILinear, calibrate, diffpure
@@ -133,6 +134,30 @@ def test_double_backward(rule, engine, images):
     purifier = make(rule, EXACT[engine], torch.float64)
     x = images.double()
     assert_second_derivative(lambda w: purifier(w, sample_ids=range(7)).square().sum(), x, 1e-5, 1e-6)
+
+
+def test_weights_that_want_gradients_get_them(images):
+    """A purifier freezes its weights; who thaws them again loses nothing under an engine that recomputes."""
+    found = {}
+    for name in ("full", "checkpoint"):
+        purifier = make("ddpm", EXACT[name], torch.float64).requires_grad_(True)
+        purifier(images.double(), sample_ids=range(7)).square().sum().backward()
+        found[name] = [p.grad for p in purifier.parameters()]
+    for full, recomputed in zip(*found.values(), strict=True):
+        assert full is not None
+        assert full.abs().max() > 0
+        assert torch.equal(full, recomputed)
+
+
+def test_forward_mode_goes_through_every_engine(images):
+    x, v = images.double(), torch.ones_like(images, dtype=torch.float64)
+    found = []
+    for engine in (Full(), Checkpoint()):
+        purifier = make("ddpm", engine, torch.float64)
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(purifier(forward_ad.make_dual(x, v), sample_ids=range(7))).tangent)
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("engine", [Full(), Checkpoint(), Adjoint()], ids=["full", "checkpoint", "adjoint"])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -341,13 +342,18 @@ def test_dropping_the_second_order_term_holds_the_push_constant(kind, images):
             pushes.append(push.detach())
             return prediction, pushes[-1]
 
+    class Recorded(type(guided.guidance)):
+        def look(self, bound, noise, index):
+            return Record(self, bound, noise, index)
+
+    recorded = Recorded(**vars(guided.guidance))
     noise = guided.noise(7, x.device, IDS, 1, 3)
     v = x.clone().requires_grad_()
     u = 2 * v - 1
     one_round = guided.process(torch.full((7,), 0.3, dtype=torch.float64), noise, images=u).rounds[0]
     state = one_round.diffuse(u)
     for step in one_round.reverse:
-        state = step.__class__(**{**vars(step), "look": Record(**vars(step.look))})(state)
+        state = replace(step, guidance=recorded)(state)
     weights = torch.linspace(-1, 1, 16, dtype=x.dtype).reshape(x[0].shape)
     (expected,) = torch.autograd.grad(((state + 1) / 2 * weights).sum(), v)
     torch.testing.assert_close(gradient(dropped, x), expected)
