@@ -12,7 +12,8 @@ from torch.nn.functional import one_hot
 
 from purify.attacks.base import keyed
 from purify.attacks.continued import ContinuedPGD
-from purify.attacks.pgd import Evaluator, margin_loss
+from purify.attacks.losses import margin_loss
+from purify.attacks.pgd import Evaluator
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, estimate
 from purify.evaluate.protocols.base import (
