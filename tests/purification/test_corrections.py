@@ -235,7 +235,7 @@ def test_what_it_costs_is_counted(images):
         purifier, seen = make(kind), []
         purifier.score_model.network.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         purifier(images.double(), sample_ids=IDS)
-        model = type("Model", (), {"purifier": purifier, "purifications": 1})()
+        model = type("Model", (), {"purifier": purifier, "purifications": 1, "classifier": None})()
         assert calls(model).forward == len(seen) + 1
         assert cost.held_bytes(purifier, images[:1].double(), 7) > 0
         assert warn_overshoot(purifier, images.double()) is None  # it moves no mean

@@ -166,7 +166,7 @@ def test_configuration_costs_and_independence_of_the_batch(rule, images):
     whole = purifier(x, sample_ids=IDS)
     assert torch.equal(again(x, sample_ids=IDS), whole)
     torch.testing.assert_close(purifier(x[2:4], sample_ids=[2, 3]), whole[2:4], rtol=1e-10, atol=1e-12)
-    model = type("Model", (), {"purifier": purifier, "purifications": 1})()
+    model = type("Model", (), {"purifier": purifier, "purifications": 1, "classifier": None})()
     assert calls(model).forward == 3 * purifier.rule.calls + 1
     assert purifier.purify(x, sample_ids=IDS).network_calls.tolist() == [3 * purifier.rule.calls] * 7
     assert cost.held_bytes(purifier, x[:1], 7) > cost.graph_bytes(purifier, x) > 0

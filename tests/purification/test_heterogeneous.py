@@ -120,7 +120,7 @@ def test_configuration_and_calls(images):
     again = Purifier.from_config(config, smooth_model(torch.float64), TinyConvolutions().double())
     assert again.config() == purifier.config()
     assert torch.equal(again(images.double(), sample_ids=IDS), purifier(images.double(), sample_ids=IDS))
-    model = type("Model", (), {"purifier": purifier, "purifications": 1})()
+    model = type("Model", (), {"purifier": purifier, "purifications": 1, "classifier": None})()
     assert calls(model).forward == 4 + 1 + 1
 
 
