@@ -6,14 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import one_hot
 
-from purify.attacks.base import keyed
 from purify.attacks.continued import ContinuedPGD
-from purify.attacks.losses import margin_loss
-from purify.attacks.pgd import Evaluator
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.metrics import Estimate, estimate
 from purify.evaluate.protocols.base import (
@@ -39,9 +35,9 @@ def majority(logits: Tensor) -> Tensor:
     return one_hot(logits.argmax(-1), logits.shape[-1]).sum(1)
 
 
-# How M purifications become one answer.
+# How M purifications become one answer, and whose gradient there is: counting has none.
 ANSWERS = {"logits": mean_logits, "softmax": log_mean_softmax, "majority": majority}
-CLIMBED = (mean_logits, log_mean_softmax)  # counting has no gradient
+GRADIENTS = ("logits", "softmax")
 WORDS = {"logits": "mean logits", "softmax": "mean softmax", "majority": "majority"}
 
 
@@ -57,23 +53,16 @@ def answers(logits: Tensor, k: int, how: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AnswersPGD(ContinuedPGD):
-    """PGD on answers of ``k`` purifications, of which each draw is one: on the mean of the margins of ``CLIMBED``.
+class Own:
+    """An attack along the gradient of the mean of ``k`` purifications, of their logits or softmax."""
 
-    The model gives single purifications, which both ways to combine them share.
-    """
+    k: int
+    aggregate: str
 
-    k: int = 1
-
-    def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
-        call, k = keyed(model, seed), self.k
-
-        def evaluate(images: Tensor, y: Tensor, ids: Tensor, draws: Tensor) -> tuple[Tensor]:
-            each = (draws[:, None] * k + torch.arange(k, device=draws.device)).flatten()
-            logits = call(images.repeat_interleave(k, 0), ids.repeat_interleave(k), each).unflatten(0, (-1, k))
-            return (torch.stack([margin_loss(combine(logits), y) for combine in CLIMBED]).mean(0),)
-
-        return evaluate
+    @property
+    def stage(self) -> str:
+        """How records call it."""
+        return f"averaged {self.k} {self.aggregate}"
 
 
 @dataclass(frozen=True)
@@ -93,9 +82,9 @@ class Averaged(Protocol):
     """Answers of k purifications each: mean logits, mean softmax, majority, against cheap and own gradients.
 
     The cheap attacker ends with the images of the run's strongest attack, made against single purifications. The other
-    goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: the
-    mean of their mean logits' margin and of their mean softmax's. Counting has no gradient. Answers of all k and kinds
-    share their purifications.
+    goes on from there, for half the steps of the run's attacks, along the gradient of answers of k purifications: of
+    their mean logits, and of their mean softmax. Counting has none. Each kind of answer is asked about both attacks'
+    images, and the lower accuracy counts. Answers of all k and kinds share their purifications.
     """
 
     name = "averaged"
@@ -110,18 +99,18 @@ class Averaged(Protocol):
         strongest, counts = stage_name(attacked.strongest()), attacked.effort.averages
         for name in (CLEAN, strongest):
             yield Stage(cheap(name, counts), self._asked(attacked.defence, counts), self._judging(attacked, name))
-        for k in owns(counts):
-            planned = self._climbed(attacked.defence, attacked.effort, k)
-            yield Stage(own(k), planned, self._climbing(attacked, strongest, k))
+        for own in owns(counts):
+            planned = self._climbed(attacked.defence, attacked.effort, own)
+            yield Stage(own.stage, planned, self._climbing(attacked, strongest, own))
 
     def planned(self, defence: Defence, effort: Effort) -> float:
-        climbed = sum(self._climbed(defence, effort, k) for k in owns(effort.averages))
+        climbed = sum(self._climbed(defence, effort, own) for own in owns(effort.averages))
         return 2 * self._asked(defence, effort.averages) + climbed
 
     def lines(self, attacked: Attacked) -> list[Line]:
         counts = attacked.effort.averages
         shared = attacked.calls(*(cheap(name, counts) for name in (CLEAN, stage_name(attacked.strongest()))))
-        climbed = {k: attacked.calls(own(k)) for k in owns(counts)}
+        climbed = {k: attacked.calls(*(own.stage for own in owns((k,)))) for k in counts}
         points = {(p.k, p.how, p.who): p.accuracy for p in self.points(attacked)}
         found = []
         for (k, how, who), accuracy in points.items():
@@ -142,17 +131,19 @@ class Averaged(Protocol):
         found = []
         for k in counts:
             for how in ANSWERS if k > 1 else ("logits",):  # one purification is its own mean, and majority
-                asked = {"clean": cheap(CLEAN, counts), "cheap": cheap(strongest, counts)}
-                asked |= {"own": own(k)} if k in owns(counts) else {}
-                found += [Point(k, how, who, _share(attacked, stage, k, how)) for who, stage in asked.items()]
+                for who, stage in (("clean", CLEAN), ("cheap", strongest)):
+                    found.append(Point(k, how, who, _share(attacked, cheap(stage, counts), k, how)))
+                own = [_share(attacked, attack.stage, k, how) for attack in owns((k,))]
+                found += [Point(k, how, "own", min(own, key=lambda share: share.value))] if own else []
         return found
 
     def _asked(self, defence: Defence, counts: Sequence[int]) -> float:
         return max(map(draws, counts)) * calls(_single(defence)).forward
 
-    def _climbed(self, defence: Defence, effort: Effort, k: int) -> float:
+    def _climbed(self, defence: Defence, effort: Effort, own: Own) -> float:
         single = calls(_single(defence))
-        return k * (_steps(effort) * single.gradient + single.forward) + draws(k) * single.forward
+        climbed = own.k * (_steps(effort) * single.gradient + single.forward)
+        return climbed + draws(own.k) * single.forward
 
     def _judging(self, attacked: Attacked, name: str) -> Callable[[Samples], Found]:
         counts = attacked.effort.averages
@@ -163,30 +154,33 @@ class Averaged(Protocol):
 
         return measure
 
-    def _climbing(self, attacked: Attacked, strongest: str, k: int) -> Callable[[Samples], Found]:
-        effort, single, base = attacked.effort, calls(_single(attacked.defence)), attacked.strongest()
-        model, rows = attacked.model.with_purifications(1), max(1, effort.max_rows // k)
+    def _climbing(self, attacked: Attacked, strongest: str, own: Own) -> Callable[[Samples], Found]:
+        effort, single = attacked.effort, calls(_single(attacked.defence))
+        model = attacked.model.with_purifications(own.k, own.aggregate)
 
         def measure(batch: Samples) -> Found:
-            start, seed = attacked.images(strongest, batch), derive_seed(attacked.seed, "attack", own(k))
-            attack = AnswersPGD(base.norm, base.eps, steps=_steps(effort), eot=1, max_rows=rows, start=start, k=k)
+            base = attacked.strongest()
+            attack = ContinuedPGD(
+                base.norm,
+                base.eps,
+                steps=_steps(effort),
+                eot=1,
+                max_rows=max(1, effort.max_rows // own.k),
+                start=attacked.images(strongest, batch),
+            )
+            seed = derive_seed(attacked.seed, "attack", own.stage)
             with counting() as counted:
                 images = attack(model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed).images
-            found = _answers(attacked, images, batch, (k,))
-            spent = k * (counted.gradients / len(batch) * single.gradient + single.forward)
-            return Found(found[0], spent + draws(k) * single.forward, images, found[1])
+            found = _answers(attacked, images, batch, (own.k,))
+            spent = own.k * (counted.gradients / len(batch) * single.gradient + single.forward)
+            return Found(found[0], spent + draws(own.k) * single.forward, images, found[1])
 
         return measure
 
 
-def owns(counts: Sequence[int]) -> list[int]:
-    """Of which numbers there is an attack on answers: of one purification it is that of the run's own attacks."""
-    return [k for k in counts if k > 1]
-
-
-def own(k: int) -> str:
-    """How records call the attack on answers of ``k`` purifications."""
-    return f"averaged {k} own"
+def owns(counts: Sequence[int]) -> list[Own]:
+    """The attacks along the gradient of an aggregate; of one purification it is that of the run's own attacks."""
+    return [Own(k, aggregate) for k in counts if k > 1 for aggregate in GRADIENTS]
 
 
 def cheap(name: str, counts: Sequence[int]) -> str:
