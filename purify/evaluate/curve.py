@@ -14,7 +14,7 @@ import pandas as pd
 
 from purify.checks import check_unique
 from purify.evaluate.attacking import Prepared, folder_name, prepare
-from purify.evaluate.description import Evaluation
+from purify.evaluate.description import NO_ATTACK, Evaluation
 from purify.evaluate.finish import Finished
 from purify.evaluate.metrics import CRITERIA, Estimate, difference, worst_mean
 from purify.evaluate.provenance import default_folder
@@ -168,7 +168,7 @@ def prepare_curve(asked: Evaluation) -> PreparedCurve:
     """
     eps = tuple(sorted(e for e in asked.radii if e != 0))  # 0 is the clean accuracy, which every curve has
     if not eps:
-        raise ValueError("--eps 0 is no attack; name radii above 0.")
+        raise ValueError(NO_ATTACK)
     check_unique([curve_folder(e) for e in eps], "entries of --eps", "name each radius once")
     largest = prepare(asked.replace(eps=eps[-1]))
     config = {**largest.config, "eps": list(eps)}
