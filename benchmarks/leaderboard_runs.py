@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from purify.leaderboard.links import portable
+
 ATTACKS = "random-noise,transfer,guide-transfer,adaptive"  # those that do not apply to a purifier are left out
 CALLS = {"digits": 10_000, "fashion_mnist": 6000}
 MORE = {"digits": 20_000, "fashion_mnist": 10_000}  # agdm, each of whose gradients takes three times as many
@@ -92,9 +94,16 @@ def work(run: Run, args: argparse.Namespace, end: float) -> None:
     if status:
         print(f"{run.name}: failed with {status}; see {log.name}.", flush=True)
         return
-    shutil.copytree(out, kept, ignore=shutil.ignore_patterns("adversarial", ".lock", "*.png"))
+    keep(out, kept)
     worst = json.loads((kept / "result.json").read_text())["verdict"].splitlines()[-1].strip()
     print(f"{run.name}: {(time.monotonic() - start) / 60:.0f} min; {worst}", flush=True)
+
+
+def keep(out: Path, kept: Path) -> None:
+    """Copy what the leaderboard shows of a run; its options and commands without the folders of this machine."""
+    shutil.copytree(out, kept, ignore=shutil.ignore_patterns("adversarial", ".lock", "*.png"))
+    for name in ("run.yaml", "manifest.json"):
+        (kept / name).write_text(portable((kept / name).read_text()))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from purify.certify import Anytime, Draws, OneShotDenoised, denoised_smoothing
 from purify.data import load_dataset
 from purify.evaluate import Estimate, budgets
 from purify.evaluate.metrics import worst_mean
+from purify.leaderboard.links import portable
 
 
 def test_gradient_fidelity(tmp_path, capsys):
@@ -480,6 +481,19 @@ def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
         (tmp_path / run.name).mkdir()
     assert script.main(["--keep", str(tmp_path), "--out", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none").exists()
+
+
+def test_kept_runs_do_not_name_folders_of_a_machine(tmp_path):
+    run, kept = tmp_path / "made" / "digits-a", tmp_path / "kept"
+    (run / "adversarial").mkdir(parents=True)
+    (run / "run.yaml").write_text(f"seed: 0\nout: {run}\n")
+    (run / "manifest.json").write_text(json.dumps({"sessions": [{"command": f"--out {run} --seed 0"}]}))
+    load_script("leaderboard_runs").keep(run, kept)
+    assert (kept / "run.yaml").read_text() == "seed: 0\nout: digits-a\n"
+    assert json.loads((kept / "manifest.json").read_text())["sessions"][0]["command"] == "--out digits-a --seed 0"
+    published = Path(__file__).parents[1] / "docs" / "leaderboard" / "runs"
+    for file in (*published.glob("*/run.yaml"), *published.glob("*/manifest.json")):
+        assert portable(file.read_text()) == file.read_text(), file
 
 
 def test_protocols_cost(capsys):

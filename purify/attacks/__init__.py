@@ -63,9 +63,14 @@ def find_attack(name: str) -> type[Attack]:
 
 
 def split_goal(name: str) -> tuple[str, Goal | None]:
-    """``NAME@GOAL``, as ``pgd-eot@3`` or ``bpda-eot@top-9``, and the goal, if one is written there."""
+    """``NAME@GOAL``, as ``pgd-eot@3`` or ``bpda-eot@top-9``, and the goal, if one is written there.
+
+    Raises:
+        ValueError: an attack of ours, and no goal behind the @.
+    """
     start, at, goal = name.rpartition("@") if isinstance(name, str) else (name, "", "")
-    return (start, find_goal(goal)) if at and WRITTEN.fullmatch(goal) else (name, None)
+    ours = start in ATTACKS | PUBLISHED  # an @ of another name may be part of a file's
+    return (start, find_goal(goal)) if at and (ours or WRITTEN.fullmatch(goal)) else (name, None)
 
 
 def kind_of(label: str) -> type[Attack] | None:

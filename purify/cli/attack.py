@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from purify.attacks import Attack
@@ -20,8 +21,7 @@ from purify.evaluate.dryrun import Cost, duration
 from purify.evaluate.dryrun import table as dry_run_table
 from purify.evaluate.finish import Finished
 from purify.evaluate.protocols import shown
-from purify.evaluate.protocols.measure import Measured, planned
-from purify.evaluate.protocols.measure import purified as with_purifier
+from purify.evaluate.protocols.measure import Measured, planned, purified
 from purify.evaluate.ranks import leave
 from purify.evaluate.recipes import RECIPES
 from purify.evaluate.records import RunFolder
@@ -119,20 +119,22 @@ def run_curve(asked: Evaluation, args: Any, command: str) -> int:
         found = measure(curve, command, each=show_radius)
         if found is not None:
             show_curve(found, asked)
+            show_budget(curve.largest)
             show_published(args.recipe)
     leave()
     return 0
 
 
-def show_radius(eps: float, finished: Finished) -> None:
-    """What one eps of a curve came to."""
+def show_radius(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
+    """What one eps of a curve came to, with the pictures that a run at it alone has."""
     print(f"\n{finished.verdict}")
+    show_targeted(finished.results)
     show_protocols(finished.protocols)
     failed = [check for check in finished.checks if not check.passed]
     for check in failed:
         print(f"  FAILED {check.defence}: {check.name}: {check.meaning}")
     print(f"  self-checks: {f'{len(failed)} of {len(finished.checks)} FAILED' if failed else 'all passed'}; "
-          f"wrote {finished.file}")  # fmt: skip
+          f"wrote {', '.join(map(str, [finished.file, *draw_pictures(prepared, folder, finished)]))}")  # fmt: skip
 
 
 def show_curve(found: Curve, asked: Evaluation) -> None:
@@ -171,7 +173,7 @@ def show_dry_run(prepared: Prepared) -> float:
 def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:
     """What the protocols will take, by the time of a forward pass of each defence."""
     total = 0.0
-    for d in with_purifier(prepared.defences):
+    for d in purified(prepared.defences):
         passes = planned(prepared.protocol_names, d, prepared.effort) / calls(d.model).forward
         total += passes * costs[d.name].forward * len(prepared.samples)
     return total
@@ -181,7 +183,6 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     """Print the tables, and draw a picture for each purifier."""
     asked, samples, defences = prepared.request.asked, prepared.samples, prepared.defences
     criterion = asked.worst_only
-    purified = [d for d in defences if isinstance(d.model, DefendedClassifier)]
     failed = sum(not check.passed for check in finished.checks)
     print(f"\n{finished.verdict}")
     print(f"  self-checks: {f'{failed} of {len(finished.checks)} FAILED, see below' if failed else 'all passed'}")
@@ -191,14 +192,20 @@ def show(prepared: Prepared, folder: RunFolder, finished: Finished) -> None:
     print(f"\nAccuracy in %, {CRITERIA_TEXTS[criterion or 'mean'].format(draws)}, [95 % interval]")
     print(report.table(finished.results, criterion or "mean").to_string())
     if criterion is None:
-        show_more(folder, finished.results, purified, samples)
+        show_more(folder, finished.results, purified(defences), samples)
     show_targeted(finished.results)
     show_protocols(finished.protocols)
     show_checks(finished)
-    show_budget(prepared, purified)
-    pictures = [report.figure(folder, d, defences[0].model, samples) for d in purified]
-    pictures += [shown.draw(folder.path, name, found.points) for name, found in finished.protocols.items()]
-    print(f"Wrote {', '.join(str(p) for p in (finished.file, *pictures) if p)}.")
+    show_budget(prepared)
+    print(f"Wrote {', '.join(map(str, [finished.file, *draw_pictures(prepared, folder, finished)]))}.")
+
+
+def draw_pictures(prepared: Prepared, folder: RunFolder, finished: Finished) -> list[Path]:
+    """Images of each purifier before and after, and the plots of protocols that have one."""
+    bare = prepared.defences[0].model
+    found = [report.figure(folder, d, bare, prepared.samples) for d in purified(prepared.defences)]
+    found += [shown.draw(folder.path, name, measured.points) for name, measured in finished.protocols.items()]
+    return [path for path in found if path]
 
 
 CRITERIA_TEXTS = {
@@ -208,13 +215,13 @@ CRITERIA_TEXTS = {
 }
 
 
-def show_more(folder: RunFolder, found: dict[str, dict[str, Any]], purified: list[Defence], samples: Samples) -> None:
-    """The stricter criteria, and noise levels where they vary."""
-    part = {d.name: found[d.name] for d in purified}
+def show_more(folder: RunFolder, found: dict[str, dict[str, Any]], defences: list[Defence], samples: Samples) -> None:
+    """The stricter criteria, and noise levels where they vary, of purified ``defences``."""
+    part = {d.name: found[d.name] for d in defences}
     for criterion, text in (("any_of_r", "right in every one of them"), ("majority", "right by majority")):
         print(f"\n{text}:\n{report.table(part, criterion).to_string()}")
-    if any(d.model.level_varies for d in purified):
-        print(f"\nmean t*:\n{report.level_table(folder, purified, samples).to_string()}")
+    if any(d.model.level_varies for d in defences):
+        print(f"\nmean t*:\n{report.level_table(folder, defences, samples).to_string()}")
 
 
 def show_targeted(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -259,14 +266,14 @@ def show_checks(finished: Finished) -> None:
             print(f"       {check.meaning}")
 
 
-def show_budget(prepared: Prepared, purified: list[Defence]) -> None:
+def show_budget(prepared: Prepared) -> None:
     """What the attacks were allowed, and whether that is enough to be quoted."""
     asked = prepared.request.asked
-    attacks = dict.fromkeys(describe(a) for d in purified for a in d.attacks)
+    attacks = dict.fromkeys(describe(a) for d in purified(prepared.defences) for a in d.attacks)
     if asked.model_gradient == "none":
         gradient = "no gradient"
     else:
-        models = [d.model for d in purified if isinstance(d.model, DefendedClassifier)]
+        models = [d.model for d in prepared.defences if isinstance(d.model, DefendedClassifier)]
         exact = all(m.purifier.exact and not isinstance(m.classifier, BlackBox) for m in models)
         gradient = f"{asked.gradient} gradient, {'exact' if exact else 'APPROXIMATE: a stronger attack exists'}"
     half = "" if asked.precision == FLOAT32 else f", in {asked.precision}; judged in float32"

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from purify.attacks.threats import THREATS
 from purify.checks import check_unique
 from purify.evaluate.attacking import Prepared, folder_name, prepare
-from purify.evaluate.description import Evaluation
+from purify.evaluate.description import NO_ATTACK, Evaluation
 from purify.evaluate.finish import Finished
 from purify.evaluate.metrics import CRITERIA, Estimate, difference, worst_mean
 from purify.evaluate.provenance import default_folder
@@ -168,7 +169,7 @@ def prepare_curve(asked: Evaluation) -> PreparedCurve:
     """
     eps = tuple(sorted(e for e in asked.radii if e != 0))  # 0 is the clean accuracy, which every curve has
     if not eps:
-        raise ValueError("--eps 0 is no attack; name radii above 0.")
+        raise ValueError(NO_ATTACK)
     check_unique([curve_folder(e) for e in eps], "entries of --eps", "name each radius once")
     largest = prepare(asked.replace(eps=eps[-1]))
     config = {**largest.config, "eps": list(eps)}
@@ -182,11 +183,15 @@ def prepare_curve(asked: Evaluation) -> PreparedCurve:
 
 
 def measure(
-    prepared: PreparedCurve, command: str, progress: bool = True, each: Callable[[float, Finished], None] | None = None
+    prepared: PreparedCurve,
+    command: str,
+    progress: bool = True,
+    each: Callable[[Prepared, RunFolder, Finished], None] | None = None,
 ) -> Curve | None:
     """Attack and judge at every eps what is not in its folder yet, and put the runs together.
 
-    ``each`` is told what a run came to when it is finished. None in all processes of torchrun but the first.
+    ``each`` is told what a run came to when it is finished, before its folder is closed. None in all processes of
+    torchrun but the first.
     """
     runs, worst_only = {}, prepared.asked.worst_only
     for eps in prepared.eps:
@@ -198,8 +203,8 @@ def measure(
                 continue
             finished = one.finish(folder, progress, protocols)
             runs[eps] = Run(finished, {d.name: left(folder, d, one.samples, worst_only) for d in one.defences})
-        if each is not None:
-            each(eps, finished)
+            if each is not None:
+                each(one, folder, finished)
     return prepared.finish(runs) if runs else None
 
 
@@ -225,7 +230,9 @@ def draw(path: Path, points: Mapping[str, Sequence[Point]], norm: str, title: st
         bars = np.abs(ends - middle)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         ax.errorbar([p.eps for p in found], middle, bars, label=name, capsize=3, ms=5, **style)
-    ax.set(xlabel=f"eps, {norm}", ylabel="accuracy left, worst case, %", ylim=(0, 102), title=title)
+    unit = THREATS[norm].unit
+    label = f"eps, {norm}{f', {unit}' if unit else ''}"
+    ax.set(xlabel=label, ylabel="accuracy left, worst case, %", ylim=(0, 102), title=title)
     ax.title.set_fontsize(10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9)

@@ -51,8 +51,9 @@ if TYPE_CHECKING:
     from purify.evaluate.finish import Finished
 
 SCORE_MODEL = "name or path, as for load_score_model, or file.py:function (default: the data set's)"
+NO_ATTACK = "--eps 0 is no attack; name radii above 0."
 DEFENCE, THREAT = "defence", "threat and attack"
-GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, densepure)", "splitting noise (ssn, dssn)"
+GAUSSIAN, SPLITTING = "Gaussian noise (cohen, multiscale, few-step, densepure)", "splitting noise (ssn, dssn)"
 BUDGET = "budget (by name, or its parts)"
 SAMPLING = ("fixed", "anytime")
 OLD = ("stop_radius", "looks")  # options of certificates until 0.2
@@ -215,6 +216,8 @@ class Evaluation(Attacking):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._choose("worst_only", WORST_ONLY)
+        if self.eps == 0:
+            raise ValueError(NO_ATTACK)
         if self.several and self.precision == AUTO:
             raise ValueError("Each eps might choose another precision; name the one that all shall take (--precision).")
         self._check_protocols()
@@ -287,6 +290,11 @@ class MinimumDistortion(Attacking):
         if not 0 < self.rate <= 1:
             raise ValueError(f"--rate is a share in (0, 1], got {self.rate:g}.")
         check_count(self.halvings, "--halvings", 0)
+        if self.threat_model not in NORMS:
+            raise ValueError(
+                f"Radii are bisected in {', '.join(NORMS)}, not in {self.threat_model}; name several radii of it for "
+                "`purify attack --eps`."
+            )
         if self.eps == 0:
             raise ValueError("--eps is the largest radius that is tried, and must be above 0.")
         if self.precision == AUTO:

@@ -70,6 +70,8 @@ def test_a_curve_resumes_takes_more_points_and_repeats_from_its_yaml(drawn, tmp_
     assert json.loads((again / "result.json").read_text()) == json.loads((path / "result.json").read_text())
     assert "eps 0: clean images" in said
     assert str(found.points["diffpure"][1].accuracy).strip() in said
+    assert "This is a REDUCED budget" in said
+    assert all((again / eps / "samples-diffpure.png").stat().st_size > 1000 for eps in ("eps-0.1", "eps-0.3"))
     assert main([*command, "--eps", "0.1,0.2,0.3"]) == 0
     curve = json.loads((again / "result.json").read_text())["curve"]["undefended"]
     assert [p["eps"] for p in curve] == [0, 0.1, 0.2, 0.3]
