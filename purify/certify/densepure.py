@@ -53,7 +53,8 @@ class DensePure(nn.Module):
         rule: of a step; default DDPM's ancestral sampling.
 
     Raises:
-        ValueError: sigma is not positive, or beyond the schedule's end; no votes or steps; train mode.
+        ValueError: sigma is not positive, or beyond the schedule's end; no votes or steps; train mode; a rule that does
+            not go to time 0.
     """
 
     accepts_keys = True
@@ -75,6 +76,11 @@ class DensePure(nn.Module):
         check_count(votes, "votes")
         self.time = score_model.schedule.time_of_sigma(2 * sigma)
         self.votes, self.plan, self.rule = votes, FixedSteps(steps), rule or Ancestral()
+        if self.rule.held:
+            raise ValueError(
+                f"Reverse processes of noisy images go to time 0, and {type(self.rule).__name__} stays at its time; "
+                "take another rule, as ddpm or ddim."
+            )
         self.rule.check(score_model)
         self.classifier = classifier.requires_grad_(False)
         self.score_model = score_model

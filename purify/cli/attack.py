@@ -289,10 +289,11 @@ def describe(attack: Attack) -> str:
     """An attack's name with its budget."""
     parts = attack.budget()
     restarts = f", {parts['restarts']} restarts" if parts.get("restarts", 1) > 1 else ""
-    if "steps" not in parts and "queries" not in parts:
+    for unit in ("calls", "queries"):
+        if unit in parts:
+            return f"{attack.label} {parts[unit]} {unit}"
+    if "steps" not in parts:
         return attack.label
-    if "queries" in parts:
-        return f"{attack.label} {parts['queries']} queries"
     goal = parts.get("goal", "")
     turns = "" if goal in attack.label else f", {goal}"  # of attacks whose name says that there is one
     return f"{attack.label} {parts['steps']} steps x EOT {parts['eot']}{restarts}{turns}"

@@ -73,7 +73,10 @@ def budgets(row: Row) -> dict[str, dict[str, Any]]:
 def check_comparable(base: Row, row: Row) -> None:
     """Raise ValueError where differences would not be those of the defences."""
     if (row.dataset, row.threat_model, row.eps) != (base.dataset, base.threat_model, base.eps):
-        raise ValueError(f"{row.run} is about another data set or threat model than {base.run}.")
+        raise ValueError(
+            f"{row.run} ({row.dataset}, {stated(row.threat_model, row.eps)}) has another data set, threat model or "
+            f"eps than {base.run} ({base.dataset}, {stated(base.threat_model, base.eps)})."
+        )
     theirs, own = budgets(base), budgets(row)
     random = [name for name in theirs.keys() & own.keys() if theirs[name] != own[name]]
     if random and row.draws > 1:  # a model without randomness needs no EOT

@@ -13,7 +13,7 @@ import numpy as np
 from purify.attacks import AutoAttackRand, kind_of
 from purify.evaluate.budgets import reduced
 from purify.evaluate.metrics import Estimate, summarize, worst_case
-from purify.evaluate.records import SCHEMA, parse
+from purify.evaluate.records import SCHEMA, curve_folders, parse
 from purify.evaluate.runner import CLEAN
 from purify.evaluate.selfchecks import INEXACT, at_limit, inexact_check
 
@@ -135,6 +135,9 @@ def read_run(folder: str | Path) -> list[Row]:
 def load_manifest(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Config and sessions of a run; ValueError if there is no run, or one of a newer schema than this purify reads."""
     check_schema(folder / "result.json")  # a newer purify may write other manifests, too
+    radii = curve_folders(folder)
+    if radii and not (folder / "manifest.json").exists():
+        raise ValueError(f"{folder} holds a curve over eps; name a run of it, as {radii[0]}.")
     config, sessions = load_json(folder / "manifest.json", "config", "sessions")
     return config, sessions
 
@@ -250,6 +253,8 @@ def _passed(check: dict[str, Any]) -> bool:
 
 def _stated(budget: dict[str, Any]) -> str:
     """An attack with its budget."""
+    if "calls" in budget:
+        return f"{budget['attack']} {budget['calls']} calls"
     if "steps" in budget:
         restarts = f" x {budget['restarts']} restarts" if budget.get("restarts", 1) > 1 else ""
         return f"{budget['attack']} {budget['steps']} x EOT {budget['eot']}{restarts}"

@@ -252,6 +252,8 @@ CASES = {
     "certify --method multiscale --p0 0.4": "p0 must lie in [1/2, 1)",
     "certify --method multiscale --mode lax": "Unknown --mode 'lax'",
     "certify --linf-radii 0,-1": "--linf-radii takes numbers of at least 0",
+    "certify --method few-step --reverse likelihood": "go to time 0, and LikelihoodAscent stays at its time",
+    "certify --method densepure --reverse langevin": "go to time 0, and Langevin stays at its time",
     "certify --votes 3": "--votes says nothing about cohen; it is for densepure",
     "certify --method densepure --votes 0": "votes must be a whole number of at least 1",
     "certify --method densepure --reverse-steps 0": "steps must be a whole number of at least 1",

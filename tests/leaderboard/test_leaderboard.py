@@ -706,3 +706,21 @@ def test_the_budget_of_certificates_says_what_a_draw_takes_and_when_drawing_stop
     assert stated(few) == "n0 100, n 10,000, each 2 network calls of ddim, denoiser digits-flow"
     old = {**fixed, "stop": {"radius": 0.5, "looks": 4}}  # of version 0.2
     assert stated({"draws": old}) == "n0 100, n 10,000, stopped at radius 0.5 in 4 looks"
+
+
+def test_the_budget_of_the_adaptive_attack_is_its_calls():
+    from purify.attacks import PGD, Adaptive
+    from purify.cli.attack import describe
+    from purify.leaderboard.rows import _stated
+
+    attack = Adaptive("Linf", 0.3, calls=400)
+    assert describe(attack) == "adaptive 400 calls"
+    assert _stated(attack.budget()) == "adaptive 400 calls"
+    assert _stated(PGD("Linf", 0.3, steps=2, eot=3).budget()) == "pgd-eot 2 x EOT 3"
+
+
+def test_a_curve_is_no_run_and_names_those_it_has(tmp_path):
+    (tmp_path / "eps-0.3").mkdir()
+    (tmp_path / "eps-0.1").mkdir()
+    with pytest.raises(ValueError, match=r"holds a curve over eps; name a run of it, as .*eps-0\.1\."):
+        read_run(tmp_path)
