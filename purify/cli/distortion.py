@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from purify.cli.attack import describe
 from purify.cli.parsing import Parser, describe_parser, described
 from purify.cli.shell import guarded, note_data, note_shard
+from purify.evaluate.budgets import reduced
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.distortion import PICTURE, Ready, prepare, table
 from purify.evaluate.dryrun import dry_run, duration
@@ -65,6 +67,9 @@ def show(ready: Ready) -> None:
         f"multiples of {finest:.4g}; 'more' is more than {asked.upper:g}."
     )
     print("'fails again': on purifications that chose nothing.\n")
+    e = ready.request.asked
+    if reduced({"preset": e.budget, **asdict(ready.request.budget)}, ready.request.known):
+        print("This is a REDUCED budget: more steps may find less. Use --budget standard before quoting any.\n")
 
 
 def show_dry_run(ready: Ready) -> None:

@@ -215,6 +215,7 @@ def test_shards_and_python_give_the_same(whole, tmp_path, capsys):
 def test_the_table_says_what_it_is(whole, capsys):
     assert main([*TINY, "--out", str(whole)]) == 0
     said = capsys.readouterr().out
+    assert "This is a REDUCED budget" in said
     assert "digits, Linf up to eps 0.6, 12 samples" in said
     assert "Radii are multiples of 0.15; 'more' is more than 0.6" in said
     assert "left at 0.6, %" in said
