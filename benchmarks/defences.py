@@ -152,8 +152,8 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             ax.axhline(y.value, color="k", linestyle="--", linewidth=1, label=name)
             ax.axhspan(y.low, y.high, color="k", alpha=0.08, linewidth=0)
             continue
-        error = [y.value - y.low], [y.high - y.value]
-        ax.errorbar(x.value, y.value, error, fmt="osD^v<>pP*"[k % 10], ms=5, lw=0.8, capsize=2, label=name)
+        error = [y.value - y.low], [y.high - y.value]  # eleven marks in ten colours: no pair twice
+        ax.errorbar(x.value, y.value, error, fmt="osD^v<>pP*X"[k % 11], ms=5, lw=0.8, capsize=2, label=name)
     ax.set(xlabel="clean accuracy, %", ylabel="worst-case accuracy, %", ylim=(-2, 100))
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.savefig(path)
