@@ -144,6 +144,20 @@ class TinyClassifier(nn.Module):
         return self.layers(x)
 
 
+class Linear(nn.Module):
+    """Two logits of 4x4 images, +-w.(x - centre): the best attack on label 1 moves against w."""
+
+    def __init__(self, centre: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+        self.centre = centre
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = (x.flatten(1) - self.centre) @ self.w
+        return torch.stack([-value, value], 1)
+
+
 class TinyConvolutions(nn.Module):
     """A small convolutional classifier with two activations of different sizes."""
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, TinyConvolutions, smooth_model
-from test_attacks import Linear
+from conftest import Linear, TinyClassifier, TinyConvolutions, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
