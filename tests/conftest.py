@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from purify import ContinuousVP, ScoreModel
 
 DATA = Path(__file__).parent / "data"
+pytest_plugins = ["boards"]  # fixtures of one folder: a conftest.py there would be imported instead of this one
 
 
 def assert_second_derivative(f, x: Tensor, h: float, tolerance: float) -> None:
