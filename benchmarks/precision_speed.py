@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import TOY, Size, score_model
+from card.bench import TOY, Size, score_model
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
