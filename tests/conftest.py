@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from purify import ContinuousVP, ScoreModel
 
 DATA = Path(__file__).parent / "data"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest_plugins = ["boards"]  # fixtures of one folder: a conftest.py there would be imported instead of this one
 
 
@@ -60,8 +61,7 @@ def assert_finite_differences(purifier: nn.Module, x: Tensor, tolerance: float =
 
 def load_script(name: str) -> ModuleType:
     """A script under benchmarks/ as a module."""
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its dataclasses look there
     spec.loader.exec_module(module)
