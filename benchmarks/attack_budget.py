@@ -2,8 +2,9 @@
 """Accuracy left against network calls per image: the adaptive attack, PGD+EOT, and several attacks together.
 
 All rows of a purifier meet the same images and are judged on the same draws, so differences are paired. Calls are those
-of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second. With --strongest
-the other attacks are all of ``purify attack --attacks strongest`` at the ``standard`` budget.
+of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second unless asked for
+the first. With --strongest the other attacks are all of ``purify attack --attacks strongest`` at the ``standard``
+budget.
 
     python benchmarks/attack_budget.py --minutes 30       # resumes; rows that are done are not run again
     python benchmarks/attack_budget.py --strongest --rows strongest --minutes 60
@@ -52,7 +53,9 @@ from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
 
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
-TOGETHER = (PGD, FirstOrderPGD, ConstantLevelPGD, SurrogatePGD, APGD, GuidePGD)  # the best of `strongest`, each alone
+# The best of `strongest`, each alone.
+TOGETHER = (PGD, FirstOrderPGD, ConstantLevelPGD, LowLevelPGD, SurrogatePGD, APGD, GuidePGD)
+HALVES = ("first", "second")
 SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
 SMALL = (1 / 25, 1 / 10)  # of the calls of all of `strongest`
 WORST = "together"  # each image meets the worst for it, cross-fitted
@@ -72,16 +75,21 @@ class Bench:
     seed: int
     out: Path
     strongest: bool = False
+    calls: tuple[int, ...] = ()
+    half: str = "second"
 
     @property
     def key(self) -> str:
-        stated = (self.dataset, self.norm, self.eps, self.images, self.steps, self.eot, self.draws, self.seed)
+        stated: tuple[Any, ...] = (self.dataset, self.norm, self.eps, self.images, self.steps, self.eot, self.draws)
+        stated += (self.seed, *(() if self.half == "second" else (self.half,)))
         return hashlib.sha256(repr(stated).encode()).hexdigest()[:10]
 
     def samples(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The first of the second half of the test images, labels and ids."""
+        """The first images of a half of the test set, labels and ids."""
         images, labels = load_dataset(self.dataset, "test")
-        ids = torch.arange(len(images) // 2, min(len(images) // 2 + self.images, len(images)))
+        middle = len(images) // 2
+        first, end = (0, middle) if self.half == "first" else (middle, len(images))
+        ids = torch.arange(first, min(first + self.images, end))
         return images[ids], labels[ids], ids
 
     def model(self, system: str) -> Any:
@@ -95,6 +103,7 @@ class Bench:
         found: list[tuple[str, Attack]] = [
             (f"adaptive 1/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SHARES
         ]
+        found += [(f"adaptive {n} calls", Adaptive(calls=n, **options)) for n in self.calls]
         half = PGD(steps=self.steps // 2, eot=max(1, self.eot // 2), **options)
         found += [(named(half), half), (named(pgd), pgd)]
         if together:
@@ -286,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="no row begins later")
     parser.add_argument("--alone", action="store_true", help="without the attacks beside adaptive and pgd-eot")
     parser.add_argument("--strongest", action="store_true", help="beside all of `strongest`, not the best of it")
+    parser.add_argument("--calls", default="", help="more rows of adaptive, at so many calls, separated by commas")
+    parser.add_argument("--half", default="second", choices=HALVES, help="of the test images")
     parser.add_argument("--rows", default="", help="parts of names, separated by commas: no other rows are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
@@ -294,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     eps = DATASETS[args.dataset].eps[args.threat_model]
     bench = Bench(
         args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out,
-        args.strongest,
+        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half,
     )  # fmt: skip
     systems = args.systems.split(",")
     run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])

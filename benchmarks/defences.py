@@ -28,6 +28,7 @@ from purify.attacks import Adaptive
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.metrics import Estimate, estimate
+from purify.evaluate.pictures import panels, save
 from purify.machine import set_threads
 from purify.wrap import build_purifier
 
@@ -140,12 +141,7 @@ def shown(found: Mapping[str, float]) -> str:
 
 def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Worst case over clean accuracy, each with its interval; the adversarially trained classifier as a line."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(8, 5), dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    fig, ax = panels(8, 5)
     for k, (name, row) in enumerate(rows.items()):
         x, y = (Estimate(**{key: 100 * v for key, v in row[side].items()}) for side in ("clean", "worst"))
         if name == BASELINE:
@@ -156,7 +152,7 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         ax.errorbar(x.value, y.value, error, fmt="osD^v<>pP*X"[k % 11], ms=5, lw=0.8, capsize=2, label=name)
     ax.set(xlabel="clean accuracy, %", ylabel="worst-case accuracy, %", ylim=(-2, 100))
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    fig.savefig(path)
+    save(fig, path)
 
 
 def parser() -> argparse.ArgumentParser:

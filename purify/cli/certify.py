@@ -16,9 +16,10 @@ from purify.cli.shell import guarded, note_data, note_shard
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary, estimates
 from purify.evaluate.description import OLD, Certification
+from purify.evaluate.pictures import panels, save
 from purify.evaluate.ranks import leave
 from purify.evaluate.recompute import recompute
-from purify.evaluate.records import SCHEMA, RunFolder, curve_picture, write_json, writing
+from purify.evaluate.records import SCHEMA, RunFolder, curve_picture, write_json
 from purify.evaluate.systems import Ready, prepare, summed
 from purify.options import PATH
 
@@ -152,12 +153,7 @@ def further(found: dict[str, Summary], reachable: dict[str, float]) -> pd.DataFr
 
 def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     """PNG of certified accuracy over the radius, with bands of Wilson's 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(7, 4 + 0.12 * len(found)), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    fig, ax = panels(7, 4 + 0.12 * len(found))
     top = max(max(float(s.correct.max()) for s in found.values()), 1e-3)
     grid = torch.linspace(0, 1.05 * top, 400).numpy()
     for name, summary in found.items():
@@ -169,6 +165,4 @@ def curve(path: Path, found: dict[str, Summary], norm: str) -> Path:
     ax.set(xlabel=f"{norm} radius", ylabel="certified accuracy in %", ylim=(0, 100), xlim=(0, 1.05 * top))
     ax.grid(alpha=0.3)
     fig.legend(loc="outside lower center", ncols=2, fontsize=8)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
-    return path
+    return save(fig, path)

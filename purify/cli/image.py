@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from purify.checks import check_count, choose
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
 from purify.data import DATASETS
-from purify.evaluate.records import writing
+from purify.evaluate.pictures import panels, save, show_image
 from purify.named import check_device
 from purify.options import NUMBER, PATH, WHOLE
 from purify.presets import find_preset
@@ -222,9 +221,6 @@ def summary(one: Input, purification: int, result: Purified) -> str:
 @torch.no_grad()
 def draw(path: Path, purifier: Purifier, one: Input, result: Purified, first: int, seed: int) -> None:
     """Before, diffused to t* by the noise of the first purification if they were, and after; eight images at most."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     n = min(8, len(one.images))
     device = next(purifier.parameters()).device
     noise = purifier.noise(n, device, range(first, first + n), 0, seed)
@@ -233,18 +229,11 @@ def draw(path: Path, purifier: Purifier, one: Input, result: Purified, first: in
     if not purifier.rule.held:
         diffused = purifier.process(result.t_star[:n].to(device), noise, images=u).rounds[0].diffuse(u)
         shown.insert(1, ("diffused", ((diffused + 1) / 2).clamp(0, 1).cpu()))
-    fig = Figure(figsize=(1.6 * len(shown) + 0.4, 1.7 * n + 0.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    axes = fig.subplots(n, len(shown), squeeze=False)
+    fig, axes = panels(1.6 * len(shown) + 0.4, 1.7 * n + 0.4, n, len(shown), squeeze=False)
     for column, (name, images) in enumerate(shown):
         axes[0][column].set_title(name, fontsize=9)
         for row in range(n):
-            pixels: Any = images[row].permute(1, 2, 0).numpy()
-            ax = axes[row][column]
-            ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            show_image(axes[row][column], images[row])
             if name == "diffused":
-                ax.set_xlabel(f"t* {float(result.t_star[row]):.3f}", fontsize=8)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
+                axes[row][column].set_xlabel(f"t* {float(result.t_star[row]):.3f}", fontsize=8)
+    save(fig, path)

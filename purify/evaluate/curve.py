@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ from purify.evaluate.attacking import Prepared, folder_name, prepare
 from purify.evaluate.description import NO_ATTACK, Evaluation
 from purify.evaluate.finish import Finished
 from purify.evaluate.metrics import CRITERIA, Estimate, difference, worst_mean
+from purify.evaluate.pictures import BARE, COLOURS, MARKERS, panels, percents, save
 from purify.evaluate.provenance import default_folder
 from purify.evaluate.records import SCHEMA, RunFolder, check_folder, curve_folder, write_json, writing
 from purify.evaluate.runner import CLEAN, Defence, Samples, predictions, stage_name, worst_only_predictions
 
-COLOURS = ("#59636e", "#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800")
-MARKERS = "osD^v<>p"
 PICTURE = "curve.png"
 WORST = "worst case"
 
@@ -218,24 +217,14 @@ def table(points: Mapping[str, Sequence[Point]]) -> pd.DataFrame:
 
 def draw(path: Path, points: Mapping[str, Sequence[Point]], norm: str, title: str) -> Path:
     """PNG of accuracy against eps, a line for each defence with its 95 % intervals."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
-    for i, (name, found) in enumerate(points.items()):
-        middle = np.array([100 * p.accuracy.value for p in found])
-        ends = np.array([[100 * p.accuracy.low, 100 * p.accuracy.high] for p in found]).T
-        bars = np.abs(ends - middle)
-        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.errorbar([p.eps for p in found], middle, bars, label=name, capsize=3, ms=5, **style)
+    figure, ax = panels(6.4, 4.2)
+    for (name, found), colour, marker in zip(points.items(), cycle((BARE, *COLOURS)), cycle(MARKERS)):
+        middle, bars = percents([p.accuracy for p in found])
+        ax.errorbar([p.eps for p in found], middle, bars, color=colour, marker=marker, label=name, capsize=3, ms=5)
     unit = THREATS[norm].unit
     label = f"eps, {norm}{f', {unit}' if unit else ''}"
     ax.set(xlabel=label, ylabel="accuracy left, worst case, %", ylim=(0, 102), title=title)
     ax.title.set_fontsize(10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
-    return path
+    return save(figure, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from purify.evaluate.bisection import CONFIRM, Bisection, Interval, Search, prob
 from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.metrics import LEVEL, Estimate, estimate, wilson
+from purify.evaluate.pictures import BARE, COLOURS, panels, save
 from purify.evaluate.progress import Progress
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
-from purify.evaluate.records import SCHEMA, RunFolder, write_json, writing
+from purify.evaluate.records import SCHEMA, RunFolder, write_json
 from purify.evaluate.runner import Defence, Samples, share_out
 
 PICTURE = "distortion.png"
@@ -64,7 +66,7 @@ class Distortions:
 
     @property
     def unbroken(self) -> int:
-        """Images that no attack broke within the largest radius: of them only a lower bound on nothing is known."""
+        """Images that no attack broke within the largest radius."""
         return int(np.isinf(self.values).sum())
 
     def left(self, eps: float) -> Estimate:
@@ -80,11 +82,6 @@ def median(values: np.ndarray) -> Median:
     low, high = (0.0, math.inf) if k == 0 else (float(ordered[k - 1]), float(ordered[n - k]))
     middle = ordered[(n - 1) // 2], ordered[n // 2]
     return Median(float(np.mean(middle)), low, high)
-
-
-def _radiusless(budget: dict[str, Any]) -> dict[str, Any]:
-    """An attack's budget without the radius, of which there are many."""
-    return {name: value for name, value in budget.items() if name != "eps"}
 
 
 def _radius(value: float) -> str:
@@ -113,9 +110,8 @@ class Ready:
     def config(self) -> dict[str, Any]:
         """What decides the results."""
         e = self.request.asked
-        tried = {
-            d.name: [{k: v for k, v in a.budget().items() if k != "eps"} for a in d.attacks] for d in self.defences
-        }
+        budgets = {d.name: [a.budget() for a in d.attacks] for d in self.defences}
+        tried = {name: [{k: v for k, v in b.items() if k != "eps"} for b in found] for name, found in budgets.items()}
         return {
             "dataset": e.dataset,
             "data": fingerprint_of_samples(self.samples),
@@ -156,7 +152,7 @@ class Ready:
     def finish(self, folder: RunFolder) -> dict[str, Distortions]:
         """What the records of a complete folder come to, by defence; writes result.json and the plot."""
         found = {d.name: self._found(folder, d) for d in self.defences}
-        body = {name: plain(f, self.radii) for name, f in found.items()}
+        body = {name: plain(f) for name, f in found.items()}
         context = {"schema": SCHEMA, "config": folder.config, "sessions": folder.sessions}
         write_json(folder.path / "result.json", {**context, "distortion": body})
         draw(folder.path / PICTURE, found, self.asked, f"{self.request.asked.title}, {len(self.samples)} images")
@@ -221,8 +217,8 @@ def prepare(asked: MinimumDistortion) -> Ready:
     return Ready(request, bisection, defences, samples, ranks)
 
 
-def plain(found: Distortions, radii: Sequence[float]) -> dict[str, Any]:
-    """As result.json has it, with the shares left at these radii; None for infinity."""
+def plain(found: Distortions) -> dict[str, Any]:
+    """As result.json has it; None for infinity."""
     finite = {name: None if math.isinf(v) else v for name, v in asdict(found.median).items()}
     confirmed = None if found.confirmed is None else asdict(found.confirmed)
     values = [None if math.isinf(v) else float(v) for v in found.values]
@@ -252,23 +248,14 @@ def table(found: Mapping[str, Distortions], radii: Sequence[float]) -> pd.DataFr
 
 def draw(path: Path, found: Mapping[str, Distortions], asked: Bisection, title: str) -> Path:
     """PNG of the share of images that need more than eps, a step line for each defence, with its median."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from purify.evaluate.curve import COLOURS
-
-    fig = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    figure, ax = panels(6.4, 4.2)
     grid = np.linspace(0, asked.upper, 400)
-    for i, (name, f) in enumerate(found.items()):
+    for (name, f), colour in zip(found.items(), cycle((BARE, *COLOURS))):
         shares = 100 * (f.values[None] > grid[:, None]).mean(1)
         label = f"{name}, median {_radius(f.median.value)}"
-        ax.step(grid, shares, where="post", color=COLOURS[i % len(COLOURS)], label=label)
+        ax.step(grid, shares, where="post", color=colour, label=label)
     ax.set(xlabel=f"eps, {asked.norm}", ylabel="images that need more, %", ylim=(0, 102), xlim=(0, asked.upper))
     ax.set_title(f"{title}, failing rate {asked.rate:g}", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=9)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
-    return path
+    return save(figure, path)

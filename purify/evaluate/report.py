@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from purify.answers import ask
 from purify.attacks.noise import RandomNoise
-from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json, writing
+from purify.evaluate.pictures import panels, save, show_image
+from purify.evaluate.records import SCHEMA, RunFolder, samples_picture, write_json
 from purify.evaluate.runner import CLEAN, Defence, Samples, stage_name
 from purify.purification.defended import DefendedClassifier
 
@@ -188,19 +189,11 @@ def _said(predictions: list[int], labels: Tensor) -> list[tuple[str, bool | None
 def _draw(
     path: Path, rows: list[tuple[str, Tensor, list[tuple[str, bool | None]]]], title: str, labels: Tensor
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     n = len(labels)
-    fig = Figure(figsize=(1.35 * n + 1.6, 1.65 * len(rows) + 0.7), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    axes = fig.subplots(len(rows), n, squeeze=False)
+    fig, axes = panels(1.35 * n + 1.6, 1.65 * len(rows) + 0.7, len(rows), n, squeeze=False)
     for (name, images, captions), line in zip(rows, axes, strict=True):
         for i, ax in enumerate(line):
-            image = images[i].detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
-            ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
-            ax.set_xticks([])
-            ax.set_yticks([])
+            show_image(ax, images[i])
             if captions:
                 text, right = captions[i]
                 ax.set_xlabel(text, color=RIGHT if right else WRONG, fontsize=9, weight="bold")
@@ -208,8 +201,7 @@ def _draw(
     for ax, y in zip(axes[0], labels.tolist(), strict=True):
         ax.set_title(f"label {y}", fontsize=9)
     fig.suptitle(f"{title}; green: right, red: wrong", fontsize=11)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
+    save(fig, path)
 
 
 __all__ = ["CLEAN", "figure", "table", "write_result"]

@@ -20,17 +20,16 @@ from matplotlib.lines import Line2D
 from purify.attacks.threats import stated
 from purify.certify.metrics import certified_accuracy
 from purify.evaluate.metrics import Estimate
+from purify.evaluate.pictures import BARE, COLOURS, MARKERS
 from purify.leaderboard.certified import CertifiedRow
 from purify.leaderboard.groups import threat
 from purify.leaderboard.links import portable
 from purify.leaderboard.rows import Row
 
-INK, DARK_INK = "#59636e", "#9aa4af"  # no grey has contrast enough on white and on near-black
+INK, DARK_INK = BARE, "#9aa4af"  # no grey has contrast enough on white and on near-black
 DARK = "@media (prefers-color-scheme: dark) {" + "".join(
     f'[style*="{what}: {INK}"] {{ {what}: {DARK_INK} !important }}' for what in ("fill", "stroke")
 )
-COLOURS = ["#2f81f7", "#db6d28", "#2da44e", "#a371f7", "#bf4b8a", "#b08800"]
-MARKERS = "osD^v<>p"  # hollow ones differ, too
 LINES = ["-", "--", "-.", ":"]
 
 

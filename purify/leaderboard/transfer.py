@@ -16,9 +16,10 @@ from purify.attacks.threats import stated
 from purify.evaluate.attacking import Prepared, prepare
 from purify.evaluate.description import Evaluation
 from purify.evaluate.metrics import Estimate, summarize
+from purify.evaluate.pictures import panels, save
 from purify.evaluate.progress import Progress, cost
 from purify.evaluate.provenance import default_folder, environment
-from purify.evaluate.records import SCHEMA, RunFolder, differences, image_path, read_image, write_json, writing
+from purify.evaluate.records import SCHEMA, RunFolder, differences, image_path, read_image, write_json
 from purify.evaluate.runner import CLEAN, Defence, Samples, batches, judge
 from purify.leaderboard.groups import measurements, threat
 from purify.leaderboard.rows import Row, load_manifest, load_records
@@ -233,15 +234,10 @@ def _write(matrix: Matrix) -> None:
 
 def draw(matrix: Matrix, path: Path) -> None:
     """PNG of the matrix: dark is what the images of a source leave of a target."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names, n = [p.name for p in matrix.parties], len(matrix.parties)
     rows = [matrix.clean, *({t: matrix.cells[s, t] for t in names} for s in names)]
     values = np.array([[100 * row[t].value for t in names] for row in rows])
-    fig = Figure(figsize=(3.2 + 1.3 * n, 2.2 + 0.7 * n), dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    fig, ax = panels(3.2 + 1.3 * n, 2.2 + 0.7 * n)
     drawn = ax.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for i, row in enumerate(rows):
         for j, name in enumerate(names):
@@ -252,5 +248,4 @@ def draw(matrix: Matrix, path: Path) -> None:
     ax.set_yticks(range(n + 1), [CLEAN, *(p.title for p in matrix.parties)])
     ax.set(xlabel="judged on", ylabel="made for (by)")
     fig.colorbar(drawn, label="accuracy, %")
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
+    save(fig, path)

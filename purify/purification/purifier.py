@@ -6,21 +6,19 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from purify import registry
-from purify.checks import check_count, check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
+from purify.checks import check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
 from purify.diffusion.precision import PRECISIONS
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
 from purify.diffusion.score import ScoreModel
-from purify.fingerprint import weights_digest
 from purify.finite import broken
 from purify.purification import faults
 from purify.purification.conditioning import Conditioning
@@ -33,8 +31,9 @@ from purify.purification.gradients import (
     Task,
 )
 from purify.purification.guidance import GUIDANCES
-from purify.purification.levels import LEVELS, Constant, NoiseLevel, Share
+from purify.purification.levels import LEVELS, NoiseLevel, Share
 from purify.purification.outcomes import Purified
+from purify.purification.parts import as_level, as_part, as_plan, as_rounds, held_against
 from purify.purification.plans import PLANS, FixedSteps, Held, Plan, StepFactory
 from purify.purification.process import MOST_ROUNDS, ROUND_INDICES, Deviation, Process, Watch, unwatched
 from purify.transforms import func_in_words, readable, run_eagerly
@@ -42,7 +41,6 @@ from purify.transforms import func_in_words, readable, run_eagerly
 # Exact, as fast as ``full`` where the graph is small, and safe where it is not.
 DEFAULT_ENGINE = Checkpoint(memory_budget=DEFAULT_BUDGET)
 
-T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -102,19 +100,19 @@ class Purifier(nn.Module):
             check_flag(flag, name)
         check_weights(score_model.network, "The score network")
         self.score_model = score_model.eval().requires_grad_(False)
-        self.level = _level(level)
+        self.level = as_level(level)
         self.level.check(score_model)
-        self.rounds = _rounds(rounds)
-        self.rule: ReverseRule = _part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
-        self.plan = _plan(steps, self.rule)
+        self.rounds = as_rounds(rounds)
+        self.rule: ReverseRule = as_part(reverse, REVERSE_RULES, ReverseRule, "reverse rule")
+        self.plan = as_plan(steps, self.rule)
         self.rule.check(score_model)
-        self.guidance = None if guidance is None else _part(guidance, GUIDANCES, Conditioning, "guidance")
+        self.guidance = None if guidance is None else as_part(guidance, GUIDANCES, Conditioning, "guidance")
         self.auxiliary = None  # registered here, so that it moves with the purifier
         if self.guidance is not None and self.guidance.network is not None:
             self.auxiliary = self.guidance.network.eval().requires_grad_(False)
         if self.guidance is not None:
             self.guidance.check(score_model)
-        self.engine = _part(gradient, ENGINES, GradientEngine, "gradient engine")
+        self.engine = as_part(gradient, ENGINES, GradientEngine, "gradient engine")
         self.t_end, self.clip, self.through_level = float(t_end), clip, through_level
         self.forward_schedule = None if forward_schedule is None else as_schedule(forward_schedule, "forward_schedule")
         self.resize = resize
@@ -297,7 +295,7 @@ class Purifier(nn.Module):
         constant in it."""
         changed: dict[str, Any] = {}
         if gradient is not None:
-            changed["engine"] = _part(gradient, ENGINES, GradientEngine, "gradient engine")
+            changed["engine"] = as_part(gradient, ENGINES, GradientEngine, "gradient engine")
         if through_level is not None:
             changed["through_level"] = through_level
         if second_order is not None and self.guidance is not None:
@@ -328,11 +326,11 @@ class Purifier(nn.Module):
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""
-        return self._with(plan=_plan(steps, self.rule))
+        return self._with(plan=as_plan(steps, self.rule))
 
     def with_level(self, level: float | NoiseLevel | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) with another rule for its noise level."""
-        rule = _level(level)
+        rule = as_level(level)
         rule.check(self.score_model)
         return self._with(level=rule)
 
@@ -392,7 +390,7 @@ class Purifier(nn.Module):
         schedule = None if forward is None else schedule_from_config(forward)
         guidance = arguments.get("guidance")
         if guidance is not None and "auxiliary" in guidance:
-            arguments["guidance"] = {**guidance, "auxiliary": _auxiliary(auxiliary, guidance["auxiliary"])}
+            arguments["guidance"] = {**guidance, "auxiliary": held_against(auxiliary, guidance["auxiliary"])}
         return cls(score_model, forward_schedule=schedule, **arguments)
 
 
@@ -407,50 +405,3 @@ def twin(module: Module, **changed: Any) -> Module:
     for name, value in changed.items():
         setattr(other, name, value)
     return other
-
-
-def _auxiliary(network: nn.Module | None, wanted: str) -> nn.Module:
-    if network is None or weights_digest(network) != wanted:
-        what = "no" if network is None else "another"
-        raise ValueError(
-            f"This purifier is guided by an auxiliary network of fingerprint {wanted[:12]}, but {what} network was "
-            "given; pass it as auxiliary=."
-        )
-    return network
-
-
-def _part(value: Any, known: Mapping[str, type[T]], base: type[T], what: str) -> T:
-    """A part given as itself, by name, or as its config."""
-    if isinstance(value, base):
-        return value
-    if isinstance(value, (str, Mapping)):
-        return registry.build(value, known, what)
-    raise ValueError(f"{short(value)} is not a {what}; give one of {', '.join(sorted(known))}.")
-
-
-def _level(level: float | NoiseLevel | Mapping[str, Any]) -> NoiseLevel:
-    if isinstance(level, Real):
-        return Constant(float(level) if is_number(level) else level)  # type: ignore[arg-type]
-    return _part(level, LEVELS, NoiseLevel, "noise level")
-
-
-def _plan(steps: Any, rule: ReverseRule) -> Plan:
-    """A plan given as itself, by its config, or as a number of steps of ``rule``."""
-    if isinstance(steps, (Plan, Mapping)):
-        return _part(steps, PLANS, Plan, "execution plan")
-    check_count(steps, "steps")
-    return Held(steps) if rule.held else FixedSteps(steps)
-
-
-def _rounds(rounds: int | Sequence[float]) -> tuple[float, ...]:
-    """Shares of t*, one per round."""
-    if isinstance(rounds, int):
-        check_count(rounds, "rounds")
-        return (1.0,) * rounds
-    try:
-        shares = tuple(float(share) for share in rounds)
-    except (TypeError, ValueError):
-        shares = ()
-    if not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"rounds must be a whole number, or shares of t* in (0, 1], got {short(rounds)}.")
-    return shares

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.protocols.averaged import WORDS, Point
 from purify.evaluate.protocols.measure import Measured
-from purify.evaluate.records import averages_picture, writing
+from purify.evaluate.records import averages_picture
 
 LINES = {"clean": ("clean images", "#59636e", ":"), "cheap": ("cheap gradient", "#2f81f7", "-")}
 LINES["own"] = ("gradients of such answers", "#cf222e", "--")
@@ -52,25 +53,16 @@ def plain(found: Mapping[str, Measured]) -> dict[str, Any]:
 
 def draw(folder: Path, name: str, points: Sequence[Point]) -> Path | None:
     """PNG of accuracy against purifications per answer, a panel for each way to combine them; None without points."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not points:
         return None
-    fig = Figure(figsize=(10, 3.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(fig)
     counts = sorted({p.k for p in points})
-    axes = fig.subplots(1, len(WORDS), sharey=True)
+    fig, axes = panels(10, 3.4, 1, len(WORDS), sharey=True)
     for ax, (how, words) in zip(axes, WORDS.items(), strict=True):
         for who, (label, colour, style) in LINES.items():
             shown = [p for p in points if p.who == who and (p.how == how or p.k == 1)]
             if not shown:
                 continue
-            middle = [100 * p.accuracy.value for p in shown]
-            bars = [
-                [100 * (p.accuracy.value - p.accuracy.low) for p in shown],
-                [100 * (p.accuracy.high - p.accuracy.value) for p in shown],
-            ]
+            middle, bars = percents([p.accuracy for p in shown])
             ks = [p.k for p in shown]
             ax.errorbar(ks, middle, bars, fmt=f"o{style}", color=colour, capsize=3, label=label)
         ax.set(xscale="log", xlabel="purifications per answer", title=words, ylim=(0, 102))
@@ -80,7 +72,4 @@ def draw(folder: Path, name: str, points: Sequence[Point]) -> Path | None:
     axes[0].set_ylabel("accuracy, %")
     axes[-1].legend(fontsize=8)
     fig.suptitle(name)
-    path = averages_picture(folder, name)
-    with writing(path) as partial:
-        fig.savefig(partial, format="png")
-    return path
+    return save(fig, averages_picture(folder, name))
