@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import purify
 from purify.attacks import (
@@ -48,6 +47,7 @@ from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
+from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.runner import Defence, judge
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
@@ -262,24 +262,21 @@ def draw(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     """A panel for each purifier."""
     if not curves:
         return
-    fig = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained")
-    axes = fig.subplots(1, len(curves), squeeze=False)[0]
-    for ax, (system, rows) in zip(axes, curves.items(), strict=True):
+    fig, axes = panels(3.4 * len(curves), 3.2, columns=len(curves), squeeze=False)
+    for ax, (system, rows) in zip(axes[0], curves.items(), strict=True):
         for kind, mark in (("adaptive", "o-"), ("pgd-eot ", "s-"), ("", "x")):
             names = [n for n in rows if (n.startswith(kind) if kind else not n.startswith(("adaptive", "pgd-eot ")))]
             names.sort(key=lambda n: rows[n]["calls"])
             if names:
-                found = [estimate(values(rows[n])) for n in names]
-                middle = 100 * np.array([e.value for e in found])
-                bars = np.array([(middle[i] - 100 * e.low, 100 * e.high - middle[i]) for i, e in enumerate(found)]).T
+                middle, bars = percents([estimate(values(rows[n])) for n in names])
                 spent = [rows[n]["calls"] for n in names]
                 ax.errorbar(spent, middle, bars, fmt=mark, capsize=2, label=kind.strip() or "others, and together")
         ax.set(xscale="log", xlabel="network calls per image", title=system, ylim=(0, None))
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy left, %")
-    axes[-1].legend(fontsize=7)
+    axes[0, 0].set_ylabel("accuracy left, %")
+    axes[0, -1].legend(fontsize=7)
     fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=110)
+    save(fig, path)
 
 
 def main(argv: list[str] | None = None) -> int:

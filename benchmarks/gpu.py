@@ -13,7 +13,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -30,6 +29,7 @@ from card.predictions import predictions
 from card.waits import waits
 
 from purify.checks import check_writable
+from purify.evaluate.records import write_json
 from purify.named import check_device
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.only:
         late = time.perf_counter() - start > 60 * args.minutes
         report["sections"][name] = section(bench, SECTIONS[name], late)
-        (args.out / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(args.out / "gpu.json", report)
         (args.out / "gpu.md").write_text(markdown(report))
         print(f"{name}: {time.perf_counter() - start:.0f} s since the start", flush=True)
     print("\n" + markdown(report))
