@@ -35,3 +35,11 @@ def make(kind=None, rule="ddpm", scale=20.0, steps=4, level=0.3, **options):
     guidance = None if kind is None else KINDS[kind](STRONG.get(kind, scale) if scale else 0.0)
     options = {"clip": False, **options}
     return Purifier(smooth_model(torch.float64), level, RULES[rule], steps, guidance=guidance, **options)
+
+
+def assert_scale_zero_is_plain(make, rule, kind, images):
+    """Of a ``make(kind, rule, scale)``: scale 0 gives the bits of no guidance, and its default scale does not."""
+    x = images.double()
+    plain, off, on = (make(*what)(x, sample_ids=IDS) for what in ((None, rule), (kind, rule, 0.0), (kind, rule)))
+    assert torch.equal(plain, off)
+    assert (on - plain).abs().max() > 1e-4

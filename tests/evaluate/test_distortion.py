@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Linear
-from kills import kill_again_and_again, lines
+from kills import kill_again_and_again, lines, undisturbed
 from twopixels import two_pixels
 
 import purify
@@ -145,14 +145,7 @@ TINY = [
     *("--n-examples", "12", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "2"),
     *("--steps", "2", "--threads", "1", "--noise-level", "constant", "--halvings", "2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a search that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main([*TINY, "--out", str(folder)]) == 0
-    return folder
+whole = undisturbed(main, TINY)
 
 
 def test_kills_leave_the_same_records(whole, tmp_path):
