@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import load_script
 
+from purify.attacks.adaptive import phases
 from purify.leaderboard.links import portable
 
 
@@ -58,6 +59,21 @@ def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "s\n" in first.partition("###")[0]
     assert again.startswith("###")
+
+
+def test_choices_of_the_adaptive_attack_can_be_changed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(phases, "ROUNDS", phases.ROUNDS)  # set back afterwards
+    script = load_script("attack_budget")
+    options = ["--systems", "gns", "--images", "1", "--steps", "2", "--judge-draws", "1", "--calls", "800"]
+    command = [*options, "--alone", "--rows", "800 calls", "--out", str(tmp_path), "--constants"]
+    script.main([*command, "ROUNDS=8"])
+    assert phases.ROUNDS == 8
+    assert "adaptive 800 calls ROUNDS=8" in capsys.readouterr().out
+    for wrong in ("rounds=1", "TURNS=1"):
+        with pytest.raises(SystemExit, match=f"{wrong} sets no constant"):
+            script.main([*command, wrong])
+    with pytest.raises(SystemExit, match="ROUNDS=a is not a number of the kind of 8"):
+        script.main([*command, "ROUNDS=a"])
 
 
 def test_library_attacks(tmp_path, capsys):
