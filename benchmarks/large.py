@@ -4,6 +4,7 @@ beside what the dry run says of that. One JSON line is printed, and one line for
 
 - loading: greatest resident memory beyond that before, relative to the size of the file (at most 1.1).
 - graphs: peak of what tensors take during the step, and the dry run's memory relative to it (within 25 %).
+- seconds: CPU seconds of the step, the first one; with --time those of a gradient, and the dry run's relative to it.
 - resident: peak of the process, with weights and what the kernels take.
 
 examples:
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import diffusers.models.unets.unet_2d  # noqa: F401 - a library is no part of a file's size
 import torch
 from gradient_fidelity import peak_bytes
+from torch import nn
 
 from purify.attacks import PGD
 from purify.checkpoints import PUBLIC, find
@@ -51,7 +54,7 @@ def restart() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def file_size(name: str, model: torch.nn.Module) -> int:
+def file_size(name: str, model: nn.Module) -> int:
     """Bytes of the file that ``name`` stands for; of a ``file.py:function``, of the model's weights."""
     path = find(name) if name in PUBLIC else Path(name)
     if path.is_dir():
@@ -77,14 +80,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     attack = PGD("Linf", 4 / 255, steps=1, eot=1)
     defence = Defence("d", model, [attack], 1, {})
     said = dryrun.most_held(defence, x[:1], len(x))
-    if args.time:
-        dryrun.seconds = lambda work, device: spent(work)
-        row["seconds said"] = dryrun.estimate(defence, samples, len(x)).gradient * len(x)
-    restart()
     seconds: list[float] = []
+    restart()
     peak = peak_bytes(lambda: seconds.append(spent(lambda: attack(model, x, samples.labels))), x.device)
-    return {
-        **row,
+    row |= {
         "model": args.model,
         "steps": args.steps,
         "seconds": seconds[0],
@@ -92,6 +91,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "graphs, said to taken": said / peak,
         "resident MB": resident() / 1e6,
     }
+    if args.time:
+        row |= timed(model, defence, samples)
+    return row
+
+
+def timed(model: nn.Module, defence: Defence, samples: Samples) -> dict[str, float]:
+    """Seconds of one gradient, and what the dry run says of them."""
+    dryrun.seconds = lambda work, device: spent(work)
+    said = dryrun.estimate(defence, samples, len(samples)).gradient * len(samples)
+
+    def gradient() -> None:
+        v = samples.images.clone().requires_grad_()
+        torch.autograd.grad(model(v, sample_ids=samples.ids).logsumexp(1).sum(), v)
+
+    taken = statistics.median(spent(gradient) for _ in range(3))
+    return {"seconds of a gradient": taken, "seconds, said to taken": said / taken}
 
 
 def spent(work: Any) -> float:
@@ -113,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gradient", choices=("full", "checkpoint"), default="checkpoint", help="(default: %(default)s)")
     p.add_argument("--steps", type=int, default=2, help="reverse steps (default: %(default)s)")
     p.add_argument("--rows", type=int, default=1, help="images (default: %(default)s)")
-    p.add_argument("--time", action="store_true", help="ask the dry run for its time, too, which takes a few gradients")
+    p.add_argument("--time", action="store_true", help="the dry run's time, too, which takes a few gradients more")
     p.add_argument("--threads", type=int, help="CPU threads for torch")
     return p
 

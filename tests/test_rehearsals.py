@@ -158,7 +158,7 @@ def test_what_a_large_network_takes_is_measured(tmp_path, monkeypatch, capsys):
     assert script.main(["--score-model", "plug.py:score", "--model", "plug.py:classifier", "--time"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[0])
     assert row["steps"] == 2
-    assert min(row["seconds"], row["seconds said"]) > 0
+    assert min(row["seconds"], row["seconds of a gradient"], row["seconds, said to taken"]) > 0
     assert 0.5 < row["graphs, said to taken"] < 1.25
     assert script.main(["--score-model", "score_sde.pt"]) == 0  # loading alone
     assert "seconds" not in json.loads(capsys.readouterr().out.splitlines()[0])
