@@ -19,13 +19,13 @@ import json
 import re
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import diffusers.models.unets.unet_2d  # noqa: F401 - a library is no part of a file's size
 import torch
 from gradient_fidelity import peak_bytes
+from precision_speed import spent
 from torch import nn
 
 from purify.attacks import PGD
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     said = dryrun.most_held(defence, x[:1], len(x))
     seconds: list[float] = []
     restart()
-    peak = peak_bytes(lambda: seconds.append(spent(lambda: attack(model, x, samples.labels))), x.device)
+    peak = peak_bytes(lambda: seconds.append(spent(lambda: attack(model, x, samples.labels), x.device)), x.device)
     row |= {
         "model": args.model,
         "steps": args.steps,
@@ -98,22 +98,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def timed(model: nn.Module, defence: Defence, samples: Samples) -> dict[str, float]:
     """Seconds of one gradient, and what the dry run says of them."""
-    dryrun.seconds = lambda work, device: spent(work)
+    dryrun.seconds = spent
     said = dryrun.estimate(defence, samples, len(samples)).gradient * len(samples)
 
     def gradient() -> None:
         v = samples.images.clone().requires_grad_()
         torch.autograd.grad(model(v, sample_ids=samples.ids).logsumexp(1).sum(), v)
 
-    taken = statistics.median(spent(gradient) for _ in range(3))
+    taken = statistics.median(spent(gradient, samples.images.device) for _ in range(3))
     return {"seconds of a gradient": taken, "seconds, said to taken": said / taken}
-
-
-def spent(work: Any) -> float:
-    """CPU seconds of the process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import BENCHMARKS, load_script
 from diffusers import UNet2DModel
 from layouts import full_size_file, random_weights, saved_pipeline, small_unet, small_weights, written
 
@@ -153,7 +153,7 @@ def test_a_public_combination_at_toy_size(combination, tmp_path, monkeypatch, ca
 def test_what_a_large_network_takes_is_measured(tmp_path, monkeypatch, capsys):
     plug(tmp_path, LOADED["score_sde"].format(path=str(file_of("score_sde", tmp_path))), "wide_resnet")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
     script = load_script("large")
     assert script.main(["--score-model", "plug.py:score", "--model", "plug.py:classifier", "--time"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[0])
@@ -193,7 +193,7 @@ def test_memory_of_a_public_combination_at_full_size(combination, tmp_path):
     score = str(tmp_path / "plug.py:score") if network == "edm" else str(path)
     steps, dataset = ("1", "imagenet") if combination in IMAGENET else ("4", "cifar10")
     options = ["--dataset", dataset, "--score-model", score, "--model", str(tmp_path / "plug.py:classifier")]
-    script = Path(__file__).parents[1] / "benchmarks" / "large.py"
+    script = BENCHMARKS / "large.py"
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, script, *options, "--steps", steps, "--threads", "1"],
