@@ -186,9 +186,17 @@ FAMILIES: dict[str, tuple[str | None, int, Callable[[], nn.Module]]] = {
     "timm convnext": (None, 224, normalised(timm_model("convnext_atto"))),
 }  # fmt: skip
 
+# Public classifiers as they are, by the names that papers give them.
+FULL: dict[str, Callable[[], nn.Module]] = {
+    "WRN-28-10": lambda: wide_resnet.WideResNet(depth=28, widen_factor=10),
+    "WRN-70-16": lambda: dm_wide_resnet.DMWideResNet(depth=70, width=16, activation_fn=dm_wide_resnet.Swish),
+    "ResNet-50": normalised(torchvision.models.resnet50),
+    "DeiT-S": normalised(timm_model("deit_small_patch16_224")),
+}
+
 
 def build(name: str) -> nn.Module:
-    """The family's network, its weights drawn under a fixed seed."""
+    """The network of that name, its weights drawn under a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return FAMILIES[name][2]()
+        return FULL[name]() if name in FULL else FAMILIES[name][2]()

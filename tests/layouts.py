@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def random_weights(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, Ten
     """Small random tensors of these shapes."""
     g = torch.Generator().manual_seed(seed)
     return {k: 0.02 * torch.randn(shape, generator=g) for k, shape in shapes.items() if k != "sigmas"}
+
+
+def full_size_file(name: str, folder: Path) -> Path:
+    """The public file of that name in ``LAYOUTS``, with random weights: of diffusers its folder, ``folder``."""
+    layout = LAYOUTS["full"][name]
+    weights = random_weights(layout["shapes"])
+    if name == "diffusers":
+        for part in ("config", "scheduler_config"):
+            (folder / f"{part}.json").write_text(json.dumps(layout[part]))
+        old = layout["legacy_attention_key_names"]
+        written(folder / "diffusion_pytorch_model.bin", {old.get(k, k): w for k, w in weights.items()})
+        return folder
+    if name != "score_sde":
+        return written(folder / "full.pt", weights)
+    named = OrderedDict({"module.sigmas": torch.zeros(1000, dtype=torch.float64)})
+    named |= {f"module.{k}": w for k, w in weights.items()}
+    groups = [{"lr": np.float64(2e-4), "params": list(range(len(weights)))}]
+    averaged = random_weights(layout["shapes"], seed=1)
+    state = {
+        "optimizer": {"state": {}, "param_groups": groups},
+        "model": named,
+        "ema": {"decay": 0.9999, "num_updates": 1, "shadow_params": list(averaged.values())},
+        "step": 1,
+    }
+    return written(folder / "checkpoint_8.pth", state)
 
 
 def example(name: str) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ class Langevin(ReverseRule):
     step: float = 0.01
     temperature: float = 1.0
 
+    adds_noise = True
+
     def __post_init__(self) -> None:
         if not (is_number(self.step) and self.step > 0):
             raise ValueError(f"The Langevin step must be a number above 0, got {self.step!r}.")

@@ -54,6 +54,12 @@ class ReverseRule(ABC):
         return True
 
     @property
+    def adds_noise(self) -> bool:
+        """Whether z is only added, with a weight that depends on times alone: the step has the same derivative by the
+        state without it, and z None leaves it out."""
+        return False
+
+    @property
     def calls(self) -> int | None:
         """Network calls per step, or None where an adaptive solver decides."""
         return 1
@@ -121,6 +127,8 @@ class GaussianRule(ReverseRule):
 class EulerMaruyama(GaussianRule):
     """Reverse VP-SDE du = -(beta/2)(u + 2 score) dt + sqrt(beta) dw (Song et al. 2021, eq. 6; DiffPure eq. 5)."""
 
+    adds_noise = True
+
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -145,6 +153,10 @@ class Ancestral(GaussianRule):
 
     def __post_init__(self) -> None:
         choose(self.variance, {"posterior": 0, "beta": 0, "learned": 0}, "DDPM variance")
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.variance != "learned"
 
     def check(self, model: ScoreModel) -> None:
         if self.variance == "learned" and model.prediction != "learned_variance":
@@ -186,6 +198,8 @@ class DDIM(GaussianRule):
 
     eta: float = 0.0
 
+    adds_noise = True
+
     def __post_init__(self) -> None:
         if not (is_number(self.eta) and 0 <= self.eta <= 1):
             raise ValueError(f"eta must lie in [0, 1], got {self.eta}.")
@@ -216,6 +230,8 @@ class DDIM(GaussianRule):
 class RandomSampling(GaussianRule):
     """u_s = alpha(s) u0_hat + std z: the DDPM posterior's std, but the last noise is forgotten (Zhang et al. 2024)."""
 
+    adds_noise = True
+
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -228,6 +244,8 @@ class RandomSampling(GaussianRule):
 @dataclass(frozen=True)
 class ConsistencySampling(GaussianRule):
     """u_s = alpha(s) u0_hat + sigma(s) z: the estimate diffused anew (Song et al. 2023, algorithm 1)."""
+
+    adds_noise = True
 
     def moments(
         self, model: ScoreModel, prediction: Prediction, u: Tensor, t: Tensor, s: Tensor

@@ -232,11 +232,13 @@ class ScoreModel(nn.Module):
             given = f"{short(u)} and {short(t)}"
             raise ValueError(f"A score model takes tensors u (N, C, H, W) and times t (N,) in [0, 1], got {given}.")
         alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
-        return self._to_prediction(self.output(u, t), u, alpha, sigma)
+        return self._to_prediction(self._output(u, t, alpha, sigma), u, alpha, sigma)
 
     def output(self, u: Tensor, t: Tensor) -> Tensor:
         """What the network itself says at u_t = ``u`` (N, C, H, W) and times ``t`` (N,); raises as :meth:`predict`."""
-        alpha, sigma = (per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        return self._output(u, t, *(per_sample(c, u) for c in (self.schedule.alpha(t), self.schedule.sigma(t))))
+
+    def _output(self, u: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         with fitting(u, "The score network"):
             labels = self.labels(t).to(torch.promote_types(u.dtype, torch.float32))  # bfloat16 would make 1000 of 999
             seen = self.seen(u, alpha, sigma)

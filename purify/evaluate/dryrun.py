@@ -30,7 +30,8 @@ class Cost:
         rows: images times draws in the model at once.
         gradient, forward: seconds per row, at the greatest noise level, in the precision of the attacks.
         seconds: of all its attacks and judgements in one process.
-        memory: bytes that graphs of reverse steps take in a gradient of ``rows`` rows, of the attack that takes most.
+        memory: bytes that graphs of reverse steps and of the classifier take in a gradient of ``rows`` rows, of the
+            attack that takes most.
     """
 
     rows: int
@@ -71,12 +72,13 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
 
 
 def most_held(defence: Defence, x: Tensor, rows: int) -> int:
-    """Bytes of step graphs for ``rows`` images like x (1, C, H, W): the most of the model's and of its attacks'."""
+    """Bytes of graphs for ``rows`` images like x (1, C, H, W): the most of the model's and of its attacks'."""
     own = defence.attacked
     attacked = [attack.attacked(own) for attack in defence.attacks if attack.applies_to(own)]
     parts = [part for model in (own, *attacked) for part in model.modules()]
     purified = [part for part in parts if isinstance(part, DefendedClassifier)]
-    return max((cost.held_bytes(part.purifier, x, rows * part.purifications) for part in purified), default=0)
+    held = (cost.held_bytes(part.purifier, x, rows * part.purifications, part.classifier) for part in purified)
+    return max(held, default=0)
 
 
 def seconds_per_row(model: nn.Module, samples: Samples, rows: int, with_gradient: bool) -> tuple[float, float]:

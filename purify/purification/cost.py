@@ -29,20 +29,24 @@ def shortened(purifier: Purifier, steps: int, rounds: int | None = None) -> Puri
     return twin(purifier, plan=purifier.plan.at_most(steps), rounds=kept)
 
 
-def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:
+def held_bytes(purifier: Purifier, x: Tensor, rows: int, classifier: Callable[[Tensor], Tensor] | None = None) -> int:
     """Bytes of graphs that a gradient of ``rows`` images like x (1, C, H, W) in [0, 1] holds at once, about.
 
     Those of reverse steps, the image before every step that is recomputed, what guidance holds, and the graphs of a
     noise level that is computed by the network: kept through the backward pass of the steps, or built again after it.
+    That of a ``classifier`` behind the purifier lives beside the steps that are kept, and is gone before one is built
+    again.
     """
     engine, free = purifier.engine, fillable(x.device)
     steps = sum(purifier.most_steps_by_round(engine.shorter(len(purifier.rounds))))
-    chain = 0
+    behind = 0 if classifier is None else linear(lambda x: _saved(classifier, x), x, rows)
+    chain = behind
     if steps > 0:
         step = linear(lambda x: graph_bytes(purifier, x), x, rows)
-        recomputed = steps - engine.kept(step, steps, free) if engine.keeps_states else 0
-        chain = engine.held(step, steps, free) + recomputed * rows * purifier.resized(x).nbytes
-        chain += linear(lambda x: rebuilt_bytes(purifier, x), x, rows)
+        kept = engine.kept(step, steps, free)
+        later = engine.held(step, steps, free) + linear(lambda x: rebuilt_bytes(purifier, x), x, rows)
+        states = steps - kept if engine.keeps_states else 0
+        chain = max(kept * step + behind, later) + states * rows * purifier.resized(x).nbytes
     term, terms = level_bytes(purifier, x, rows)
     return max(term * engine.kept(term, terms, free) + chain, engine.held(term, terms, free))
 
@@ -58,8 +62,16 @@ def linear(measure: Callable[[Tensor], int], x: Tensor, rows: int) -> int:
 
     Not all that a graph keeps grows with its batch: turned weights do not.
     """
+    if rows == 1:  # two may not fit
+        return measure(x)
     one, two = measure(x), measure(x.repeat(2, 1, 1, 1))
     return one + (rows - 1) * max(two - one, 0)
+
+
+def _saved(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that the graph of ``network`` at x (N, C, H, W) keeps."""
+    with torch.enable_grad():
+        return saved_bytes(network, x.clone().requires_grad_())[1]
 
 
 def graph_bytes(purifier: Purifier, x: Tensor) -> int:

@@ -121,7 +121,8 @@ def _rebuilt(step: ReverseStep, u: Tensor) -> Tensor:
     variables = step.variables()
 
     def moved(u: Tensor, *values: Tensor) -> tuple[Tensor]:
-        return (step.at(dict(zip(variables, values, strict=True)))(u),)
+        now = step.at(dict(zip(variables, values, strict=True)))
+        return (now.for_graph(u) if torch.is_grad_enabled() else now(u),)  # only the first pass is without a graph
 
     return Rebuilt.apply(moved, u, *variables.values())[0]
 

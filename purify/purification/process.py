@@ -77,10 +77,21 @@ class ReverseStep:
         return self.guidance.look(self.bound, self.noise, self.index)
 
     def __call__(self, u: Tensor) -> Tensor:
-        shape = self.rule.drawn(u.shape[1:])
-        z = self.noise.normal(self.index, shape, u.dtype) if self.rule.stochastic else None
+        z = self._drawn(u)
         u, t = self._entered(u)
         return self.rule(self.model, u, t, self.s, z, self.look)
+
+    def for_graph(self, u: Tensor) -> Tensor:
+        """Something with the step's derivatives, for less: noise without a part in them is not made again."""
+        constant = self.rule.adds_noise and not (self.t.requires_grad or self.s.requires_grad)
+        z = None if constant else self._drawn(u)
+        u, t = self._entered(u)
+        return self.rule(self.model, u, t, self.s, z, self.look)
+
+    def _drawn(self, u: Tensor) -> Tensor | None:
+        if not self.rule.stochastic:
+            return None
+        return self.noise.normal(self.index, self.rule.drawn(u.shape[1:]), u.dtype)
 
     def _entered(self, u: Tensor) -> tuple[Tensor, Tensor]:
         if self.guidance is None or self.bound is None:

@@ -155,8 +155,24 @@ def test_memory_is_that_of_the_attack_that_takes_most(images):
 
     own, surrogate = PGD("Linf", 0.1), ATTACKS["surrogate-eot"]("Linf", 0.1, surrogate_steps=5)
     assert memory() == memory(own, Transfer("Linf", 0.1)) == 4 * 3 * step
-    assert memory(own, surrogate) == 5 * 4 * 3 * step
+    behind = saved_bytes(model.classifier, images[:1].clone().requires_grad_())[1]  # beside the steps that are kept
+    assert memory(own, surrogate) == 4 * 3 * (5 * step + behind)
     assert held_bytes(diffpure(score, 0.2, 9, gradient="bpda"), images[:1], 4) == 0
+
+
+def test_memory_is_that_of_a_classifier_that_takes_more_than_a_step(images):
+    class Wide(TinyClassifier):
+        def forward(self, x):
+            return super().forward(x * torch.sin(x.repeat(1, 40, 1, 1) * 100).mean(1, keepdim=True))
+
+    wide = Wide()
+    behind = saved_bytes(wide, images[:1].clone().requires_grad_())[1]
+    purifier = diffpure(smooth_model(), 0.2, 9, "ddpm", "checkpoint")
+    step = graph_bytes(purifier, images[:1])
+    assert behind > 2 * step
+    assert held_bytes(purifier, images[:1], 4, wide) == 4 * (behind + 9 * images[:1].nbytes)
+    half = purifier.with_gradient(Full(memory_budget=4 * 5 * step))
+    assert held_bytes(half, images[:1], 4, wide) == 4 * (behind + 5 * step + 4 * images[:1].nbytes)
 
 
 def test_a_surrogate_attack_keeps_to_the_memory_budget_of_the_run():

@@ -66,6 +66,32 @@ def test_exact_engines_agree_bit_for_bit(rule, engine, images):
     assert torch.equal(gradient(make(rule, EXACT[engine]), images), gradient(make(rule, Full()), images))
 
 
+NOISE = {  # purifier -> draws of its 3 steps that are made again in the backward pass
+    "only added": (lambda: Purifier(smooth_model(), 0.2, "ddpm", 3), 0),
+    "by a learned variance": (lambda: Purifier(learned_model(), 0.2, Ancestral("learned"), 3), 3),
+    "by a time with a gradient": (lambda: Purifier(smooth_model(), level(), "ddpm", 3), 3 + 1),  # and of the level
+}
+
+
+def learned_model():
+    return ScoreModel(SmoothNet(out_channels=2), ContinuousVP(), "learned_variance", image_shape=(1, 4, 4))
+
+
+def level():
+    images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    return SSNILinear(0.2, calibrate(smooth_model(), images), t_max=0.6)
+
+
+@pytest.mark.parametrize("kind", NOISE)
+def test_noise_without_a_part_in_the_gradient_is_not_made_again(kind, images, monkeypatch):
+    build, again = NOISE[kind]
+    purifier, made, normal = build(), [], Noise.normal
+    monkeypatch.setattr(Noise, "normal", lambda *args: made.append(1) or normal(*args))
+    expected, first = gradient(purifier.with_gradient(Full()), images), len(made)
+    assert torch.equal(gradient(purifier.with_gradient(Checkpoint()), images), expected)
+    assert len(made) - first == first + again
+
+
 @pytest.mark.parametrize("engine", ["full", "checkpoint", "some-fit"])
 @pytest.mark.parametrize("rule", RULES)
 def test_finite_differences(rule, engine, images):
