@@ -5,8 +5,9 @@
     python benchmarks/defence_settings.py --out runs/settings --only "diffpure;freqpure"
 
 The images are of the second half of the test set. Chosen is the setting that keeps most under attack among those whose
-clean accuracy is at most --lost points below DiffPure's; if there is none, the one with most clean accuracy. Each
-setting's numbers go into a file of its own, so that the command goes on where it stopped.
+clean accuracy is at most --lost points below DiffPure's, and of equals the one with more of it; if there is none, the
+one with most clean accuracy. Each setting's numbers go into a file of its own, so that the command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def chosen(rows: Mapping[str, Mapping[str, Any]], least: float) -> str:
     kept = {name: row for name, row in rows.items() if row["clean"]["value"] >= least}
     if not kept:
         return max(rows, key=lambda name: rows[name]["clean"]["value"])
-    return max(kept, key=lambda name: kept[name]["worst"]["value"])
+    return max(kept, key=lambda name: (kept[name]["worst"]["value"], kept[name]["clean"]["value"]))
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], lost: float) -> str:

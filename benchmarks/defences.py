@@ -238,17 +238,18 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     set_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, system in systems.items():
-        path = args.out / filename(args.dataset, name)
+    judge = Judge(args.dataset, args.images, args.first, args.draws)
+    paths = {name: args.out / filename(args.dataset, name) for name in systems}
+    for name, path in paths.items():
         if not path.is_file():
-            judge = Judge(args.dataset, args.images, args.first, args.draws)
-            row = measure(system, judge, args.calls)
+            row = measure(systems[name], judge, args.calls)
             write(path, {"system": name, **row})
             print(f"{name}: clean {shown(row['clean'])}, worst case {shown(row['worst'])}", flush=True)
-        row = json.loads(path.read_text())
-        if name in PUBLISHED and "published" not in row:
-            row["published"] = published(name, system, Judge(*(row[f.name] for f in fields(Judge))))
-            write(path, row)
+    for name in [name for name in PUBLISHED if name in paths]:
+        row = json.loads(paths[name].read_text())
+        if "published" not in row:
+            row["published"] = published(name, systems[name], Judge(*(row[f.name] for f in fields(Judge))))
+            write(paths[name], row)
             print(f"{name}: its published attack would report {shown(row['published'])}", flush=True)
     rows = read(args.out, args.dataset)
     (args.out / f"{args.dataset}.md").write_text(table(rows))
