@@ -4,10 +4,11 @@
 All rows of a purifier meet the same images and are judged on the same draws, so differences are paired. Calls are those
 of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second unless asked for
 the first. With --strongest the other attacks are all of ``purify attack --attacks strongest`` at the ``standard``
-budget.
+budget. --constants changes a choice of the adaptive attack, to see what it is worth.
 
     python benchmarks/attack_budget.py --minutes 30       # resumes; rows that are done are not run again
     python benchmarks/attack_budget.py --strongest --rows strongest --minutes 60
+    python benchmarks/attack_budget.py --half first --systems gns --calls 10000 --rows 10000 --constants ROUNDS=8
 
 Each row is written as it ends, to OUT/rows; then OUT/attack_budget.json, .md and a plot for all that is there.
 """
@@ -25,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 import purify
 from purify.attacks import (
@@ -44,10 +44,12 @@ from purify.attacks import (
     SurrogatePGD,
     Transfer,
 )
+from purify.attacks.adaptive import phases
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
+from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.runner import Defence, judge
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
@@ -77,6 +79,7 @@ class Bench:
     strongest: bool = False
     calls: tuple[int, ...] = ()
     half: str = "second"
+    constants: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -113,7 +116,7 @@ class Bench:
         if together and self.strongest:
             whole = sum(price(attack, model) for name, attack in others)
             found += [(f"adaptive strongest/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SMALL]
-        return found
+        return [(" ".join([n, *self.constants]) if isinstance(a, Adaptive) else n, a) for n, a in found]
 
     def union(self) -> list[Attack]:
         """All of ``strongest`` at the ``standard`` budget, without the adaptive attack, and without mere noise."""
@@ -262,24 +265,35 @@ def draw(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     """A panel for each purifier."""
     if not curves:
         return
-    fig = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained")
-    axes = fig.subplots(1, len(curves), squeeze=False)[0]
-    for ax, (system, rows) in zip(axes, curves.items(), strict=True):
+    fig, axes = panels(3.4 * len(curves), 3.2, columns=len(curves), squeeze=False)
+    for ax, (system, rows) in zip(axes[0], curves.items(), strict=True):
         for kind, mark in (("adaptive", "o-"), ("pgd-eot ", "s-"), ("", "x")):
             names = [n for n in rows if (n.startswith(kind) if kind else not n.startswith(("adaptive", "pgd-eot ")))]
             names.sort(key=lambda n: rows[n]["calls"])
             if names:
-                found = [estimate(values(rows[n])) for n in names]
-                middle = 100 * np.array([e.value for e in found])
-                bars = np.array([(middle[i] - 100 * e.low, 100 * e.high - middle[i]) for i, e in enumerate(found)]).T
+                middle, bars = percents([estimate(values(rows[n])) for n in names])
                 spent = [rows[n]["calls"] for n in names]
                 ax.errorbar(spent, middle, bars, fmt=mark, capsize=2, label=kind.strip() or "others, and together")
         ax.set(xscale="log", xlabel="network calls per image", title=system, ylim=(0, None))
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy left, %")
-    axes[-1].legend(fontsize=7)
+    axes[0, 0].set_ylabel("accuracy left, %")
+    axes[0, -1].legend(fontsize=7)
     fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=110)
+    save(fig, path)
+
+
+def constants(asked: str) -> tuple[str, ...]:
+    """Choices of the adaptive attack, set to what was asked for."""
+    found = tuple(part for part in asked.split(",") if part)
+    for part in found:
+        name, _, value = part.partition("=")
+        if not (name.isupper() and hasattr(phases, name)):
+            raise SystemExit(f"--constants: {part} sets no constant of purify/attacks/adaptive/phases.py.")
+        try:
+            setattr(phases, name, type(getattr(phases, name))(value))
+        except ValueError:
+            raise SystemExit(f"--constants: {part} is not a number of the kind of {getattr(phases, name)}.") from None
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strongest", action="store_true", help="beside all of `strongest`, not the best of it")
     parser.add_argument("--calls", default="", help="more rows of adaptive, at so many calls, separated by commas")
     parser.add_argument("--half", default="second", choices=HALVES, help="of the test images")
+    parser.add_argument("--constants", default="", help="of purify.attacks.adaptive.phases: ROUNDS=1,SHORT=4")
     parser.add_argument("--rows", default="", help="parts of names, separated by commas: no other rows are measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
@@ -305,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     eps = DATASETS[args.dataset].eps[args.threat_model]
     bench = Bench(
         args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out,
-        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half,
+        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half, constants(args.constants),
     )  # fmt: skip
     systems = args.systems.split(",")
     run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])

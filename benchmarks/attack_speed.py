@@ -11,7 +11,6 @@ gradients. Prints median ratios of paired runs and checks them; writes JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from purify import DefendedClassifier, diffpure, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import DATASETS, load_dataset
+from purify.evaluate.records import write_json
 from purify.machine import seconds, set_threads
 
 OURS, PEER, PEER_WEIGHTS = "purify PGD", "torchattacks EOTPGD", "torchattacks EOTPGD, weights require gradients"
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = "ok  " if row["ratio"] >= LIMIT else "MISS"
             print(f"{verdict} {row['batch']} images: {row['ratio']:.2f} times as fast (limit {LIMIT:g})")
     options = {k: str(v) for k, v in vars(args).items()} | {"threads": torch.get_num_threads()}
-    args.out.write_text(json.dumps({"options": options, "rows": rows}, indent=2) + "\n")
+    write_json(args.out, {"options": options, "rows": rows})
     print(f"Wrote {args.out}.")
     return 0
 

@@ -9,7 +9,6 @@ of the difference is the batch. Times are those of the process (CPU) with --cpu-
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ from purify.certify.counts import ROWS
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.precision import PRECISIONS
+from purify.evaluate.records import write_json
 from purify.machine import seconds, set_threads
 from purify.named import check_device
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(args.out)
         found = measure(args)
         if args.out is not None:
-            args.out.write_text(json.dumps(found, indent=2) + "\n")
+            write_json(args.out, found)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from purify import machine, presets, zoo
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.named import check_device
 from purify.purification.gradients import Checkpoint, Full
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(line for row in rows for line in verdicts(row)))
-    args.out.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n")
+    write_json(args.out, {"threads": torch.get_num_threads(), "rows": rows})
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import sys
 import weakref
@@ -37,6 +36,8 @@ from purify.data import load_dataset
 from purify.diffusion.noise import Noise
 from purify.diffusion.reverse import EulerMaruyama, ProbabilityFlow
 from purify.diffusion.score import ScoreModel, per_sample
+from purify.evaluate.pictures import panels, save
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.named import check_device
 from purify.purification.gradients import BPDA, Adjoint, Checkpoint, Full, GradientEngine, Surrogate, saved_bytes
@@ -354,19 +355,15 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float]]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Relative error, time and memory of every engine as bars."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = sorted({r.steps for r in rows})
     names = list(dict.fromkeys(r.engine for r in rows))
-    fig = Figure(figsize=(13, 0.55 * len(names) + 1.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(fig)
-    panels = (
+    fig, axes = panels(13, 0.55 * len(names) + 1.6, columns=3, sharey=True)
+    shown = (
         ("relative_error", "relative error to float64 (log)", True),
         ("time_to_full", "time, ratio to full", False),
         ("memory_to_full", "peak memory, ratio to full", False),
     )
-    for ax, (key, title, log) in zip(fig.subplots(1, 3, sharey=True), panels, strict=True):
+    for ax, (key, title, log) in zip(axes, shown, strict=True):
         for i, n in enumerate(steps):
             of = {r.engine: getattr(r, key) for r in rows if r.steps == n}
             height = 0.8 / len(steps)
@@ -380,7 +377,7 @@ def plot(rows: list[Row], path: Path) -> None:
     ax.set_yticks([p + 0.4 * (1 - 1 / len(steps)) for p in range(len(names))], names)
     ax.invert_yaxis()
     ax.legend(fontsize=9)
-    fig.savefig(path)
+    save(fig, path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -433,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
     promises = [{"what": w, "measured": v, "limit": m} for w, v, m in checks]
     content = {"arguments": {k: str(v) for k, v in vars(args).items()}, "threads": torch.get_num_threads()}
     content |= {"torch": torch.__version__, "rows": [asdict(r) for r in rows], "promises": promises}
-    (args.out / "fidelity.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(args.out / "fidelity.json", content)
     plot(rows, args.out / "fidelity.png")
     print(f"\nWrote {args.out / 'fidelity.json'} and {args.out / 'fidelity.png'}.")
     return 0

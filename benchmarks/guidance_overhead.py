@@ -9,7 +9,6 @@ score network's answer for constant; through the score network it costs a backwa
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 from purify import Purifier, agdm, diffpure, gdmp, zoo
 from purify.checks import check_count, check_writable, choose
 from purify.data import load_dataset
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.purification.process import ReverseStep
 from purify.settings import setting
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = "" if "through" in kind else f" ({'at most' if ratio <= LIMIT else 'MORE THAN'} {LIMIT})"
         print(f"{kind:32s} {ratio:.2f}{limit}")
     print(f"plain step {seconds['plain'] / seconds['auxiliary']:.2f}")
-    args.out.write_text(json.dumps({"seconds": seconds, "ratios": found}, indent=2) + "\n")
+    write_json(args.out, {"seconds": seconds, "ratios": found})
     return 0
 
 

@@ -36,6 +36,7 @@ from purify.data import DATASETS, load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate
 from purify.evaluate.budgets import BUDGETS, budget
 from purify.evaluate.metrics import Estimate, difference, estimate, worst_mean
+from purify.evaluate.pictures import BARE, COLOURS, panels, percents, save
 from purify.evaluate.provenance import environment
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import write_json
@@ -277,17 +278,12 @@ def paired(points: Sequence[Point]) -> pd.DataFrame:
 
 def plot(path: Path, points: Sequence[Point], title: str) -> None:
     """Worst-case against clean accuracy: the curve of constant t*, the SSNI points by each attack."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(7.5, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    fig, ax = panels(7.5, 5.2)
     constants = [p for p in points if not p.varies]
     for p in constants:
         ax.annotate(f"{p.t_clean:g}", (100 * p.clean.value, 100 * p.worst.value), (5, 5), textcoords="offset points")
-    errorbar(ax, constants, [p.worst for p in constants], label="constant t*", color="#57606a", marker="o", ls="-")
-    colours = cycle(["#0969da", "#bc4c00", "#1a7f37", "#8250df"])
+    errorbar(ax, constants, [p.worst for p in constants], label="constant t*", color=BARE, marker="o", ls="-")
+    colours = cycle(COLOURS)
     for p in (p for p in points if p.varies):
         colour = next(colours)
         errorbar(ax, [p], [p.worst], label=f"{p.name}, worst case", color=colour, marker="s", ls="")
@@ -298,18 +294,14 @@ def plot(path: Path, points: Sequence[Point], title: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    fig.savefig(path)
+    save(fig, path)
 
 
 def errorbar(ax: Any, points: Sequence[Point], robust: Sequence[Estimate], **style: Any) -> None:
     """Points with 95 % intervals both ways."""
-
-    def sides(estimates: Sequence[Estimate]) -> list[list[float]]:
-        return [[100 * (e.value - e.low) for e in estimates], [100 * (e.high - e.value) for e in estimates]]
-
-    clean = [p.clean for p in points]
-    x, y = [100 * e.value for e in clean], [100 * e.value for e in robust]
-    ax.errorbar(x, y, xerr=sides(clean), yerr=sides(robust), capsize=2, lw=1, **style)
+    x, across = percents([p.clean for p in points])
+    y, upright = percents(list(robust))
+    ax.errorbar(x, y, xerr=across, yerr=upright, capsize=2, lw=1, **style)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,7 +16,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import TOY, Size, score_model
+from card.bench import TOY, Size, score_model
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
@@ -38,6 +37,7 @@ from purify.data import load_dataset
 from purify.diffusion.precision import FLOAT32
 from purify.diffusion.schedule import DiscreteVP
 from purify.evaluate.precision import COSINE, offered
+from purify.evaluate.records import write_json
 from purify.evaluate.runner import Samples
 from purify.evaluate.selfchecks import input_gradient, reference
 from purify.machine import set_threads
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print("\n".join(verdicts(rows)))
     options = {k: str(v) for k, v in vars(args).items()} | {"threads": torch.get_num_threads()}
-    args.out.write_text(json.dumps({"options": options, "rows": rows}, indent=2) + "\n")
+    write_json(args.out, {"options": options, "rows": rows})
     print(f"Wrote {args.out}.")
     return 0
 

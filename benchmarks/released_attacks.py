@@ -8,7 +8,6 @@ adversarial images are judged behind the defence itself, on purifications that n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from purify.attacks import PGD
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.metrics import estimate
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.purification.purifier import twin
 from purify.wrap import build_purifier
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         found[name] = measure(name, args.dataset, args.images, args.steps, args.eot, args.draws)
         print(name, *(f"{what} {value}" for what, value in found[name].items()), sep="; ", flush=True)
     if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.out, found)
     return 0
 
 

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from purify.checks import check_count, check_writable
+from purify.evaluate.records import write_json
 from purify.evaluate.runner import share
 
 BENCHMARK = Path(__file__).parent / "run_autoattack.py"
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         speed = {(k, t): measure(k, t, args.n_examples, Path(folder) / f"{k}x{t}") for k, t in runs}
     report(speed)
     found = {"command": " ".join(sys.argv), "samples per second": {f"{k}x{t}": v for (k, t), v in speed.items()}}
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(args.out, found)
     return 0
 
 

@@ -21,6 +21,7 @@ from purify import DefendedClassifier, Noise, ScoreNorm, SSNILinear, diffpure, z
 from purify.attacks import PGD, NormPGD
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
+from purify.evaluate.pictures import panels, save
 from purify.evaluate.records import write_json
 from purify.machine import set_threads
 
@@ -80,12 +81,7 @@ def table(found: dict[str, Tensor]) -> pd.DataFrame:
 
 def plot(path: Path, found: dict[str, Tensor], title: str) -> None:
     """Histograms of the norms."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(7.5, 4), dpi=130, layout="constrained")
-    FigureCanvasAgg(fig)
-    ax = fig.subplots()
+    fig, ax = panels(7.5, 4)
     highest = max(values.max().item() for values in found.values())
     for name, values in found.items():
         ax.hist(values.numpy(), bins=60, range=(0, highest), alpha=0.6, label=name)
@@ -93,7 +89,7 @@ def plot(path: Path, found: dict[str, Tensor], title: str) -> None:
     ax.set_ylabel("images")
     ax.set_title(title, fontsize=10)
     ax.legend(fontsize=8)
-    fig.savefig(path)
+    save(fig, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,6 @@ finished sample did not need. Prints ratios and checks them; writes JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from purify import FixedDt, Purifier, SSNILinear, diffpure, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
+from purify.evaluate.records import write_json
 from purify.machine import seconds, set_threads
 from purify.purification.process import ReverseStep
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if found["mean to longest"] <= 0.5:
         for name, limit in limits.items():
             print(f"{'ok  ' if found[name] <= limit else 'MISS'} {name}: {found[name]:.3f} (limit {limit})")
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(args.out, found)
     print(f"Wrote {args.out}.")
     return 0
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from purify import ContinuousVP, ScoreModel
 
 DATA = Path(__file__).parent / "data"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytest_plugins = ["boards"]  # fixtures of one folder: a conftest.py there would be imported instead of this one
 
 
 def assert_second_derivative(f, x: Tensor, h: float, tolerance: float) -> None:
@@ -59,8 +61,7 @@ def assert_finite_differences(purifier: nn.Module, x: Tensor, tolerance: float =
 
 def load_script(name: str) -> ModuleType:
     """A script under benchmarks/ as a module."""
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its dataclasses look there
     spec.loader.exec_module(module)
@@ -142,6 +143,20 @@ class TinyClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class Linear(nn.Module):
+    """Two logits of 4x4 images, +-w.(x - centre): the best attack on label 1 moves against w."""
+
+    def __init__(self, centre: float = 0.0) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+        self.centre = centre
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = (x.flatten(1) - self.centre) @ self.w
+        return torch.stack([-value, value], 1)
 
 
 class TinyConvolutions(nn.Module):

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
 def count(folder: Path) -> int:
@@ -24,6 +25,18 @@ def lines(path: Path):
         ({k: v for k, v in r.items() if k != "seconds"} for r in found),
         key=lambda r: (r["defence"], r["attack"], r["sample"]),
     )
+
+
+def undisturbed(main: Callable, arguments: list[str]) -> Callable:
+    """A fixture of the module that asks for it: the folder of a run that nobody disturbed."""
+
+    @pytest.fixture(scope="module")
+    def whole(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("whole")
+        assert main([*arguments, "--out", str(folder)]) == 0
+        return folder
+
+    return whole
 
 
 def kill_again_and_again(

@@ -34,8 +34,18 @@ class Weighted(Attack):
         return f"{super().label}({self.norm_weight:g})"
 
 
+class ConstantLevel(Attack):
+    """An attack that takes each image's noise level t* for a constant in its gradient."""
+
+    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
+    exact_gradient: ClassVar[bool] = False
+
+    def attacked(self, model: nn.Module) -> nn.Module:
+        return VARYING_LEVEL.of(model).with_gradient(through_level=False)
+
+
 @dataclass(frozen=True)
-class ConstantLevelPGD(PGD):
+class ConstantLevelPGD(ConstantLevel, PGD):
     """PGD+EOT that takes each image's noise level t* for a constant in its gradient.
 
     Plain ``pgd-eot`` goes through t*(x). What this attack leaves standing beyond that is what evaluations of
@@ -43,23 +53,13 @@ class ConstantLevelPGD(PGD):
     """
 
     name: ClassVar[str] = "pgd-eot-constant-t"
-    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
-    exact_gradient: ClassVar[bool] = False
-
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return VARYING_LEVEL.of(model).with_gradient(through_level=False)
 
 
 @dataclass(frozen=True)
-class ConstantLevelAutoAttackRand(AutoAttackRand):
+class ConstantLevelAutoAttackRand(ConstantLevel, AutoAttackRand):
     """AutoAttack's ``rand`` with each image's noise level t* taken for a constant in its gradient."""
 
     name: ClassVar[str] = "autoattack-rand-constant-t"
-    needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
-    exact_gradient: ClassVar[bool] = False
-
-    def attacked(self, model: nn.Module) -> nn.Module:
-        return VARYING_LEVEL.of(model).with_gradient(through_level=False)
 
 
 @dataclass(frozen=True)

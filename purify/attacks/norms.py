@@ -9,17 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-
-def _rows(v: Tensor, like: Tensor) -> Tensor:
-    """Per-sample values (N,) shaped to multiply images."""
-    return v.reshape(-1, *[1] * (like.ndim - 1))
+from purify.diffusion.score import per_sample
 
 
 def unit(v: Tensor) -> Tensor:
     """Each sample scaled to L2 norm 1; zero where it is zero."""
-    largest = _rows(v.abs().flatten(1).amax(1), v)  # keeps tiny gradients from underflowing
+    largest = per_sample(v.abs().flatten(1).amax(1), v)  # keeps tiny gradients from underflowing
     scaled = v / torch.where(largest > 0, largest, 1.0)
-    return scaled / _rows(scaled.flatten(1).norm(dim=1), scaled).clamp_min(1e-12)
+    return scaled / per_sample(scaled.flatten(1).norm(dim=1), scaled).clamp_min(1e-12)
 
 
 class Ball(ABC):
@@ -95,7 +92,7 @@ class L2Ball(NormBall):
     def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
         delta = z - x
         length = self.distance(delta).clamp_min(torch.finfo(z.dtype).tiny)
-        return (x + delta * _rows((eps / length).clamp_max(1), delta)).clamp(0, 1)
+        return (x + delta * per_sample((eps / length).clamp_max(1), delta)).clamp(0, 1)
 
     def direction(self, gradient: Tensor, z: Tensor, x: Tensor) -> Tensor:
         return unit(gradient)
@@ -129,10 +126,10 @@ class L1Ball(NormBall):
         # The projection shrinks every |delta_i| by the same amount and caps it; bisection finds the amount.
         for _ in range(60):
             middle = (low + high) / 2
-            too_long = torch.minimum((size - _rows(middle, size)).clamp_min(0), room).flatten(1).sum(1) > eps
+            too_long = torch.minimum((size - per_sample(middle, size)).clamp_min(0), room).flatten(1).sum(1) > eps
             low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
         inside = torch.minimum(size, room).flatten(1).sum(1) <= eps
-        shrink = _rows(torch.where(inside, 0.0, high), size)
+        shrink = per_sample(torch.where(inside, 0.0, high), size)
         length = torch.minimum((size - shrink).clamp_min(0), room)
         return (x64 + delta.sign() * length).to(z.dtype).clamp(0, 1)
 

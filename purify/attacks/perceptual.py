@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from purify.attacks.norms import Ball, _rows, unit
+from purify.attacks.norms import Ball, unit
+from purify.diffusion.score import per_sample
 
 HALVINGS = 12  # of the way back to x: the point lies within 1 / 4096 of the way of the farthest that is found
 FIRST = 0.02  # root of the mean square of the first step from x itself; later ones follow what the ball allows
@@ -32,20 +33,20 @@ class PerceptualBall(Ball):
         z = z.clamp(0, 1)
         outside = self.size(z, x) > eps
         low, high = torch.zeros(len(z), device=z.device), torch.ones(len(z), device=z.device)
-        best = torch.where(_rows(outside, z), x, z)
+        best = torch.where(outside[:, None, None, None], x, z)
         for _ in range(HALVINGS if bool(outside.any()) else 0):
             middle = (low + high) / 2
-            tried = torch.lerp(x, z, _rows(middle, z).to(z.dtype)).clamp(0, 1)
+            tried = torch.lerp(x, z, per_sample(middle, z)).clamp(0, 1)
             inside = self.size(tried, x) <= eps
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-            best = torch.where(_rows(outside & inside, z), tried, best)
+            best = torch.where((outside & inside)[:, None, None, None], tried, best)
         return best
 
     def direction(self, gradient: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """As in :class:`Ball`, at the L2 length of z - x; from x itself ``FIRST`` for each value."""
         length = (z - x).flatten(1).norm(dim=1)
         length = torch.where(length > 0, length, FIRST * math.sqrt(x[0].numel()))
-        return unit(gradient) * _rows(length, z)
+        return unit(gradient) * per_sample(length, z)
 
     def step(self, eps: float) -> float:
         return 1.0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def per_sample(coefficient: Tensor, u: Tensor) -> Tensor:
-    """Coefficients (N,) in float64, shaped and rounded to multiply images ``u`` (N, C, H, W)."""
+    """Coefficients (N,), shaped and rounded (most are float64) to multiply images ``u`` (N, C, H, W)."""
     return coefficient.to(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
 
 

@@ -19,12 +19,14 @@ def most_steps(purifier: Purifier) -> int:
     return sum(purifier.most_steps_by_round())
 
 
-def shortened(purifier: Purifier, steps: int) -> Purifier:
+def shortened(purifier: Purifier, steps: int, rounds: int | None = None) -> Purifier:
     """The same purifier with at most so many reverse steps per round: each costs the same.
 
-    Unchecked: a purification of few steps may end before ``t_end``.
+    ``rounds``: at most so many, the last ones; default: all. Unchecked: a purification of few steps may end before
+    ``t_end``.
     """
-    return twin(purifier, plan=purifier.plan.at_most(steps))
+    kept = purifier.rounds if rounds is None else purifier.rounds[-rounds:]
+    return twin(purifier, plan=purifier.plan.at_most(steps), rounds=kept)
 
 
 def held_bytes(purifier: Purifier, x: Tensor, rows: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from purify.diffusion.score import Prediction, ScoreModel
+from purify.diffusion.score import Prediction, ScoreModel, per_sample
 from purify.purification.guidance import Guide
 from purify.purification.process import ReverseStep
 from purify.purification.purifier import Purifier
@@ -108,4 +108,4 @@ def _shifted(step: ReverseStep, state: Tensor, prediction: Prediction, push: Ten
 
 
 def _length(v: Tensor) -> Tensor:
-    return v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1))
+    return per_sample(v.flatten(1).norm(dim=1), v)

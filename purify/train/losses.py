@@ -29,16 +29,21 @@ def training_times(n: int, generator: torch.Generator) -> Tensor:
     return T_MIN + (top - T_MIN) * torch.rand(n, generator=generator, dtype=torch.float64)
 
 
+def noised(module: ScoreModel, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images in [0, 1] at :func:`training_times` of the schedule: u_t, t (N,), u0 in [-1, 1], and the noise."""
+    t = training_times(len(images), generator)
+    z = torch.randn(images.shape, generator=generator)
+    u = 2 * images - 1
+    return per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z, t, u, z
+
+
 @dataclass(frozen=True)
 class EpsLoss:
     """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14). The module is a :class:`ScoreModel`."""
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(module, ScoreModel)
-        t = training_times(len(images), generator)
-        z = torch.randn(images.shape, generator=generator)
-        u = 2 * images - 1
-        u_t = per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z
+        u_t, t, _, z = noised(module, images, generator)
         return (module.eps(u_t, t) - z).square().mean()
 
 
@@ -73,10 +78,7 @@ class FlowMatching:
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(module, ScoreModel)
-        t = training_times(len(images), generator)
-        z = torch.randn(images.shape, generator=generator)
-        u = 2 * images - 1
-        u_t = per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z
+        u_t, t, u, z = noised(module, images, generator)
         return (module.output(u_t, t) - (z - u)).square().mean()
 
 

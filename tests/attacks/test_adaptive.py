@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, TinyConvolutions, smooth_model
-from test_attacks import Linear
+from conftest import Linear, TinyClassifier, TinyConvolutions, smooth_model
 from torch import nn
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
@@ -25,6 +24,7 @@ from purify.evaluate.runner import judge
 from purify.evaluate.selfchecks import convergence_checks
 from purify.presets import PURIFIERS
 from purify.purification.calls import GRADIENT, calls
+from purify.purification.gradients import Surrogate
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance
 from purify.purification.levels import LEVELS
 
@@ -242,6 +242,20 @@ def test_it_reaches_the_optimum_of_a_linear_model(norm, images):
     model.register_forward_hook(lambda m, i, o: asked.append(len(i[0]) * (3 if o.requires_grad else 1)))
     attack.run(model, images, target, IDS, 0)
     assert sum(asked) == found.calls.sum()
+
+
+def test_the_shorter_process_ends_as_the_whole_one(images):
+    """One of three rounds: its last two, a step in each, whatever engine differentiates the whole."""
+    model = DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.3, "ddpm", 6, rounds=(0.4, 0.5, 1.0)))
+    by_hand = Purifier(smooth_model(), 0.3, "ddpm", 1, rounds=(0.5, 1.0), gradient="checkpoint")
+    expected = gradient_of(DefendedClassifier(TinyClassifier(), by_hand), images)
+    for engine in ("full", Surrogate(rounds=(0, 2), steps=(2, 2))):
+        assert torch.equal(gradient_of(phases.shorter(model.with_gradient(engine)), images), expected)
+
+
+def gradient_of(model, images):
+    x = images.clone().requires_grad_()
+    return torch.autograd.grad(model(x, sample_ids=IDS).sum(), x)[0]
 
 
 def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import Linear, TinyClassifier, smooth_model
 from scipy.fft import dctn
-from test_attacks import Linear
 from torch.nn.functional import cross_entropy
 
 from purify import DefendedClassifier, FixedDt, Purifier, SSNISigmoid, calibrate, diffpure

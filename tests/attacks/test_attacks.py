@@ -5,9 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import TinyClassifier, smooth_model
+from conftest import Linear, TinyClassifier, smooth_model
 from scipy.optimize import minimize
-from torch import nn
 
 from purify import DefendedClassifier, diffpure
 from purify.attacks import (
@@ -29,19 +28,6 @@ from purify.attacks.pgd import LOSSES, STEP_SCHEDULES
 
 NORMS = ("Linf", "L2", "L1")
 EPS = {"Linf": 0.1, "L2": 0.5, "L1": 1.2}
-
-
-class Linear(nn.Module):
-    """Two logits, +-w.x: the best attack on label 1 moves against w."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
-        self.eval()
-
-    def forward(self, x):
-        value = x.flatten(1) @ self.w
-        return torch.stack([-value, value], 1)
 
 
 def defended(t_star=0.3, **kwargs):

@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SmoothNet
-from kills import kill_again_and_again, lines
-from torch import nn
+from conftest import Linear
+from kills import kill_again_and_again, lines, undisturbed
+from twopixels import two_pixels
 
 import purify
-from purify import ContinuousVP, DefendedClassifier, ScoreModel, diffpure
 from purify.attacks import PGD, RandomNoise
 from purify.cli.distortion import main
 from purify.cli.merge import main as merge_command
@@ -25,33 +24,6 @@ from purify.leaderboard import read_run
 SEED = 5
 
 
-class Linear(nn.Module):
-    """Two logits, +-(w.x + b)."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
-        self.eval()
-
-    def forward(self, x):
-        value = (x.flatten(1) - 0.5) @ self.w
-        return torch.stack([-value, value], 1)
-
-
-class Pair(nn.Module):
-    """A sharp random classifier of two pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.first, self.last = nn.Linear(2, 16), nn.Linear(16, 5)
-        self.eval()
-
-    def forward(self, x):
-        return 4 * self.last(torch.sin(6 * self.first(2 * x.flatten(1) - 1)))
-
-
 def search(path, defence, samples, asked):
     """Run it; what the records say of each sample, and the records."""
     with RunFolder(path, {"seed": SEED}, {}) as folder:
@@ -62,7 +34,7 @@ def search(path, defence, samples, asked):
 
 @pytest.mark.parametrize(("norm", "upper"), [("Linf", 0.1), ("L2", 0.4), ("L1", 0.45)])
 def test_of_a_linear_model_it_is_the_margin_over_the_dual_norm(norm, upper, tmp_path):
-    model = Linear()
+    model = Linear(centre=0.5)
     images = 0.45 + 0.1 * torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     value = (images.flatten(1) - 0.5) @ model.w
     labels = (value > 0).long()
@@ -88,11 +60,7 @@ def test_of_a_linear_model_it_is_the_margin_over_the_dual_norm(norm, upper, tmp_
 
 def toy():
     """A defence with randomness, images of two pixels, and the attacks."""
-    classifier = Pair()
-    score = ScoreModel(SmoothNet(), ContinuousVP(), image_shape=(1, 1, 2))
-    images = 0.2 + 0.6 * torch.rand(12, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    samples = Samples(images, classifier(images).argmax(1), torch.arange(12))
-    model = DefendedClassifier(classifier, diffpure(score, 0.004, 3, "ddpm"))
+    _, model, samples = two_pixels(12)
     return Defence("d", model, [RandomNoise("Linf", 0.2), PGD("Linf", 0.2, steps=15, eot=8)], 10, {}), samples
 
 
@@ -177,14 +145,7 @@ TINY = [
     *("--n-examples", "12", "--attack-steps", "2", "--eot", "2", "--judge-draws", "2", "--batch-size", "2"),
     *("--steps", "2", "--threads", "1", "--noise-level", "constant", "--halvings", "2"),
 ]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a search that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main([*TINY, "--out", str(folder)]) == 0
-    return folder
+whole = undisturbed(main, TINY)
 
 
 def test_kills_leave_the_same_records(whole, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
-from kills import lines
+from kills import lines, undisturbed
 from test_resume import TINY
 
 from purify import PURIFIERS, DefendedClassifier, diffpure, zoo
@@ -177,14 +177,7 @@ def test_units_of_samples_are_shared_out_among_processes():
 
 
 FOUR = [*TINY, "--attacks", "random-noise,pgd-eot,transfer,bpda-eot"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of four attacks on every sample."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main([*FOUR, "--out", str(folder)]) == 0
-    return folder
+whole = undisturbed(main, FOUR)
 
 
 @pytest.mark.parametrize("criterion", WORST_ONLY)

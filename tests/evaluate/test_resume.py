@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kills import count, kill_again_and_again, lines
+from kills import count, kill_again_and_again, lines, undisturbed
 
 from purify.cli.attack import main
 
@@ -20,14 +20,7 @@ TINY = [
     *("--attacks", "random-noise,transfer,pgd-eot,adaptive"),
 ]
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "run_autoattack.py"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert main([*TINY, "--out", str(folder)]) == 0
-    return folder
+whole = undisturbed(main, TINY)
 
 
 def test_twenty_kills_leave_the_same_records(whole, tmp_path):

@@ -8,16 +8,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import SmoothNet
-from torch import nn
+from twopixels import two_pixels
 
-from purify import ContinuousVP, DefendedClassifier, ScoreModel, diffpure
+from purify import DefendedClassifier
 from purify.attacks import PGD, Adaptive, RandomNoise
 from purify.attacks.base import num_classes
 from purify.attacks.losses import margin_loss
 from purify.cli.attack import main
 from purify.diffusion.noise import derive_seed
-from purify.evaluate import Defence, RunFolder, Samples, evaluate
+from purify.evaluate import Defence, RunFolder, evaluate
 from purify.evaluate.description import Evaluation
 from purify.evaluate.protocols import Effort, KnownNoise
 from purify.evaluate.protocols.averaged import WORDS, majority
@@ -32,27 +31,9 @@ EFFORT = Effort(steps=10, averages=(1, 4), batch_size=4, max_rows=64)
 NAMES = ("fresh", "deterministic", "in-loop", "averaged")
 
 
-class Pair(nn.Module):
-    """A sharp random classifier of two pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.first, self.last = nn.Linear(2, 16), nn.Linear(16, 5)
-        self.eval()
-
-    def forward(self, x):
-        return 4 * self.last(torch.sin(6 * self.first(2 * x.flatten(1) - 1)))
-
-
 def toy():
     """A defence with its attacks, and images of which some are near a boundary."""
-    classifier = Pair()
-    score = ScoreModel(SmoothNet(), ContinuousVP(), image_shape=(1, 1, 2))
-    images = 0.2 + 0.6 * torch.rand(N, 1, 1, 2, generator=torch.Generator().manual_seed(0))
-    samples = Samples(images, classifier(images).argmax(1), torch.arange(N))
-    model = DefendedClassifier(classifier, diffpure(score, 0.004, 3, "ddpm"))
+    classifier, model, samples = two_pixels(N)
     attacks = [RandomNoise("Linf", EPS), ATTACK]
     return [
         Defence("bare", classifier, [ATTACK.on_deterministic()], 1, {}),

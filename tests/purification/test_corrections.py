@@ -12,6 +12,7 @@ from conftest import (
     smooth_model,
     weighted,
 )
+from guided import IDS, assert_scale_zero_is_plain
 from torch.nn.functional import cosine_similarity
 
 from purify import FixedDt, FrequencyProjection, ManhattanPull, MediatorPull, Purifier
@@ -21,7 +22,6 @@ from purify.purification import cost
 from purify.purification.calls import calls
 from purify.purification.overshoot import warn_overshoot
 
-IDS = range(7)
 RULES = {
     "sde": EulerMaruyama(),
     "ddpm": Ancestral(),
@@ -51,10 +51,7 @@ def make(kind=None, rule="ddpm", scale=1.0, steps=4, level=0.3, window=None, **o
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 def test_scale_zero_is_no_correction_bit_for_bit(rule, kind, images):
-    x = images.double()
-    plain, off, on = (make(*what)(x, sample_ids=IDS) for what in ((None, rule), (kind, rule, 0.0), (kind, rule)))
-    assert torch.equal(plain, off)
-    assert (on - plain).abs().max() > 1e-4
+    assert_scale_zero_is_plain(make, rule, kind, images)
 
 
 @pytest.mark.parametrize("kind", KINDS)

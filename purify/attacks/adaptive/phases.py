@@ -15,8 +15,10 @@ from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import Race
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
+from purify.purification.gradients import Surrogate
 
-SHORT = 3  # reverse steps of the shorter process, shared by its rounds: at least one in each
+ROUNDS = 2  # of the shorter process at most, the last ones
+SHORT = 3  # its reverse steps, shared by its rounds: at least one in each
 LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 PROBE = 6  # steps of one draw each that try to lower t*, where it varies
@@ -120,8 +122,14 @@ def lowered(model: Any, images: Tensor, ids: Tensor, seed: int) -> Tensor:
 
 
 def shorter(model: Any) -> nn.Module:
-    """``model`` with at most ``SHORT`` reverse steps, or one per round."""
-    return model.with_purifier(shortened(model.purifier, max(1, SHORT // len(model.purifier.rounds))))
+    """``model`` with the last ``ROUNDS`` rounds at most, and ``SHORT`` reverse steps in all, or one per round.
+
+    A surrogate engine, which is made for all rounds, makes room for the gradient of this process, itself a surrogate.
+    """
+    if isinstance(model.purifier.engine, Surrogate):
+        model = model.with_gradient("checkpoint")
+    rounds = min(ROUNDS, len(model.purifier.rounds))
+    return model.with_purifier(shortened(model.purifier, max(1, SHORT // rounds), rounds))
 
 
 def first_order(model: Any) -> nn.Module:
