@@ -19,10 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from defences import Judge, System, measure, shown, write
+from defences import Judge, System, measure, shown
 
 from purify.checks import check_count, check_writable, choose
 from purify.diffusion.reverse import DDIM
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.purification.plans import Held
 
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, system in settings(purifier).items():
             path = args.out / f"{purifier}-{name.replace(', ', '-').replace(' ', '-').replace('*', '')}.json"
             if not path.is_file():
-                write(path, measure(system, Judge(DATASET, args.images, FIRST, args.draws), args.calls))
+                write_json(path, measure(system, Judge(DATASET, args.images, FIRST, args.draws), args.calls))
             row = found.setdefault(purifier, {})[name] = json.loads(path.read_text())
             print(f"{purifier}, {name}: clean {shown(row['clean'])}, attacked {shown(row['worst'])}", flush=True)
     (args.out / "settings.md").write_text(table(found, args.lost))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -31,6 +30,7 @@ from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.evaluate.metrics import Estimate, estimate
 from purify.evaluate.pictures import panels, save
+from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.wrap import build_purifier
 
@@ -158,13 +158,6 @@ def read(folder: Path, dataset: str) -> dict[str, dict[str, Any]]:
     return dict(sorted(rows.items(), key=lambda item: -item[1]["worst"]["value"]))
 
 
-def write(path: Path, row: Mapping[str, Any]) -> None:
-    """All of it, or nothing."""
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    partial.write_text(json.dumps(row, indent=1) + "\n")
-    partial.replace(path)
-
-
 def filename(dataset: str, name: str) -> str:
     """Where a system's numbers are."""
     return f"{dataset}-{name.replace(' ', '-').replace(',', '').replace('+', 'and')}.json"
@@ -243,13 +236,13 @@ def main(argv: list[str] | None = None) -> int:
     for name, path in paths.items():
         if not path.is_file():
             row = measure(systems[name], judge, args.calls)
-            write(path, {"system": name, **row})
+            write_json(path, {"system": name, **row})
             print(f"{name}: clean {shown(row['clean'])}, worst case {shown(row['worst'])}", flush=True)
     for name in [name for name in PUBLISHED if name in paths]:
         row = json.loads(paths[name].read_text())
         if "published" not in row:
             row["published"] = published(name, systems[name], Judge(*(row[f.name] for f in fields(Judge))))
-            write(paths[name], row)
+            write_json(paths[name], row)
             print(f"{name}: its published attack would report {shown(row['published'])}", flush=True)
     rows = read(args.out, args.dataset)
     (args.out / f"{args.dataset}.md").write_text(table(rows))

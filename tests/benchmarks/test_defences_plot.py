@@ -1,17 +1,16 @@
 """benchmarks/defences.py: it measures, resumes, and draws what is there."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import load_script
+from conftest import BENCHMARKS, load_script
 
 from purify import PURIFIERS
 
 
 @pytest.fixture(autouse=True)
 def scripts_find_one_another(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def test_defences_are_measured_once_and_drawn_with_the_baseline(tmp_path, capsys):
