@@ -83,16 +83,45 @@ class LinfBall(NormBall):
         return self.project(x + eps * (2 * uniform - 1), x, eps)
 
 
-class L2Ball(NormBall):
-    """||delta||_2 <= eps; scaled back and then clamped, which only brings the point closer to x."""
+class SummedBall(NormBall):
+    """A sum over pixels: the nearest point of ball and box shrinks all moves alike, and caps each at its room."""
+
+    @abstractmethod
+    def shrunk(self, moves: Tensor, amount: Tensor) -> Tensor:
+        """The sizes ``moves`` (N, C, H, W), shrunk: as they are at amount 0, the less the greater it is."""
+
+    @abstractmethod
+    def whole(self, moves: Tensor) -> Tensor:
+        """The amount (N,) that leaves nothing."""
+
+    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
+        delta, x64 = (z - x).double(), x.double()
+        room = torch.where(delta > 0, 1 - x64, x64)  # how far each pixel may move in its direction
+        moves = delta.abs()
+        low = torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        high = self.whole(moves)
+        for _ in range(60):
+            middle = (low + high) / 2
+            capped = torch.minimum(self.shrunk(moves, per_sample(middle, moves)), room)
+            too_long = self.distance(capped) > eps
+            low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
+        inside = self.distance(torch.minimum(moves, room)) <= eps
+        amount = per_sample(torch.where(inside, 0.0, high), moves)
+        nearest = torch.minimum(self.shrunk(moves, amount), room)
+        return (x64 + delta.sign() * nearest).to(z.dtype).clamp(0, 1)
+
+
+class L2Ball(SummedBall):
+    """||delta||_2 <= eps; the projection onto ball and box together is exact."""
 
     def distance(self, delta: Tensor) -> Tensor:
         return delta.flatten(1).norm(dim=1)
 
-    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
-        delta = z - x
-        length = self.distance(delta).clamp_min(torch.finfo(z.dtype).tiny)
-        return (x + delta * per_sample((eps / length).clamp_max(1), delta)).clamp(0, 1)
+    def shrunk(self, moves: Tensor, amount: Tensor) -> Tensor:
+        return moves * (1 - amount)
+
+    def whole(self, moves: Tensor) -> Tensor:
+        return torch.ones(len(moves), dtype=moves.dtype, device=moves.device)
 
     def direction(self, gradient: Tensor, z: Tensor, x: Tensor) -> Tensor:
         return unit(gradient)
@@ -102,7 +131,7 @@ class L2Ball(NormBall):
 
 
 @dataclass(frozen=True)
-class L1Ball(NormBall):
+class L1Ball(SummedBall):
     """||delta||_1 <= eps with the exact projection onto ball and box together (Croce & Hein 2021).
 
     Of the pixels that can still move, the ascent direction moves the k with the largest gradients: the share
@@ -116,22 +145,11 @@ class L1Ball(NormBall):
     def distance(self, delta: Tensor) -> Tensor:
         return delta.abs().flatten(1).sum(1)
 
-    def project(self, z: Tensor, x: Tensor, eps: float) -> Tensor:
-        delta = (z - x).double()
-        x64 = x.double()
-        room = torch.where(delta > 0, 1 - x64, x64)  # how far each pixel may move in its direction
-        size = delta.abs()
-        low = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-        high = size.flatten(1).amax(1)
-        # The projection shrinks every |delta_i| by the same amount and caps it; bisection finds the amount.
-        for _ in range(60):
-            middle = (low + high) / 2
-            too_long = torch.minimum((size - per_sample(middle, size)).clamp_min(0), room).flatten(1).sum(1) > eps
-            low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
-        inside = torch.minimum(size, room).flatten(1).sum(1) <= eps
-        shrink = per_sample(torch.where(inside, 0.0, high), size)
-        length = torch.minimum((size - shrink).clamp_min(0), room)
-        return (x64 + delta.sign() * length).to(z.dtype).clamp(0, 1)
+    def shrunk(self, moves: Tensor, amount: Tensor) -> Tensor:
+        return (moves - amount).clamp_min(0)
+
+    def whole(self, moves: Tensor) -> Tensor:
+        return moves.flatten(1).amax(1)
 
     def direction(self, gradient: Tensor, z: Tensor, x: Tensor) -> Tensor:
         movable = ((gradient > 0) & (z < 1)) | ((gradient < 0) & (z > 0))

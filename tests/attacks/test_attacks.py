@@ -54,20 +54,21 @@ def test_projection_is_inside_and_leaves_inner_points_alone(norm):
     torch.testing.assert_close(BALLS[norm].project(p, x, EPS[norm]), p, atol=1e-6, rtol=0)
 
 
-def test_l1_projection_is_the_nearest_point_of_ball_and_box():
+@pytest.mark.parametrize(("norm", "room"), [("L1", lambda d: 0.7 - d.sum()), ("L2", lambda d: 0.7**2 - (d**2).sum())])
+def test_projection_is_the_nearest_point_of_ball_and_box(norm, room):
     g = torch.Generator().manual_seed(1)
     for _ in range(5):
         x = torch.rand(1, 1, 2, 3, generator=g, dtype=torch.float64)
         z = x + torch.randn(x.shape, generator=g, dtype=torch.float64)
-        p = BALLS["L1"].project(z, x, 0.7)
+        p = BALLS[norm].project(z, x, 0.7)
         xv, zv = x.flatten().numpy(), z.flatten().numpy()
         # Split into positive and negative parts: a smooth problem that scipy solves.
         bounds = [(0, 1 - a) for a in xv] + [(0, a) for a in xv]
         best = minimize(
             lambda d, xv=xv, zv=zv: ((xv + d[:6] - d[6:] - zv) ** 2).sum(),
-            np.zeros(12),
+            np.full(12, 1e-3),
             bounds=bounds,
-            constraints={"type": "ineq", "fun": lambda d: 0.7 - d.sum()},
+            constraints={"type": "ineq", "fun": room},
             options={"ftol": 1e-14, "maxiter": 500},
         )
         assert ((p - z) ** 2).sum().item() == pytest.approx(best.fun, abs=1e-6)
