@@ -155,7 +155,13 @@ def read(folder: Path, dataset: str) -> dict[str, dict[str, Any]]:
     """What is there of a data set, by system, the most robust first."""
     found = {name: folder / filename(dataset, name) for name in SYSTEMS}
     rows = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
-    return dict(sorted(rows.items(), key=lambda item: -item[1]["worst"]["value"]))
+    return dict(sorted(rows.items(), key=lambda item: -least(item[1])["value"]))
+
+
+def least(row: Mapping[str, Any]) -> dict[str, float]:
+    """The lower of the accuracies under the adaptive and the published attack, with its interval."""
+    lower = min(row["worst"], row.get("published", row["worst"]), key=lambda found: found["value"])
+    return {f.name: lower[f.name] for f in fields(Estimate)}
 
 
 def filename(dataset: str, name: str) -> str:
@@ -164,15 +170,15 @@ def filename(dataset: str, name: str) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """In Markdown, with what each lacks of the adversarially trained classifier on the same images."""
+    """In Markdown, with what each lacks of the adversarially trained classifier on the same images, at its least."""
     base = rows.get(BASELINE)
     lines = [
-        "| system | clean | worst case | below adversarial training | published attack | reports | images, calls |",
+        "| system | clean | `adaptive` | below adversarial training | published attack | reports | images, calls |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
         same = base is not None and all(base[key] == row[key] for key in ("images", "first"))
-        behind = f"{100 * (base['worst']['value'] - row['worst']['value']):.1f}" if base is not None and same else ""
+        behind = f"{100 * (least(base)['value'] - least(row)['value']):.1f}" if base is not None and same else ""
         accuracies = " | ".join(shown(row[key]) for key in ("clean", "worst"))
         own = row.get("published")
         report = " | " if own is None else f"{own['attack']} | {shown(own)}"
@@ -189,7 +195,7 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Worst case over clean accuracy, each with its interval; the adversarially trained classifier as a line."""
     fig, ax = panels(8, 5)
     for k, (name, row) in enumerate(rows.items()):
-        x, y = (Estimate(**{key: 100 * v for key, v in row[side].items()}) for side in ("clean", "worst"))
+        x, y = (Estimate(**{key: 100 * v for key, v in side.items()}) for side in (row["clean"], least(row)))
         if name == BASELINE:
             ax.axhline(y.value, color="k", linestyle="--", linewidth=1, label=name)
             ax.axhspan(y.low, y.high, color="k", alpha=0.08, linewidth=0)

@@ -58,12 +58,14 @@ def test_what_the_published_attack_would_report_is_added_to_rows_without_it(tmp_
     assert "| one step | " in capsys.readouterr().out
 
 
-def test_no_row_is_held_against_a_baseline_on_other_images():
+def test_a_row_is_held_against_the_baseline_on_its_images_by_its_strongest_attack():
     script = load_script("defences")
     accuracy = {"value": 0.5, "low": 0.4, "high": 0.6}
     row = {"clean": accuracy, "worst": accuracy, "calls": 3, "images": 48, "first": 0}
-    lines = script.table({script.BASELINE: row, "a": row, "b": {**row, "images": 16}}).splitlines()
-    assert [line.split(" | ")[3].strip() for line in lines[2:]] == ["0.0", "0.0", ""]
+    broken = {**row, "published": {"attack": "one step", "steps": 20, "eot": 4, "value": 0.25, "low": 0.2, "high": 0.3}}
+    lines = script.table({script.BASELINE: row, "a": row, "b": {**row, "images": 16}, "c": broken}).splitlines()
+    assert [line.split(" | ")[3].strip() for line in lines[2:]] == ["0.0", "0.0", "", "25.0"]
+    assert script.least(broken) == {"value": 0.25, "low": 0.2, "high": 0.3}
 
 
 def test_settings_are_chosen_by_a_rule(tmp_path, capsys):
