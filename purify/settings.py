@@ -35,6 +35,7 @@ class Setting:
 THOUSANDTHS = FixedDt(1e-3)
 TUNED = "tuned on the embedded networks; docs/leaderboard"
 TRIED = "tuned on digits 40 to 135 of the test images; its page in docs"
+GRID = "benchmarks/defence_settings.py, test images 5000 to 5015; docs/defences"
 NIE = "Nie et al. 2022"
 WANG = "Wang et al. 2022"
 LIN = "Lin et al. 2024; t* of DiffPure"
@@ -46,6 +47,7 @@ CHEN = "program of Chen et al. 2024"
 HILL = "Hill et al. 2021"
 SONG = "program of Song et al. 2024"
 STOCHASTIC = DDIM(1.0)
+ALL_STEPS = {"t_min": 0.0, "t_max": 1.0}
 
 SETTINGS: dict[tuple[str, str], Setting] = {
     ("diffpure", "digits"): Setting(0.18, 10, "ddpm", TUNED),
@@ -63,19 +65,24 @@ SETTINGS: dict[tuple[str, str], Setting] = {
     ("gns", "fashion_mnist"): Setting(0.2, 10, "ddpm", TUNED),
     ("gns", ""): Setting(0.125, THOUSANDTHS, "ddpm", f"{LEE}, CIFAR-10"),
     ("freqpure", "digits"): Setting(0.2, 10, "ddpm", TRIED, {"amplitude_radius": 1.0, "phase_radius": 1.0}),
+    ("freqpure", "fashion_mnist"): Setting(0.2, 10, "ddpm", GRID, {"amplitude_radius": 1.0, "phase_radius": 1.0}),
     ("freqpure", ""): Setting(1.0, 100, STOCHASTIC, f"{PEI}, CIFAR-10"),
     ("diffap", "digits"): Setting(0.2, 5, "random", TRIED, {"scale": 4.0}),
+    ("diffap", "fashion_mnist"): Setting(0.2, 5, "random", GRID, {"scale": 15.0}),
     ("diffap", ""): Setting(1.0, 5, "random", f"{ZHANG}, CIFAR-10"),
-    ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TRIED, {"scale": 1.0, "t_min": 0.0, "t_max": 1.0}),
+    ("mimicdiffusion", "digits"): Setting(0.2, 10, STOCHASTIC, TRIED, {"scale": 1.0, **ALL_STEPS}),
+    ("mimicdiffusion", "fashion_mnist"): Setting(0.2, 10, STOCHASTIC, GRID, {"scale": 4.0, **ALL_STEPS}),
     ("mimicdiffusion", ""): Setting(1.0, 100, STOCHASTIC, f"{SONG}, CIFAR-10"),
     ("heterogeneous", "digits"): Setting(0.25, 10, "ddim", TRIED, {"threshold": 0.6, "auxiliary": "digits-standard"}),
     ("heterogeneous", "fashion_mnist"): Setting(
-        0.2, 10, "ddim", f"{PEI_25}, fewer steps", {"auxiliary": "fashion_mnist-standard"}
+        0.25, 10, "ddim", GRID, {"threshold": 0.5, "auxiliary": "fashion_mnist-standard"}
     ),
     ("heterogeneous", ""): Setting(0.2, 100, "ddim", f"{PEI_25}, CIFAR-10"),
     ("likelihood", "digits"): Setting(0.145, Held(10, spread=0.185), "likelihood", TRIED),
+    ("likelihood", "fashion_mnist"): Setting(0.145, Held(10, spread=0.185), "likelihood", GRID),
     ("likelihood", ""): Setting(0.145, Held(5, spread=0.185), "likelihood", f"{CHEN}, CIFAR-10"),
     ("langevin", "digits"): Setting(0.05, 20, "langevin", TRIED, {"step": 0.1}),
+    ("langevin", "fashion_mnist"): Setting(0.05, 20, "langevin", GRID, {"step": 0.15}),
     ("langevin", ""): Setting(0.01, 1500, "langevin", f"{HILL}, CIFAR-10; t* ours"),
     ("", ""): Setting(0.1, THOUSANDTHS, "sde", f"{NIE}, CIFAR-10"),
 }
