@@ -145,7 +145,7 @@ def test_full_size_layouts_load_in_little_more_than_the_files_size(name, tmp_pat
     memory, parameters = load_and_measure(path)
     print(f"{name}: {memory / size:.3f} of the file's {size / 1e6:.0f} MB")
     assert parameters == LAYOUTS["full"][name]["parameters"]
-    assert memory < 1.1 * size
+    assert memory < 1.1 * size + 2**24  # what any process needs besides, however small the file
     for file in tmp_path.iterdir():
         file.unlink()
 
