@@ -27,6 +27,7 @@ from purify.purification.calls import GRADIENT, calls
 from purify.purification.gradients import Surrogate
 from purify.purification.guidance import AdversarialGuidance, MSEGuidance
 from purify.purification.levels import LEVELS
+from purify.purification.plans import Held
 
 IDS = torch.arange(7)
 
@@ -251,6 +252,13 @@ def test_the_shorter_process_ends_as_the_whole_one(images):
     expected = gradient_of(DefendedClassifier(TinyClassifier(), by_hand), images)
     for engine in ("full", Surrogate(rounds=(0, 2), steps=(2, 2))):
         assert torch.equal(gradient_of(phases.shorter(model.with_gradient(engine)), images), expected)
+
+
+def test_where_time_stands_still_the_shorter_process_has_half_the_steps(images):
+    def held(steps):
+        return DefendedClassifier(TinyClassifier(), Purifier(smooth_model(), 0.1, "langevin", Held(steps)))
+
+    assert torch.equal(gradient_of(phases.shorter(held(9)), images), gradient_of(held(5), images))
 
 
 def gradient_of(model, images):

@@ -19,6 +19,7 @@ from purify.purification.gradients import Surrogate
 
 ROUNDS = 2  # of the shorter process at most, the last ones
 SHORT = 3  # its reverse steps, shared by its rounds: at least one in each
+HELD = 0.5  # its share of the steps instead, where time stands still
 LONG = 40  # steps of a climb before each gets more draws instead
 SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 PROBE = 6  # steps of one draw each that try to lower t*, where it varies
@@ -124,12 +125,15 @@ def lowered(model: Any, images: Tensor, ids: Tensor, seed: int) -> Tensor:
 def shorter(model: Any) -> nn.Module:
     """``model`` with the last ``ROUNDS`` rounds at most, and ``SHORT`` reverse steps in all, or one per round.
 
+    Where time stands still, with the share ``HELD`` of its steps: so few as ``SHORT`` would hardly purify.
     A surrogate engine, which is made for all rounds, makes room for the gradient of this process, itself a surrogate.
     """
     if isinstance(model.purifier.engine, Surrogate):
         model = model.with_gradient("checkpoint")
-    rounds = min(ROUNDS, len(model.purifier.rounds))
-    return model.with_purifier(shortened(model.purifier, max(1, SHORT // rounds), rounds))
+    purifier = model.purifier
+    rounds = min(ROUNDS, len(purifier.rounds))
+    steps = math.ceil(HELD * purifier.most_steps_by_round()[-1]) if purifier.plan.holds else max(1, SHORT // rounds)
+    return model.with_purifier(shortened(purifier, steps, rounds))
 
 
 def first_order(model: Any) -> nn.Module:
