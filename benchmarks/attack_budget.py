@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -45,14 +46,17 @@ from purify.attacks import (
     Transfer,
 )
 from purify.attacks.adaptive import phases
+from purify.checks import choose
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
 from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.runner import Defence, judge
+from purify.presets import PURIFIERS
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
+from purify.purification.levels import LEVELS
 
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
 # The best of `strongest`, each alone.
@@ -60,6 +64,10 @@ TOGETHER = (PGD, FirstOrderPGD, ConstantLevelPGD, LowLevelPGD, SurrogatePGD, APG
 HALVES = ("first", "second")
 SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
 SMALL = (1 / 25, 1 / 10)  # of the calls of all of `strongest`
+# Constants of purify/attacks/adaptive/phases.py.
+CHOICES = ("ROUNDS", "SHORT", "HELD", "LONG", "SHARE", "PROBE", "FALLEN")
+CHOICES += ("CLIMB_SHORT", "CHOOSE_SHORT", "CLIMB_FULL", "CHOOSE_FULL")
+NUMBERS = {int: "a whole number", float: "a number"}
 WORST = "together"  # each image meets the worst for it, cross-fitted
 
 
@@ -286,13 +294,17 @@ def constants(asked: str) -> tuple[str, ...]:
     """Choices of the adaptive attack, set to what was asked for."""
     found = tuple(part for part in asked.split(",") if part)
     for part in found:
-        name, _, value = part.partition("=")
-        if not (name.isupper() and hasattr(phases, name)):
-            raise SystemExit(f"--constants: {part} sets no constant of purify/attacks/adaptive/phases.py.")
+        name, _, given = part.partition("=")
+        if name not in CHOICES:
+            raise ValueError(f"--constants: {part} sets none of {', '.join(CHOICES)}.")
+        kind = type(getattr(phases, name))
         try:
-            setattr(phases, name, type(getattr(phases, name))(value))
+            value = kind(given)
         except ValueError:
-            raise SystemExit(f"--constants: {part} is not a number of the kind of {getattr(phases, name)}.") from None
+            value = kind(0)
+        if not 0 < value < math.inf:
+            raise ValueError(f"--constants: {name} must be {NUMBERS[kind]} above 0, got {given or 'nothing'}.")
+        setattr(phases, name, value)
     return found
 
 
@@ -316,13 +328,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/attack-budget"))
     args = parser.parse_args(argv)
+    systems = args.systems.split(",")
+    try:
+        data = choose(args.dataset, DATASETS, "data set")
+        eps = choose(args.threat_model, data.eps, "threat model")
+        for system in systems:
+            choose(system, PURIFIERS | LEVELS, "system")
+        changed = constants(args.constants)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     torch.set_num_threads(args.threads)
-    eps = DATASETS[args.dataset].eps[args.threat_model]
     bench = Bench(
         args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out,
-        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half, constants(args.constants),
+        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half, changed,
     )  # fmt: skip
-    systems = args.systems.split(",")
     run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])
     report(bench, systems, not args.alone)
     return 0

@@ -225,12 +225,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     args = parser().parse_args(argv)
     try:
-        choose(args.dataset, DATASETS, "data set")
+        choose(args.dataset, dict.fromkeys(("digits", "fashion_mnist")), "data set")
         known = available(args.dataset)
         wanted = args.only.split(";") if args.only else list(known)
         systems = {name.strip(): choose(name.strip(), known, "system") for name in wanted}
-        for what in ("images", "calls", "draws"):
+        for what in ("images", "calls", "draws", "threads"):
             check_count(getattr(args, what), f"--{what}")
+        held = len(load_dataset(args.dataset, "test")[0])
+        if not 0 <= args.first <= held - args.images:
+            raise ValueError(f"--first {args.first} and --images {args.images} ask beyond the {held} test images.")
         check_writable(args.out / "table.md")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -166,7 +166,7 @@ def test_what_a_large_network_takes_is_measured(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.parametrize("combination", FULL)
 def test_a_public_combination_at_full_size(combination, tmp_path, monkeypatch, capsys):
     """From file to leaderboard. The self-check's reference, in float64, is what takes most memory."""
@@ -181,7 +181,7 @@ def test_a_public_combination_at_full_size(combination, tmp_path, monkeypatch, c
     assert set(rows) == {"no purifier", "diffpure"}
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 @pytest.mark.parametrize("combination", FULL)
 def test_memory_of_a_public_combination_at_full_size(combination, tmp_path):
     """Loading, and one step of PGD against what the dry run says of its memory. Run with -s to read the numbers."""

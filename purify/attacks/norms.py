@@ -98,6 +98,9 @@ class SummedBall(NormBall):
         delta, x64 = (z - x).double(), x.double()
         room = torch.where(delta > 0, 1 - x64, x64)  # how far each pixel may move in its direction
         moves = delta.abs()
+        inside = self.distance(torch.minimum(moves, room)) <= eps
+        if inside.all():
+            return z.clamp(0, 1)
         low = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         high = self.whole(moves)
         for _ in range(60):
@@ -105,7 +108,6 @@ class SummedBall(NormBall):
             capped = torch.minimum(self.shrunk(moves, per_sample(middle, moves)), room)
             too_long = self.distance(capped) > eps
             low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
-        inside = self.distance(torch.minimum(moves, room)) <= eps
         amount = per_sample(torch.where(inside, 0.0, high), moves)
         nearest = torch.minimum(self.shrunk(moves, amount), room)
         return (x64 + delta.sign() * nearest).to(z.dtype).clamp(0, 1)

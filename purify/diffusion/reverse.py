@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,13 @@ class ReverseRule(ABC):
     @property
     def adds_noise(self) -> bool:
         """Whether z is only added, with a weight that depends on times alone: the step has the same derivative by the
-        state without it, and z None leaves it out."""
+        state without it, and z None leaves it out. Not inherited: a subclass may do more with z, and says so itself."""
         return False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "adds_noise" not in vars(cls):
+            cls.adds_noise = False  # type: ignore[method-assign, assignment]
 
     @property
     def calls(self) -> int | None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -61,13 +60,7 @@ class StepFactory:
 
 
 class Plan(ABC):
-    """From noise levels to a round of steps.
-
-    Attributes:
-        holds: whether time stands still: fewer steps do less then; elsewhere they are coarser ones of the same process.
-    """
-
-    holds: ClassVar[bool] = False
+    """From noise levels to a round of steps."""
 
     @abstractmethod
     def counts(self, t_star: Tensor) -> Tensor:
@@ -181,8 +174,6 @@ class Held(Plan):
 
     steps: int = 100
     spread: float = 0.0
-
-    holds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count(self.steps, "steps")

@@ -69,11 +69,17 @@ def test_choices_of_the_adaptive_attack_can_be_changed(tmp_path, capsys, monkeyp
     script.main([*command, "ROUNDS=8"])
     assert phases.ROUNDS == 8
     assert "adaptive 800 calls ROUNDS=8" in capsys.readouterr().out
-    for wrong in ("rounds=1", "TURNS=1"):
-        with pytest.raises(SystemExit, match=f"{wrong} sets no constant"):
-            script.main([*command, wrong])
-    with pytest.raises(SystemExit, match="ROUNDS=a is not a number of the kind of 8"):
-        script.main([*command, "ROUNDS=a"])
+    for wrong, message in {
+        "--constants rounds=1": "rounds=1 sets none of ROUNDS, SHORT",
+        "--constants ROUNDS=0": "ROUNDS must be a whole number above 0, got 0",
+        "--constants HELD=nan": "HELD must be a number above 0, got nan",
+        "--constants LONG=": "LONG must be a whole number above 0, got nothing",
+        "--systems bogus": "Unknown system 'bogus'",
+        "--threat-model L7": "Unknown threat model 'L7'",
+    }.items():
+        assert script.main([*options, "--out", str(tmp_path / "none"), *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_library_attacks(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Gradient engines: exactness against finite differences, agreement, memory, and what must not matter."""
 
 import gc
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -343,3 +344,25 @@ def test_engines_are_found_by_name_and_errors_are_clear():
         Checkpoint(memory_budget=-1)
     with pytest.raises(ValueError, match="Unknown gradient engine parameter"):
         diffpure(smooth_model(), gradient={"kind": "full", "steps": 3})
+
+
+@dataclass(frozen=True)
+class NoisierWhereBright(EulerMaruyama):
+    """Noise that depends on the state: what its parent says of noise does not hold."""
+
+    def moments(self, model, prediction, u, t, s):
+        mean, std = super().moments(model, prediction, u, t, s)
+        return mean, std * (1 + 0.5 * u.tanh())
+
+
+@dataclass(frozen=True)
+class Clamped(EulerMaruyama):
+    def __call__(self, *arguments):
+        return super().__call__(*arguments).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("rule", [NoisierWhereBright, Clamped])
+def test_rules_made_from_others_keep_their_noise_in_the_gradient(rule, images):
+    purifier = Purifier(smooth_model(), 0.2, rule(), 3)
+    found = [gradient(purifier.with_gradient(engine), images) for engine in (Full(), Checkpoint())]
+    assert torch.equal(*found)

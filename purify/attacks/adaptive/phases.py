@@ -123,7 +123,7 @@ def lowered(model: Any, images: Tensor, ids: Tensor, seed: int) -> Tensor:
 
 
 def shorter(model: Any) -> nn.Module:
-    """``model`` with the last ``ROUNDS`` rounds at most, and ``SHORT`` reverse steps in all, or one per round.
+    """``model`` with the last ``ROUNDS`` rounds at most, and ``SHORT`` reverse steps in all, or one in each.
 
     Where time stands still, with the share ``HELD`` of its steps: so few as ``SHORT`` would hardly purify.
     A surrogate engine, which is made for all rounds, makes room for the gradient of this process, itself a surrogate.
@@ -132,7 +132,7 @@ def shorter(model: Any) -> nn.Module:
         model = model.with_gradient("checkpoint")
     purifier = model.purifier
     rounds = min(ROUNDS, len(purifier.rounds))
-    steps = math.ceil(HELD * purifier.most_steps_by_round()[-1]) if purifier.plan.holds else max(1, SHORT // rounds)
+    steps = math.ceil(HELD * purifier.most_steps_by_round()[-1]) if purifier.rule.held else max(1, SHORT // rounds)
     return model.with_purifier(shortened(purifier, steps, rounds))
 
 
@@ -178,7 +178,7 @@ def stages(model: Any, climb: Climb, budget: int, falls: bool = False) -> Iterat
 def staying(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
     """Climbs at t*(x): on the shorter process, and then on the whole one at half the step size."""
     mix = None if model.auxiliary is None else Mix(model.auxiliary)
-    half = replace(climb, step_size=climb.eps / 2)
+    half = replace(climb, step_size=climb.eps / 2 or None)
     full = [Phase("exact", model, half, whole=True)]
     if model.guided:
         full.append(Phase("first-order", first_order(model), half, mix, whole=True))
