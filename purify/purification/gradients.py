@@ -87,9 +87,10 @@ class GradientEngine(ABC):
         return 0
 
     def held(self, step_bytes: int, steps: int, free: int = 0) -> int:
-        """Bytes of step graphs that a gradient through them holds at once: those kept, and one that is built again."""
+        """Bytes of step graphs that a gradient through them holds at once: all that are kept, or, once the last steps'
+        are gone, the first step's and one that is built again."""
         kept = self.kept(step_bytes, steps, free)
-        return step_bytes * (kept + (kept < steps))
+        return step_bytes * max(kept, min(kept, 1) + (kept < steps))
 
     def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
         """Raise ValueError if the engine cannot differentiate ``task``."""
