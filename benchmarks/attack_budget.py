@@ -290,6 +290,13 @@ def draw(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     save(fig, path)
 
 
+def above_zero(value: float) -> float:
+    """The number, if it is one above 0."""
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
 def constants(asked: str) -> tuple[str, ...]:
     """Choices of the adaptive attack, set to what was asked for."""
     found = tuple(part for part in asked.split(",") if part)
@@ -299,12 +306,11 @@ def constants(asked: str) -> tuple[str, ...]:
             raise ValueError(f"--constants: {part} sets none of {', '.join(CHOICES)}.")
         kind = type(getattr(phases, name))
         try:
-            value = kind(given)
+            setattr(phases, name, above_zero(kind(given)))
         except ValueError:
-            value = kind(0)
-        if not 0 < value < math.inf:
-            raise ValueError(f"--constants: {name} must be {NUMBERS[kind]} above 0, got {given or 'nothing'}.")
-        setattr(phases, name, value)
+            raise ValueError(
+                f"--constants: {name} must be {NUMBERS[kind]} above 0, got {given or 'nothing'}."
+            ) from None
     return found
 
 

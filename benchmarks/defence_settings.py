@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from defences import Judge, System, measure, shown
+from defences import System, measure
+from judging import Judge, shown
 
 from purify.checks import check_count, check_writable, choose
 from purify.diffusion.reverse import DDIM

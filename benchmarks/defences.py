@@ -20,16 +20,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+from judging import Judge, read, shown
 from released_attacks import RELEASED
-from torch import Tensor, nn
+from torch import nn
 
 from purify import PURIFIERS, DefendedClassifier, zoo
-from purify.attacks import PGD, Adaptive, Attack
+from purify.attacks import PGD, Adaptive
 from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
-from purify.evaluate.metrics import Estimate, estimate
-from purify.evaluate.pictures import panels, save
+from purify.evaluate.metrics import Estimate
+from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.wrap import build_purifier
@@ -99,45 +99,11 @@ def available(dataset: str) -> dict[str, System]:
     return {name: system for name, system in SYSTEMS.items() if names.issuperset(system.networks(dataset))}
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Test images ``first`` to ``first + images``, and how many purifications say whether one is robust."""
-
-    dataset: str
-    images: int
-    first: int
-    draws: int
-
-    def attacked(self, attack: Attack, model: nn.Module) -> Tensor:
-        """What the attack makes of the images; of a model without randomness it asks once."""
-        attack = attack if isinstance(model, DefendedClassifier) else attack.on_deterministic()
-        images, labels = self._data()
-        return attack(model, images, labels, sample_ids=self._ids(), seed=2).images
-
-    @torch.no_grad()
-    def accuracy(self, model: nn.Module, x: Tensor | None = None) -> dict[str, float]:
-        """Of images ``x``, or of the clean ones, with its interval."""
-        images, labels = self._data()
-        x, ids = images if x is None else x, self._ids()
-        if isinstance(model, DefendedClassifier):
-            right = [model(x, sample_ids=ids, seed=1, draw=d).argmax(1) == labels for d in range(self.draws)]
-        else:
-            right = [model(x).argmax(1) == labels]
-        return vars(estimate(torch.stack(right).double().mean(0).numpy()))
-
-    def _ids(self) -> Tensor:
-        return torch.arange(self.first, self.first + self.images)
-
-    def _data(self) -> tuple[Tensor, Tensor]:
-        images, labels = (t[self.first : self.first + self.images] for t in load_dataset(self.dataset, "test"))
-        return images, labels
-
-
 def measure(system: System, judge: Judge, calls: int) -> dict[str, Any]:
     """Accuracy clean and under the adaptive attack."""
     model = system.build(judge.dataset)
     found = judge.attacked(Adaptive("Linf", DATASETS[judge.dataset].eps["Linf"], calls=calls), model)
-    clean, worst = judge.accuracy(model), judge.accuracy(model, found)
+    clean, worst = vars(judge.accuracy(model)), vars(judge.accuracy(model, found))
     return {**vars(judge), "calls": calls, "clean": clean, "worst": worst}
 
 
@@ -148,20 +114,19 @@ def published(name: str, system: System, judge: Judge, steps: int = 20, eot: int
     if isinstance(model, DefendedClassifier):
         target = DefendedClassifier(model.classifier, weaken(model.purifier))
     found = judge.attacked(PGD("Linf", DATASETS[judge.dataset].eps["Linf"], steps=steps, eot=eot), target)
-    return {"attack": what, "steps": steps, "eot": eot, **judge.accuracy(model, found)}
+    return {"attack": what, "steps": steps, "eot": eot, **vars(judge.accuracy(model, found))}
 
 
-def read(folder: Path, dataset: str) -> dict[str, dict[str, Any]]:
+def rows_of(folder: Path, dataset: str) -> dict[str, dict[str, Any]]:
     """What is there of a data set, by system, the most robust first."""
     found = {name: folder / filename(dataset, name) for name in SYSTEMS}
     rows = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
-    return dict(sorted(rows.items(), key=lambda item: -least(item[1])["value"]))
+    return dict(sorted(rows.items(), key=lambda item: -least(item[1]).value))
 
 
-def least(row: Mapping[str, Any]) -> dict[str, float]:
-    """The lower of the accuracies under the adaptive and the published attack, with its interval."""
-    lower = min(row["worst"], row.get("published", row["worst"]), key=lambda found: found["value"])
-    return {f.name: lower[f.name] for f in fields(Estimate)}
+def least(row: Mapping[str, Any]) -> Estimate:
+    """The lower of the accuracies under the adaptive and the published attack."""
+    return min((read(row[name]) for name in ("worst", "published") if name in row), key=lambda found: found.value)
 
 
 def filename(dataset: str, name: str) -> str:
@@ -178,7 +143,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for name, row in rows.items():
         same = base is not None and all(base[key] == row[key] for key in ("images", "first"))
-        behind = f"{100 * (least(base)['value'] - least(row)['value']):.1f}" if base is not None and same else ""
+        behind = f"{100 * (least(base).value - least(row).value):.1f}" if base is not None and same else ""
         accuracies = " | ".join(shown(row[key]) for key in ("clean", "worst"))
         own = row.get("published")
         report = " | " if own is None else f"{own['attack']} | {shown(own)}"
@@ -186,22 +151,18 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(found: Mapping[str, float]) -> str:
-    """A value with its interval, in %."""
-    return f"{100 * found['value']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
-
-
 def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Worst case over clean accuracy, each with its interval; the adversarially trained classifier as a line."""
     fig, ax = panels(8, 5)
     for k, (name, row) in enumerate(rows.items()):
-        x, y = (Estimate(**{key: 100 * v for key, v in side.items()}) for side in (row["clean"], least(row)))
+        y = least(row)
         if name == BASELINE:
-            ax.axhline(y.value, color="k", linestyle="--", linewidth=1, label=name)
-            ax.axhspan(y.low, y.high, color="k", alpha=0.08, linewidth=0)
+            ax.axhline(100 * y.value, color="k", linestyle="--", linewidth=1, label=name)
+            ax.axhspan(100 * y.low, 100 * y.high, color="k", alpha=0.08, linewidth=0)
             continue
-        error = [y.value - y.low], [y.high - y.value]  # eleven marks in ten colours: no pair twice
-        ax.errorbar(x.value, y.value, error, fmt="osD^v<>pP*X"[k % 11], ms=5, lw=0.8, capsize=2, label=name)
+        middle, bars = percents([y])
+        mark = "osD^v<>pP*X"[k % 11]  # eleven marks in ten colours: no pair twice
+        ax.errorbar(100 * row["clean"]["value"], middle, bars, fmt=mark, ms=5, lw=0.8, capsize=2, label=name)
     ax.set(xlabel="clean accuracy, %", ylabel="worst-case accuracy, %", ylim=(-2, 100))
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(fig, path)
@@ -253,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             row["published"] = published(name, systems[name], Judge(*(row[f.name] for f in fields(Judge))))
             write_json(paths[name], row)
             print(f"{name}: its published attack would report {shown(row['published'])}", flush=True)
-    rows = read(args.out, args.dataset)
+    rows = rows_of(args.out, args.dataset)
     (args.out / f"{args.dataset}.md").write_text(table(rows))
     plot(rows, args.out / f"{args.dataset}.svg")
     print(f"\n{table(rows)}")

@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     score = load_score(args.score_model, args.dataset)
     loading, size = resident() - before, file_size(args.score_model, score)
     row: dict[str, Any] = {"score": args.score_model, "file MB": size / 1e6, "loading": loading / size}
+    row["parameters"] = sum(p.numel() for p in score.parameters())
     if args.model is None:
         return row
     settings: dict[str, Any] = {"t_star": 0.1, "steps": args.steps, "gradient": {"kind": args.gradient}}

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from judging import Judge
 
 from purify import DefendedClassifier, Purifier, diffpure, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable, choose
-from purify.data import DATASETS, load_dataset
-from purify.evaluate.metrics import estimate
+from purify.data import DATASETS
 from purify.evaluate.records import write_json
 from purify.machine import set_threads
 from purify.purification.purifier import twin
@@ -43,24 +42,16 @@ RELEASED: dict[str, tuple[str, Callable[[Purifier], Purifier]]] = {
 }
 
 
-def measure(name: str, dataset: str, n: int, steps: int, eot: int, draws: int) -> dict[str, str]:
+def measure(name: str, judge: Judge, steps: int, eot: int) -> dict[str, str]:
     """Accuracies in % with 95 % intervals: clean, under the released attack, under exact gradients."""
-    images, labels = (t[:n] for t in load_dataset(dataset, "test"))
-    defence = build_purifier(name, None, dataset)
-    classifier = zoo.classifier(f"{dataset}-standard")
+    defence = build_purifier(name, None, judge.dataset)
+    classifier = zoo.classifier(f"{judge.dataset}-standard")
     model = DefendedClassifier(classifier, defence)
     what, weaken = RELEASED[name]
-    attack = PGD("Linf", DATASETS[dataset].eps["Linf"], steps=steps, eot=eot)
-
-    @torch.no_grad()
-    def accuracy(x: torch.Tensor) -> str:
-        right = [model(x, sample_ids=range(n), seed=1, draw=d).argmax(1) == labels for d in range(draws)]
-        found = estimate(torch.stack(right).double().mean(0).numpy())
-        return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-
-    released = attack(DefendedClassifier(classifier, weaken(defence)), images, labels, seed=2).images
-    exact = attack(model, images, labels, seed=2).images
-    return {"clean": accuracy(images), f"released ({what})": accuracy(released), "exact": accuracy(exact)}
+    attack = PGD("Linf", DATASETS[judge.dataset].eps["Linf"], steps=steps, eot=eot)
+    attacked = {f"released ({what})": DefendedClassifier(classifier, weaken(defence)), "exact": model}
+    found = {how: judge.accuracy(model, judge.attacked(attack, target)) for how, target in attacked.items()}
+    return {how: str(value).strip() for how, value in {"clean": judge.accuracy(model), **found}.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -95,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     found = {}
     for name in names:
-        found[name] = measure(name, args.dataset, args.images, args.steps, args.eot, args.draws)
+        found[name] = measure(name, Judge(args.dataset, args.images, 0, args.draws), args.steps, args.eot)
         print(name, *(f"{what} {value}" for what, value in found[name].items()), sep="; ", flush=True)
     if args.out is not None:
         write_json(args.out, found)

@@ -60,7 +60,9 @@ def assert_finite_differences(purifier: nn.Module, x: Tensor, tolerance: float =
 
 
 def load_script(name: str) -> ModuleType:
-    """A script under benchmarks/ as a module."""
+    """A script under benchmarks/ as a module; scripts find one another there."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # its dataclasses look there

@@ -153,7 +153,6 @@ def test_a_public_combination_at_toy_size(combination, tmp_path, monkeypatch, ca
 def test_what_a_large_network_takes_is_measured(tmp_path, monkeypatch, capsys):
     plug(tmp_path, LOADED["score_sde"].format(path=str(file_of("score_sde", tmp_path))), "wide_resnet")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(BENCHMARKS)
     script = load_script("large")
     assert script.main(["--score-model", "plug.py:score", "--model", "plug.py:classifier", "--time"]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[0])

@@ -28,8 +28,11 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 def save(figure: Any, path: Path) -> Path:
     """The figure as PNG, or as SVG by the ending of ``path``: all of it or nothing."""
-    with writing(path) as partial:
-        figure.savefig(partial, format=path.suffix.removeprefix("."))
+    from matplotlib import rc_context
+
+    kind = path.suffix.removeprefix(".")
+    with writing(path) as partial, rc_context({"svg.hashsalt": path.name}):  # the same plot is the same file
+        figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return path
 
 

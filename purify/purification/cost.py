@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ def most_steps(purifier: Purifier) -> int:
 def shortened(purifier: Purifier, steps: int, rounds: int | None = None) -> Purifier:
     """The same purifier with at most so many reverse steps per round: each costs the same.
 
-    ``rounds``: at most so many, the last ones; default: all. Unchecked: a purification of few steps may end before
-    ``t_end``.
+    ``rounds``: at most so many, the last ones, and the gradient is that of all that is left; default: every round.
+    Unchecked: a purification of few steps may end before ``t_end``.
     """
-    kept = purifier.rounds if rounds is None else purifier.rounds[-rounds:]
-    return twin(purifier, plan=purifier.plan.at_most(steps), rounds=kept)
+    changed: dict[str, Any] = {"plan": purifier.plan.at_most(steps)}
+    if rounds is not None:
+        changed |= {"rounds": purifier.rounds[-rounds:], "engine": purifier.engine.whole()}
+    return twin(purifier, **changed)
 
 
 def held_bytes(purifier: Purifier, x: Tensor, rows: int, classifier: Callable[[Tensor], Tensor] | None = None) -> int:

@@ -92,6 +92,10 @@ class GradientEngine(ABC):
         kept = self.kept(step_bytes, steps, free)
         return step_bytes * max(kept, min(kept, 1) + (kept < steps))
 
+    def whole(self) -> GradientEngine:
+        """The engine of a process that is short already: where this one cuts it, one that does not."""
+        return self
+
     def check(self, task: Task) -> None:  # noqa: B027 - most engines take any task
         """Raise ValueError if the engine cannot differentiate ``task``."""
 
@@ -354,6 +358,9 @@ class Surrogate(_Budgeted):
             raise ValueError(f"The surrogate keeps rounds {tuple(kept)}, but they are 0 to {task.rounds - 1}.")
         if not isinstance(self.steps, int) and len(self.steps) != len(kept):
             raise ValueError(f"The surrogate keeps {len(kept)} rounds but has {len(self.steps)} numbers of steps.")
+
+    def whole(self) -> GradientEngine:
+        return Checkpoint(memory_budget=self.memory_budget)
 
     def shorter(self, rounds: int) -> Shorter:
         kept = range(rounds) if self.rounds is None else self.rounds

@@ -77,14 +77,14 @@ class ReverseStep:
         return self.guidance.look(self.bound, self.noise, self.index)
 
     def __call__(self, u: Tensor) -> Tensor:
-        z = self._drawn(u)
-        u, t = self._entered(u)
-        return self.rule(self.model, u, t, self.s, z, self.look)
+        return self._moved(u, self._drawn(u))
 
     def for_graph(self, u: Tensor) -> Tensor:
         """Something with the step's derivatives, for less: noise without a part in them is not made again."""
         constant = self.rule.adds_noise and not (self.t.requires_grad or self.s.requires_grad)
-        z = None if constant else self._drawn(u)
+        return self._moved(u, None if constant else self._drawn(u))
+
+    def _moved(self, u: Tensor, z: Tensor | None) -> Tensor:
         u, t = self._entered(u)
         return self.rule(self.model, u, t, self.s, z, self.look)
 

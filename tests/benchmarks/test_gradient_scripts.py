@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import BENCHMARKS, load_script
+from conftest import load_script
 
 from purify import zoo
 from purify.data import load_dataset
@@ -96,7 +96,6 @@ def test_engine_overhead(tmp_path, capsys):
 def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     """All sections but the peers' run on the CPU; one that failed stands as an error in gpu.json."""
     pytest.importorskip("torchsde")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     script = load_script("gpu")
     assert script.main(["--toy", "--out", str(tmp_path), "--only", "memory per step", "waits", "certification"]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
@@ -105,7 +104,6 @@ def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
 
 
 def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     script, out = load_script("precision_speed"), tmp_path / "p.json"
     assert script.main(["--toy", "--systems", "digits", "--repeats", "1", "--out", str(out)]) == 0
     whole, half = json.loads(out.read_text())["rows"]
@@ -120,7 +118,6 @@ def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):
 
 def test_the_dry_run_predicts_memory_within_a_quarter(tmp_path, monkeypatch, capsys):
     """Guidance and noise levels that hold graphs of their own among them; times depend on the clock."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     script, out = load_script("dry_run"), tmp_path / "d.json"
     monkeypatch.setattr(script.dryrun, "seconds", script.dryrun.seconds)  # put back what the script replaces
     tiny = ["--datasets", "digits", "--batch-size", "6", "--steps", "4", "--repeats", "1", "--out", str(out)]

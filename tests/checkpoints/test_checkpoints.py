@@ -1,14 +1,15 @@
 """Public checkpoints: the original programs' outputs, full-size layouts and memory."""
 
+import json
 import subprocess
 import sys
-import textwrap
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import BENCHMARKS
 from layouts import FOLDER, LAYOUTS, SMALL, example, full_size_file, small_model, small_weights, written
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,22 +119,6 @@ def test_full_size_names_are_those_of_an_independent_map(name):
     assert found.settings["image_shape"] == {"guided": (3, 256, 256), "improved": (3, 32, 32)}[name]
 
 
-def load_and_measure(path):
-    """Load in a process of its own; its greatest memory beyond that before loading, in bytes."""
-    code = f"""
-        import re, pathlib, diffusers.models.unets.unet_2d
-        from purify import load_score_model
-        # unlike ru_maxrss, this does not start from the memory of the process that started this one
-        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-        before = peak()
-        model = load_score_model({str(path)!r})
-        print(peak() - before, sum(p.numel() for p in model.parameters()))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    memory, parameters = map(int, done.stdout.split())
-    return memory, parameters
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads its memory from Linux")
 @pytest.mark.parametrize(
     "name",
@@ -141,11 +126,11 @@ def load_and_measure(path):
 )
 def test_full_size_layouts_load_in_little_more_than_the_files_size(name, tmp_path):
     path = full_size_file(name, tmp_path)
-    size = sum(f.stat().st_size for f in tmp_path.iterdir())
-    memory, parameters = load_and_measure(path)
-    print(f"{name}: {memory / size:.3f} of the file's {size / 1e6:.0f} MB")
-    assert parameters == LAYOUTS["full"][name]["parameters"]
-    assert memory < 1.1 * size + 2**24  # what any process needs besides, however small the file
+    command = [sys.executable, BENCHMARKS / "large.py", "--score-model", path]  # in a process of its own
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0])
+    print(f"{name}: {row['loading']:.3f} of the file's {row['file MB']:.0f} MB")
+    assert row["parameters"] == LAYOUTS["full"][name]["parameters"]
+    assert row["loading"] < 1.1 + 16 / row["file MB"]  # what any process needs besides, however small the file
     for file in tmp_path.iterdir():
         file.unlink()
 

@@ -15,7 +15,6 @@ from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import Race
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.cost import shortened
-from purify.purification.gradients import Surrogate
 
 ROUNDS = 2  # of the shorter process at most, the last ones
 SHORT = 3  # its reverse steps, shared by its rounds: at least one in each
@@ -126,10 +125,7 @@ def shorter(model: Any) -> nn.Module:
     """``model`` with the last ``ROUNDS`` rounds at most, and ``SHORT`` reverse steps in all, or one in each.
 
     Where time stands still, with the share ``HELD`` of its steps: so few as ``SHORT`` would hardly purify.
-    A surrogate engine, which is made for all rounds, makes room for the gradient of this process, itself a surrogate.
     """
-    if isinstance(model.purifier.engine, Surrogate):
-        model = model.with_gradient("checkpoint")
     purifier = model.purifier
     rounds = min(ROUNDS, len(purifier.rounds))
     steps = math.ceil(HELD * purifier.most_steps_by_round()[-1]) if purifier.rule.held else max(1, SHORT // rounds)
