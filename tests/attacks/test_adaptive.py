@@ -280,6 +280,20 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
             assert (result.calls > 0).all()
 
 
+def test_guidance_is_held_constant_only_where_a_network_is_differentiated_for_it():
+    """GDMP's distance of pixels and the corrections lead the input into every step, which an attack must see."""
+    held = {}
+    for name, preset in PURIFIERS.items():
+        options = {"auxiliary": TinyConvolutions()} if name in ("agdm", "heterogeneous") else {}
+        model = DefendedClassifier(TinyClassifier(), preset(smooth_model(), 0.3, 3, "ddpm", **options))
+        attack = Adaptive("Linf", 0.1, calls=2000)
+        guidances = [phase.model.purifier.guidance for stage in attack.stages(model) for phase in stage.phases]
+        held[name] = any(guidance is not None and not guidance.second_order for guidance in guidances)
+        mixed = any(phase.mix is not None for stage in attack.stages(model) for phase in stage.phases)
+        assert held[name] == mixed == (attack.warm(model) > 0)
+    assert [name for name, one in held.items() if one] == ["agdm"]
+
+
 def test_the_gradient_goes_through_the_level(images, labels):
     """The whole process is climbed with t*(x) as it is, not held constant."""
     model = DefendedClassifier(TinyClassifier(), varying())

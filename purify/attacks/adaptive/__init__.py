@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, plan
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, network_guided, plan
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -42,8 +42,8 @@ class Adaptive(Attack):
     """The strongest white-box attack that a budget of network calls allows, put together for each model.
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
-    iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Guided purifiers
-    are also climbed with the guidance held constant, from where their guide is deceived; where t* varies, images whose
+    iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Purifiers
+    guided by a network are also climbed with the guidance held constant, from where it is deceived; where t* varies, images whose
     t* a probe lowers are climbed towards a smaller one. On a model without randomness:
     the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
@@ -117,11 +117,11 @@ class Adaptive(Attack):
 
     def warm(self, model: Any) -> int:
         """Calls of the warm start."""
-        return 0 if model.auxiliary is None else GUIDE_STEPS * GRADIENT + 1
+        return GUIDE_STEPS * GRADIENT + 1 if network_guided(model) else 0
 
     def _start(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
         """Where the first climb begins, and what may be chosen besides its iterates."""
-        if model.auxiliary is not None:
+        if network_guided(model):
             guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
             deceived = guide.run(model, x, y, ids, derive_seed(seed, "guide")).images
             return deceived, [deceived]

@@ -132,9 +132,19 @@ def shorter(model: Any) -> nn.Module:
     return model.with_purifier(shortened(purifier, steps, rounds))
 
 
+def network_guided(model: Any) -> bool:
+    """Whether the gradient of an auxiliary network guides its reverse steps.
+
+    Its second derivative may turn an attack's gradient upside down (a step overshoots). Other guidances and corrections
+    lead the input itself into the steps, and held constant they would hide that.
+    """
+    guidance = model.purifier.guidance
+    return model.auxiliary is not None and guidance.takes_gradients
+
+
 def first_order(model: Any) -> nn.Module:
-    """``model`` with what guides it held constant in the gradient; itself where nothing does."""
-    return model.with_gradient(second_order=False) if model.guided else model
+    """``model`` with the network that guides it held constant in the gradient; itself where none does."""
+    return model.with_gradient(second_order=False) if network_guided(model) else model
 
 
 def lower(phase: Phase) -> Phase:
@@ -153,7 +163,7 @@ def sized(phase: Phase, share: float) -> Phase:
 
 def plan(model: Any, climb: Climb, budget: int) -> Plan:
     """What an attack on a purified classifier does, at ``budget`` calls for one image."""
-    climb = replace(climb, scaled=model.guided)
+    climb = replace(climb, scaled=network_guided(model))
     if not model.level_varies:
         return Plan(tuple(stages(model, climb, budget)))
     probe = lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
@@ -163,7 +173,7 @@ def plan(model: Any, climb: Climb, budget: int) -> Plan:
 
 def stages(model: Any, climb: Climb, budget: int, falls: bool = False) -> Iterator[Stage]:
     """Climbs on the shorter process, then on the whole one; all towards smaller t* where it ``falls``."""
-    given = int(model.auxiliary is not None)  # the start may be chosen where it is more than random
+    given = int(network_guided(model))  # the start may be chosen where it is more than random
     answers = budget / calls(model).forward
     first, then = (falling if falls else staying)(model, climb)
     stage = _stage(first, CLIMB_SHORT * budget, int(CHOOSE_SHORT * answers), given, 0)
@@ -173,10 +183,10 @@ def stages(model: Any, climb: Climb, budget: int, falls: bool = False) -> Iterat
 
 def staying(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
     """Climbs at t*(x): on the shorter process, and then on the whole one at half the step size."""
-    mix = None if model.auxiliary is None else Mix(model.auxiliary)
+    mix = Mix(model.auxiliary) if network_guided(model) else None
     half = replace(climb, step_size=climb.eps / 2 or None)
     full = [Phase("exact", model, half, whole=True)]
-    if model.guided:
+    if mix is not None:
         full.append(Phase("first-order", first_order(model), half, mix, whole=True))
     return [Phase("short", first_order(shorter(model)), climb, mix)], full
 
