@@ -43,9 +43,9 @@ class Adaptive(Attack):
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Purifiers
-    guided by a network are also climbed with the guidance held constant, from where it is deceived; where t* varies, images whose
-    t* a probe lowers are climbed towards a smaller one. On a model without randomness:
-    the better of PGD and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
+    guided by a network are also climbed with the guidance held constant, from where it is deceived; where t* varies,
+    images whose t* a probe lowers are climbed towards a smaller one. On a model without randomness: the better of PGD
+    and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
