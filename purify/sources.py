@@ -134,24 +134,31 @@ def size(image: Tensor) -> str:
 
 
 def read_picture(path: Path) -> Tensor:
-    """A PNG or JPEG as 8-bit values (C, H, W), turned as its EXIF says; one channel if it is grey, without alpha.
+    """A PNG or JPEG as 8-bit values (C, H, W), turned as its EXIF says; one channel if it is grey.
 
     Raises:
-        ValueError: it is no picture, truncated, or has more than 8 bits per channel.
+        ValueError: it is no picture, truncated, has transparent pixels, or more than 8 bits per channel.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)
-            mode = picture.mode
+            mode, clear = picture.mode, _transparent(picture)
             plain = picture.convert("L" if mode in ("1", "L", "LA") else "RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read ({str(error).splitlines()[0]}).") from error
     if mode.startswith(("I", "F")):
         raise ValueError(f"{path} has more than 8 bits per pixel; convert it to 8 bits first.")
+    if clear:
+        raise ValueError(f"{path} has transparent pixels, whose colour nobody sees; put it on a background first.")
     values = torch.from_numpy(np.array(plain))
     return values[None] if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
+
+
+def _transparent(picture: Any) -> bool:
+    """Whether a pixel of a PIL picture is not opaque."""
+    return bool(picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255)
 
 
 def to_images(values: Any, what: str) -> Tensor:

@@ -124,6 +124,22 @@ def test_files_that_are_no_data_are_refused_in_a_sentence(tmp_path):
         resolve_data("FashionMNIST")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_refused_and_opaque_ones_are_as_without_alpha(tmp_path, mode):
+    plain = Image.new("RGB" if mode == "RGBA" else "L", (3, 2), 7)
+    opaque, clear = tmp_path / "opaque.png", tmp_path / "clear.png"
+    plain.convert("LA" if mode == "P" else mode).save(opaque)
+    if mode == "P":
+        plain.convert("P").save(clear, transparency=7)
+    else:
+        seen = plain.convert(mode)
+        seen.putalpha(254)
+        seen.save(clear)
+    assert torch.equal(read_picture(opaque), torch.from_numpy(np.atleast_3d(np.array(plain))).permute(2, 0, 1))
+    with pytest.raises(ValueError, match="transparent pixels"):
+        read_picture(clear)
+
+
 def test_pictures_are_turned_as_they_say_and_deep_ones_refused(tmp_path):
     turned = Image.new("L", (4, 2))
     turned.putpixel((0, 0), 255)
