@@ -69,6 +69,14 @@ RECIPES: dict[str, Recipe] = {
         Hyper(steps=3_000, batch_size=64, lr=2e-3, ema=0.998),
         prediction="velocity",
     ),
+    "fashion_mnist-flow": Recipe(
+        "score",
+        "fashion_mnist",
+        FASHION_UNET,
+        FlowMatching(),
+        Hyper(steps=6_000, batch_size=64, lr=1.5e-3, ema=0.998),
+        prediction="velocity",
+    ),
     # Told the class: a diffusion classifier, and without a class a score model.
     "digits-classes": Recipe(
         "score",
@@ -133,6 +141,14 @@ RECIPES: dict[str, Recipe] = {
         Hyper(steps=1_000, batch_size=64, lr=4e-4, warmup=50, ema=0.995),
         start="digits",
     ),
+    "fashion_mnist-adbm": Recipe(
+        "score",
+        "fashion_mnist",
+        FASHION_UNET,
+        BridgeLoss("fashion_mnist-standard", 0.1),
+        Hyper(steps=1_000, batch_size=64, lr=4e-4, warmup=50, ema=0.995),
+        start="fashion_mnist",
+    ),
     # One trained at adversarial noise (ADDT); unit grows with eps from the paper's 0.03 at 8/255.
     "digits-addt": Recipe(
         "score",
@@ -142,6 +158,14 @@ RECIPES: dict[str, Recipe] = {
         Hyper(steps=400, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
         start="digits",
     ),
+    "fashion_mnist-addt": Recipe(
+        "score",
+        "fashion_mnist",
+        FASHION_UNET,
+        ADDTLoss("fashion_mnist-standard", unit=0.1, most=0.5),
+        Hyper(steps=400, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
+        start="fashion_mnist",
+    ),
     # A consistency function for one- and two-step purification.
     "digits-consistency": Recipe(
         "score",
@@ -150,6 +174,14 @@ RECIPES: dict[str, Recipe] = {
         ConsistencyDistillation("digits"),
         Hyper(steps=800, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
         start="digits",
+    ),
+    "fashion_mnist-consistency": Recipe(
+        "score",
+        "fashion_mnist",
+        FASHION_UNET,
+        ConsistencyDistillation("fashion_mnist"),
+        Hyper(steps=800, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
+        start="fashion_mnist",
     ),
     # Classifiers that stand behind a purifier: DiffPure, and one step of it against attacks through both.
     "digits-purified": Recipe(
@@ -167,6 +199,22 @@ RECIPES: dict[str, Recipe] = {
         PurifiedCrossEntropy("digits", 0.03, 1, "one-shot", eps=0.3, attack_steps=3),
         Hyper(steps=200, batch_size=64, lr=5e-4, warmup=50, ema=0.99, weight_decay=1e-4),
         start="digits-at",
+    ),
+    "fashion_mnist-purified": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        PurifiedCrossEntropy("fashion_mnist", 0.2),
+        Hyper(steps=300, batch_size=64, lr=5e-4, warmup=50, ema=0.99, weight_decay=1e-4),
+        start="fashion_mnist-standard",
+    ),
+    "fashion_mnist-purified-at": Recipe(
+        "classifier",
+        "fashion_mnist",
+        FASHION_CNN,
+        PurifiedCrossEntropy("fashion_mnist", 0.03, 1, "one-shot", eps=0.1, attack_steps=3),
+        Hyper(steps=200, batch_size=64, lr=5e-4, warmup=50, ema=0.99, weight_decay=1e-4),
+        start="fashion_mnist-at",
     ),
     # Calibrated score models for denoised smoothing, from the ones above.
     "digits-calibrated": Recipe(
