@@ -69,14 +69,6 @@ RECIPES: dict[str, Recipe] = {
         Hyper(steps=3_000, batch_size=64, lr=2e-3, ema=0.998),
         prediction="velocity",
     ),
-    "fashion_mnist-flow": Recipe(
-        "score",
-        "fashion_mnist",
-        FASHION_UNET,
-        FlowMatching(),
-        Hyper(steps=6_000, batch_size=64, lr=1.5e-3, ema=0.998),
-        prediction="velocity",
-    ),
     # Told the class: a diffusion classifier, and without a class a score model.
     "digits-classes": Recipe(
         "score",
@@ -174,14 +166,6 @@ RECIPES: dict[str, Recipe] = {
         ConsistencyDistillation("digits"),
         Hyper(steps=800, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
         start="digits",
-    ),
-    "fashion_mnist-consistency": Recipe(
-        "score",
-        "fashion_mnist",
-        FASHION_UNET,
-        ConsistencyDistillation("fashion_mnist"),
-        Hyper(steps=800, batch_size=64, lr=4e-4, warmup=50, ema=0.99),
-        start="fashion_mnist",
     ),
     # Classifiers that stand behind a purifier: DiffPure, and one step of it against attacks through both.
     "digits-purified": Recipe(
