@@ -102,7 +102,8 @@ def available(dataset: str) -> dict[str, System]:
 def measure(system: System, judge: Judge, calls: int) -> dict[str, Any]:
     """Accuracy clean and under the adaptive attack."""
     model = system.build(judge.dataset)
-    found = judge.attacked(Adaptive("Linf", DATASETS[judge.dataset].eps["Linf"], calls=calls), model)
+    attack = Adaptive("Linf", DATASETS[judge.dataset].eps["Linf"], calls=calls).fitted(model)
+    found = judge.attacked(attack, model)
     clean, worst = vars(judge.accuracy(model)), vars(judge.accuracy(model, found))
     return {**vars(judge), "calls": calls, "clean": clean, "worst": worst}
 

@@ -188,6 +188,10 @@ class Attack(ABC):
         """``counted`` on ``model``."""
         return self.counted
 
+    def fitted(self, model: nn.Module) -> Attack:
+        """The same attack with as much of its budget as ``model`` takes at least; a warning where that is more."""
+        return self
+
     def on_deterministic(self) -> Attack:
         """The same attack on a model without randomness, where averaging over draws would be a waste."""
         return self

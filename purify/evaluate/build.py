@@ -243,7 +243,7 @@ def build_purified(
         gradient=gradient_config(e), shape=request.data.shape, **options,
     )  # fmt: skip
     model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(request.device)
-    applicable = [a for a in attacks if a.applies_to(model)]
+    applicable = [a.fitted(model) for a in attacks if a.applies_to(model)]
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
     if not applicable:
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")

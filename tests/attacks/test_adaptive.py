@@ -105,7 +105,7 @@ def uncounted(plan, used):
     """Calls of the statistics' own way back, which hooks on forward passes do not see, of images that took these."""
     if plan.probe is None:
         return 0
-    stages = (Stage((plan.probe,), Race(1, 0)), *plan.longest)
+    stages = (Stage((plan.probe,), Race(1, 0), 0), *plan.longest)
     total, before = 0, 0
     for stage in stages:
         climbs = [p for p in stage.phases if p.lowers]
@@ -154,6 +154,24 @@ def test_the_probe_tells_whose_level_falls(images, labels, monkeypatch):
         monkeypatch.setattr(phases, "FALLEN", 2.0 if fallen else 0.0)
         alone = attack.run(model, images[mine], labels[mine], IDS[mine], 0)
         assert torch.equal(found.images[mine], alone.images)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(name, images, labels):
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    with pytest.warns(UserWarning, match=r"takes at least (\d+) network calls .* in place of 1\.") as said:
+        least = Adaptive("Linf", 0.1, calls=1).fitted(model).calls
+    assert f" {least} " in str(said[0].message)
+    for budget in range(least, 5 * least, max(1, least // 7)):
+        attack = Adaptive("Linf", 0.1, calls=budget)
+        assert attack.fitted(model) is attack
+        plan = attack.plan(model)
+        for stages in filter(None, (plan.stages, plan.fallen)):
+            assert attack.warm(model) + plan.probing + sum(stage.calls for stage in stages) <= budget
+    attack = Adaptive("Linf", 0.1, calls=least)
+    assert all(phase.climb.steps == phase.climb.eot == 1 for stage in attack.stages(model) for phase in stage.phases)
+    with pytest.raises(ValueError, match=f"at least {least} network calls .* got {least - 1}; give as many"):
+        replace(attack, calls=least - 1)(model, images, labels)
 
 
 def test_several_purifications_cost_as_many(images, labels, monkeypatch):
@@ -275,7 +293,7 @@ def test_it_applies_to_every_purifier_and_level_of_the_registry(images, labels):
             options = {"auxiliary": TinyConvolutions()} if name in ("agdm", "heterogeneous") else {}
             options |= {"scale": 1.0} if name == "gdmp" else {}
             model = DefendedClassifier(TinyClassifier(), preset(score_model, rule, 3, "ddpm", **options))
-            result = Adaptive("Linf", 0.1, calls=200)(model, images[:2], labels[:2])
+            result = Adaptive("Linf", 0.1, calls=700)(model, images[:2], labels[:2])
             assert result.images.shape == images[:2].shape
             assert (result.calls > 0).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, network_guided, plan
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, network_guided, plan
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -49,8 +50,8 @@ class Adaptive(Attack):
 
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
-            purifier answers, however many calls one of them takes. Every climb has a step at least: fewer calls than
-            those take (45 on DiffPure with 10 steps, 252 on GNS) are exceeded.
+            purifier answers, however many calls one of them takes. Every climb has a step at least, which takes 45 on
+            DiffPure with 10 steps, 252 on GNS and 264 on AGDM: fewer are refused, and raised by :meth:`fitted`.
         max_rows: images times draws that go through the model at once.
     """
 
@@ -92,7 +93,7 @@ class Adaptive(Attack):
         call = keyed(model, derive_seed(seed, "select"))
         winner = stage.race.run(call, torch.stack([*found, *climbed]), *own[1:], self.max_rows)
         state.best[rows], state.loss[rows] = winner.images, winner.loss
-        state.used[rows] += stage.climbs + extra + stage.race.used * calls(model).forward
+        state.used[rows] += stage.calls + extra
         for answers in (*answered, winner.submitted):
             state.submitted.include(rows, answers)
         return rows[~winner.broken], winner.images[~winner.broken]
@@ -104,8 +105,30 @@ class Adaptive(Attack):
         return lowered(probe.model, last, ids, derive_seed(seed, "asked")), target.inside.tries * probe.drawn
 
     def plan(self, model: Any) -> Plan:
-        """What is done to a purified model, and what each part may spend."""
+        """What is done to a purified model, and what each part may spend.
+
+        Raises:
+            ValueError: there are fewer calls than a step of every climb takes.
+        """
+        least = self.least(model)
+        if self.calls < least:
+            raise ValueError(f"{self._takes(least)}, got {self.calls}; give as many.")
         return plan(model, self._climb, self.calls - self.warm(model))
+
+    def least(self, model: Any) -> int:
+        """Calls of a step of every climb on a purified model."""
+        return self.warm(model) + needed(model, self._climb)
+
+    @staticmethod
+    def _takes(least: int) -> str:
+        return f"The adaptive attack takes at least {least} network calls for an image of this purifier"
+
+    def fitted(self, model: nn.Module) -> Attack:
+        if not isinstance(model, DefendedClassifier) or self.calls >= self.least(model):
+            return self
+        least = self.least(model)
+        warnings.warn(f"{self._takes(least)}; it gets these in place of {self.calls}.", stacklevel=2)
+        return replace(self, calls=least)
 
     def stages(self, model: Any) -> Sequence[Stage]:
         """The stages of an image that takes most calls."""

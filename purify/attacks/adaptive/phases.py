@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -78,15 +78,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Stage:
-    """Climbs from one start, and the race among what they found."""
+    """Climbs from one start, and the race among what they found, whose answers take ``each`` network calls."""
 
     phases: tuple[Phase, ...]
     race: Race
+    each: int
 
     @property
     def climbs(self) -> int:
         """Network calls of the climbs, for one image."""
         return sum(phase.calls for phase in self.phases)
+
+    @property
+    def calls(self) -> int:
+        """Network calls of climbs and race, for one image."""
+        return self.climbs + self.race.used * self.each
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Plan:
     @property
     def longest(self) -> tuple[Stage, ...]:
         """The stages of an image that takes most calls."""
-        return max(self.stages, self.fallen, key=lambda stages: sum(stage.climbs for stage in stages))
+        return max(self.stages, self.fallen, key=lambda stages: sum(stage.calls for stage in stages))
 
 
 @torch.no_grad()
@@ -161,24 +167,62 @@ def sized(phase: Phase, share: float) -> Phase:
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
 
+def fitted(phases: list[Phase], share: float) -> tuple[Phase, ...]:
+    """The phases with equal parts of ``share`` calls, but each with those of a step of one draw at least."""
+    parts = [share / len(phases)] * len(phases)
+    if any(part < phase.each(1) for part, phase in zip(parts, phases, strict=True)):
+        spare = max(0.0, share - least(phases)) / len(phases)
+        parts = [phase.each(1) + spare for phase in phases]
+    return tuple(sized(phase, part) for phase, part in zip(phases, parts, strict=True))
+
+
+def least(phases: Iterable[Phase]) -> int:
+    """Network calls of one step of one draw in each phase."""
+    return sum(phase.each(1) for phase in phases)
+
+
 def plan(model: Any, climb: Climb, budget: int) -> Plan:
-    """What an attack on a purified classifier does, at ``budget`` calls for one image."""
+    """What an attack on a purified classifier does, at ``budget`` calls for one image, which are those of every climb's
+    first step at least: :func:`needed`."""
     climb = replace(climb, scaled=network_guided(model))
+    stay = staying(model, climb)
     if not model.level_varies:
-        return Plan(tuple(stages(model, climb, budget)))
-    probe = lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
+        return Plan(stages(model, *stay, budget))
+    probe = _probe(model, climb)
     left = budget - Plan((), probe).probing
-    return Plan(tuple(stages(model, climb, left)), probe, tuple(stages(model, climb, left, falls=True)))
+    return Plan(stages(model, *stay, left), probe, stages(model, *falling(model, climb), left))
 
 
-def stages(model: Any, climb: Climb, budget: int, falls: bool = False) -> Iterator[Stage]:
-    """Climbs on the shorter process, then on the whole one; all towards smaller t* where it ``falls``."""
+def needed(model: Any, climb: Climb) -> int:
+    """Network calls of one step of one draw in every climb, and of the probe."""
+    climbs = [staying(model, climb)]
+    probing = 0
+    if model.level_varies:
+        climbs.append(falling(model, climb))
+        probing = Plan((), _probe(model, climb)).probing
+    return probing + max(least(first) + least(then) for first, then in climbs)
+
+
+def stages(model: Any, first: list[Phase], then: list[Phase], budget: int) -> tuple[Stage, Stage]:
+    """Climbs on the shorter process, then on the whole one; each is followed by a race for what climbs leave of it."""
+    each = calls(model).forward
+    short = fitted(first, min(CLIMB_SHORT * budget, budget - least(then)))
+    left = budget - sum(phase.calls for phase in short)
+    full = fitted(then, min(CLIMB_FULL * budget, left))
+    answers = (left - sum(phase.calls for phase in full)) // each
     given = int(network_guided(model))  # the start may be chosen where it is more than random
-    answers = budget / calls(model).forward
-    first, then = (falling if falls else staying)(model, climb)
-    stage = _stage(first, CLIMB_SHORT * budget, int(CHOOSE_SHORT * answers), given, 0)
-    yield stage
-    yield _stage(then, CLIMB_FULL * budget, int(CHOOSE_FULL * answers), 1, stage.race.draws)
+    race = Race(given + _kept(short), min(int(CHOOSE_SHORT * (budget / each)), answers))
+    last = Race(1 + _kept(full), min(int(CHOOSE_FULL * (budget / each)), answers - race.used), race.draws)
+    return Stage(short, race, each), Stage(full, last, each)
+
+
+def _kept(phases: Iterable[Phase]) -> int:
+    """Iterates that may be chosen."""
+    return sum(len(phase.marks) for phase in phases)
+
+
+def _probe(model: Any, climb: Climb) -> Phase:
+    return lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
 
 
 def staying(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
@@ -195,12 +239,3 @@ def falling(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:
     """Climbs towards smaller t*: on the shorter process from the clean image, and then on the whole one."""
     short = Phase("short-level", first_order(shorter(model)), climb, clean=True)
     return [lower(short)], [lower(Phase("level", model, climb))]
-
-
-def _stage(phases: list[Phase], climbs: float, answers: int, given: int, first: int) -> Stage:
-    """A stage whose phases share ``climbs`` calls, and whose race may ask for so many answers.
-
-    ``given``: candidates besides their iterates; ``first``: the first draw that they are judged on.
-    """
-    found = tuple(sized(phase, climbs / len(phases)) for phase in phases)
-    return Stage(found, Race(given + sum(len(phase.marks) for phase in found), answers, first))
