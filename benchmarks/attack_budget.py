@@ -46,7 +46,7 @@ from purify.attacks import (
     Transfer,
 )
 from purify.attacks.adaptive import phases
-from purify.checks import choose
+from purify.checks import check_count, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
@@ -143,8 +143,7 @@ def named(attack: Any) -> str:
 def price(attack: Any, model: Any) -> int:
     """Network calls for one image, of attacks that take gradients of the purifier."""
     if isinstance(attack, Adaptive):
-        plan = attack.stages(model)
-        return attack.warm(model) + sum(s.climbs + s.race.used * calls(model).forward for s in plan)
+        return attack.warm(model) + sum(stage.calls for stage in attack.stages(model))
     if isinstance(attack, Transfer):  # steps on a bare network
         return attack.steps * GRADIENT
     weighted = isinstance(attack, NormAutoAttackRand)  # a wrapper around the whole
@@ -191,7 +190,7 @@ def run(bench: Bench, systems: list[str], minutes: float, together: bool, rows: 
             if time.monotonic() > end:
                 print(f"Time is up before {system}, {name}; the same command goes on from here.")
                 return
-            row = measure(bench, system, name, attack, model)
+            row = measure(bench, system, name, attack.fitted(model), model)
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(row))
@@ -314,6 +313,35 @@ def constants(asked: str) -> tuple[str, ...]:
     return found
 
 
+def counts(asked: str) -> tuple[int, ...]:
+    """Network calls of more rows.
+
+    Raises:
+        ValueError: one of them is no whole number above 0.
+    """
+    found = [int(part) if part.isdecimal() else part for part in asked.split(",") if part]
+    for one in found:
+        check_count(one, "--calls")
+    return tuple(map(int, found))
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that means nothing, or a folder that cannot be written to."""
+    for name in ("images", "steps", "eot", "judge_draws", "threads"):
+        check_count(getattr(args, name), f"--{name.replace('_', '-')}")
+    check_count(args.seed, "--seed", 0)
+    if not args.minutes >= 0:
+        raise ValueError(f"--minutes must be a number of at least 0, got {args.minutes}.")
+    check_writable(args.out / "attack_budget.json")
+
+
+def check_rows(bench: Bench, systems: list[str], together: bool, rows: list[str]) -> None:
+    """Raise ValueError if no row is named like one of ``rows``."""
+    names = {name: None for system in systems for name, _ in bench.attacks(bench.model(system), together)}
+    if rows and not any(part in name for part in rows for name in names):
+        raise ValueError(f"--rows {','.join(rows)} names none of the rows: {', '.join(names)}.")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", default=",".join(SYSTEMS), help="purifiers or noise levels, separated by commas")
@@ -340,16 +368,18 @@ def main(argv: list[str] | None = None) -> int:
         eps = choose(args.threat_model, data.eps, "threat model")
         for system in systems:
             choose(system, PURIFIERS | LEVELS, "system")
-        changed = constants(args.constants)
+        changed, rows = constants(args.constants), [part for part in args.rows.split(",") if part]
+        check_numbers(args)
+        bench = Bench(
+            args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed,
+            args.out, args.strongest, counts(args.calls), args.half, changed,
+        )  # fmt: skip
+        check_rows(bench, systems, not args.alone, rows)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
-    bench = Bench(
-        args.dataset, args.threat_model, eps, args.images, args.steps, args.eot, args.judge_draws, args.seed, args.out,
-        args.strongest, tuple(int(n) for n in args.calls.split(",") if n), args.half, changed,
-    )  # fmt: skip
-    run(bench, systems, args.minutes, not args.alone, [part for part in args.rows.split(",") if part])
+    run(bench, systems, args.minutes, not args.alone, rows)
     report(bench, systems, not args.alone)
     return 0
 

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from purify.checks import check_count, check_writable, choose
 from purify.leaderboard.links import portable
 
 ATTACKS = "random-noise,transfer,guide-transfer,adaptive"  # those that do not apply to a purifier are left out
@@ -101,9 +102,33 @@ def work(run: Run, args: argparse.Namespace, end: float) -> None:
 
 def keep(out: Path, kept: Path) -> None:
     """Copy what the leaderboard shows of a run; its options and commands without the folders of this machine."""
-    shutil.copytree(out, kept, ignore=shutil.ignore_patterns("adversarial", ".lock", "*.png"))
+    partial = kept.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(out, partial, ignore=shutil.ignore_patterns("adversarial", ".lock", "*.png"))
     for name in ("run.yaml", "manifest.json"):
-        (kept / name).write_text(portable((kept / name).read_text()))
+        (partial / name).write_text(portable((partial / name).read_text()))
+    partial.rename(kept)  # whole or not at all
+
+
+def check(args: argparse.Namespace) -> list[Run]:
+    """The runs that are asked for.
+
+    Raises:
+        ValueError: an unknown data set, no run of such a name, a number that means nothing, a folder that cannot be
+            written to.
+    """
+    datasets, only = ([part for part in given.split(",") if part] for given in (args.dataset, args.only))
+    for dataset in datasets:
+        choose(dataset, IMAGES, "data set")
+    found = list(runs(datasets, only))
+    if not found:
+        raise ValueError(f"--only {args.only} names no run: {', '.join(run.name for run in runs(datasets, []))}.")
+    check_count(args.workers, "--workers")
+    if not args.minutes >= 0:
+        raise ValueError(f"--minutes must be a number of at least 0, got {args.minutes}.")
+    for folder, option in ((args.out, "--out"), (args.keep, "--keep")):
+        check_writable(folder / "anything", option)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,12 +141,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, default=Path("docs/leaderboard/runs"), help="where complete ones go")
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
-    asked = list(runs(args.dataset.split(","), [part for part in args.only.split(",") if part]))
+    try:
+        asked = check(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(lambda run: work(run, args, end), asked))
     missing = [run.name for run in asked if not (args.keep / run.name).exists()]
     print(f"{len(asked) - len(missing)} of {len(asked)} runs are complete; not: {', '.join(missing) or 'none'}.")
-    return 0
+    return int(bool(missing))
 
 
 if __name__ == "__main__":

@@ -143,21 +143,24 @@ def read_picture(path: Path) -> Tensor:
 
     try:
         with Image.open(path) as opened:
+            stored = {str(tile[3]) for tile in opened.tile}  # how values are coded, until they are decoded
             picture = ImageOps.exif_transpose(opened)
-            mode, clear = picture.mode, _transparent(picture)
+            mode, clear = picture.mode, _transparent(picture, stored)
             plain = picture.convert("L" if mode in ("1", "L", "LA") else "RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read ({str(error).splitlines()[0]}).") from error
-    if mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has more than 8 bits per pixel; convert it to 8 bits first.")
+    if mode.startswith(("I", "F")) or any(kind.endswith(";16B") for kind in stored):
+        raise ValueError(f"{path} has more than 8 bits per channel; convert it to 8 bits first.")
     if clear:
         raise ValueError(f"{path} has transparent pixels, whose colour nobody sees; put it on a background first.")
     values = torch.from_numpy(np.array(plain))
     return values[None] if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
 
 
-def _transparent(picture: Any) -> bool:
-    """Whether a pixel of a PIL picture is not opaque."""
+def _transparent(picture: Any, stored: set[str]) -> bool:
+    """Whether a pixel of a PIL picture is not opaque, or may not be: PIL misses the transparent grey of few bits."""
+    if stored & {"1", "L;2", "L;4"}:
+        return "transparency" in picture.info
     return bool(picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255)
 
 
@@ -167,7 +170,7 @@ def to_images(values: Any, what: str) -> Tensor:
     Raises:
         ValueError: another shape, type or range.
     """
-    x = torch.as_tensor(np.array(values) if not isinstance(values, Tensor) else values)
+    x = _numbers(values, f"The images of {what}")
     if x.ndim == 3:
         x = x[:, None]
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
@@ -182,10 +185,20 @@ def to_images(values: Any, what: str) -> Tensor:
     return x.float().contiguous()
 
 
+def _numbers(values: Any, which: str) -> Tensor:
+    """Values as a tensor; ValueError for text and other objects."""
+    if isinstance(values, Tensor):
+        return values
+    array = np.array(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{which} are of type {array.dtype} and no numbers; give numbers (labels from 0).")
+    return torch.as_tensor(array)
+
+
 def checked(values: Any, labels: Any, what: str) -> Loaded:
     """Images and labels of a source, as data sets have them."""
     images = to_images(values, what)
-    y = torch.as_tensor(np.array(labels) if not isinstance(labels, Tensor) else labels)
+    y = _numbers(labels, f"The labels of {what}")
     try:
         check_labels(y.long() if not y.is_floating_point() and y.dtype != torch.bool else y, len(images))
     except ValueError as error:

@@ -1,5 +1,8 @@
 """Data and parts of one's own: folders, arrays and functions give the tensors that they were made from."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,7 @@ def test_splits_of_a_folder_and_colours(tmp_path):
         ({"images": np.full((40, 1, 8, 8), np.nan, np.float32)}, "NaN"),
         ({"images": np.zeros((40, 5, 8, 8), np.float32)}, "with 1 or 3 channels"),
         ({"images": np.zeros((0, 1, 8, 8), np.float32)}, "have shape"),
+        ({"labels": np.array(40 * ["cat"])}, "labels of .* are of type <U3 and no numbers"),
         ({"images": np.array([None, object()])}, "cannot be read"),  # would be pickled
     ],
 )
@@ -124,6 +128,33 @@ def test_files_that_are_no_data_are_refused_in_a_sentence(tmp_path):
         resolve_data("FashionMNIST")
 
 
+def png(bits, colour, row, extra=b""):
+    """A PNG of 2 x 2 pixels by hand: what PIL writes is not all that there is."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, bits, colour, 0, 0, 0)
+    data = zlib.compress(2 * (b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_what_pictures_hold_beyond_8_opaque_bits_is_refused(tmp_path):
+    key = struct.pack(">I", 2) + b"tRNS" + b"\0\1" + struct.pack(">I", zlib.crc32(b"tRNS\0\1"))
+    for content, message in (
+        (png(16, 2, 12 * b"\x12"), "more than 8 bits per channel"),
+        (png(16, 4, 8 * b"\xff"), "more than 8 bits per channel"),
+        (png(2, 0, b"\x50", key), "transparent pixels"),
+        (png(2, 0, b"\x50", key[:-9]), "is no picture that can be read"),
+    ):
+        path = tmp_path / "picture.png"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"picture\.png (has|is).*{message.removeprefix('is ')}"):
+            read_picture(path)
+    path.write_bytes(png(2, 0, b"\x50"))
+    assert read_picture(path).tolist() == [[[85, 85], [85, 85]]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_are_refused_and_opaque_ones_are_as_without_alpha(tmp_path, mode):
     plain = Image.new("RGB" if mode == "RGBA" else "L", (3, 2), 7)
@@ -148,7 +179,7 @@ def test_pictures_are_turned_as_they_say_and_deep_ones_refused(tmp_path):
     turned.save(tmp_path / "turned.png", exif=exif)
     assert read_picture(tmp_path / "turned.png").shape == (1, 4, 2)
     Image.fromarray(np.full((3, 3), 40000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="more than 8 bits"):
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
         read_picture(tmp_path / "deep.png")
 
 

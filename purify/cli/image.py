@@ -77,7 +77,8 @@ def run(args: argparse.Namespace, command: str) -> int:
     device = check_device(args.device)
     inputs = [read(path) for path in files(args.inputs)]
     targets = [target(args.out, one.path, r, args.purifications) for one in inputs for r in range(args.purifications)]
-    check_targets(targets, [one.path for one in inputs], args.out, args.overwrite)
+    pictures = [before_after(args.out, one.path) for one in inputs if args.picture]
+    check_targets(targets + pictures, [one.path for one in inputs], args.out, args.overwrite)
     options = {name: getattr(args, name) for name in ("t_star", "steps") if getattr(args, name) is not None}
     purifier = build_purifier(args.purifier, args.score_model, args.dataset, **options).to(device)
     purifier = purifier.with_resize(args.resize)
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, command: str) -> int:
                 write(target(args.out, one.path, r, args.purifications), one, result.images)
                 bar.write(summary(one, r, result))
             if args.picture:
-                draw(args.out / f"{one.path.stem}-before-after.png", purifier, one, results[0], first, args.seed)
+                draw(before_after(args.out, one.path), purifier, one, results[0], first, args.seed)
             first += len(one.images)
     print(f"Wrote {len(targets)} file{'s' if len(targets) > 1 else ''} to {args.out}.")
     return 0
@@ -133,6 +134,11 @@ def target(out: Path, path: Path, purification: int, of: int) -> Path:
     """Where a purification of a file goes: its name, as PNG for pictures, numbered if there are several."""
     suffix = ".png" if path.suffix.lower() in PICTURES else path.suffix
     return out / f"{path.stem}{f'-{purification + 1}' if of > 1 else ''}{suffix}"
+
+
+def before_after(out: Path, path: Path) -> Path:
+    """Where the picture of a file's first purification goes."""
+    return out / f"{path.stem}-before-after.png"
 
 
 def check_targets(targets: Sequence[Path], inputs: Sequence[Path], out: Path, overwrite: bool) -> None:

@@ -76,10 +76,16 @@ def test_choices_of_the_adaptive_attack_can_be_changed(tmp_path, capsys, monkeyp
         "--constants LONG=": "LONG must be a whole number above 0, got nothing",
         "--systems bogus": "Unknown system 'bogus'",
         "--threat-model L7": "Unknown threat model 'L7'",
+        "--images 0": "--images must be a whole number of at least 1",
+        "--calls 10,x": "--calls must be a whole number of at least 1, got 'x'",
+        "--seed -1": "--seed must be a whole number of at least 0",
+        "--minutes nan": "--minutes must be a number of at least 0",
+        "--out /proc/nothing": "choose another --out",
+        "--rows nosuch": "--rows nosuch names none of the rows: adaptive 1/25,",
     }.items():
         assert script.main([*options, "--out", str(tmp_path / "none"), *wrong.split()]) == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_library_attacks(tmp_path, capsys):
@@ -152,7 +158,21 @@ def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
         assert asked.n_examples == script.IMAGES[run.dataset]
         (tmp_path / run.name).mkdir()
     assert script.main(["--keep", str(tmp_path), "--out", str(tmp_path / "none")]) == 0
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_leaderboard_runs_say_in_a_sentence_what_is_wrong(tmp_path, capsys):
+    script = load_script("leaderboard_runs")
+    (tmp_path / "file").touch()
+    for wrong, message in {
+        "--dataset cifar10": "Unknown data set 'cifar10'",
+        "--only nosuch": "--only nosuch names no run: digits-diffpure-256-adaptive",
+        "--workers 0": "--workers must be a whole number of at least 1",
+        "--minutes -1": "--minutes must be a number of at least 0",
+        f"--keep {tmp_path / 'file'}": "choose another --keep",
+    }.items():
+        assert script.main(["--out", str(tmp_path / "none"), *wrong.split()]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_kept_runs_do_not_name_folders_of_a_machine(tmp_path):

@@ -69,6 +69,18 @@ def test_a_purifier_that_diffuses_nothing_has_two_columns(pictures, tmp_path):
         assert picture.width < 500
 
 
+def test_a_picture_of_what_was_done_replaces_nothing(pictures, tmp_path, capsys):
+    result = pictures / "0-before-after.png"
+    result.write_bytes((pictures / "0.png").read_bytes())
+    call = [str(pictures / "0.png"), "--out", str(tmp_path / "out"), "--picture", *FEW]
+    assert main([str(result), *call]) == 2
+    assert "Two inputs would be written to" in capsys.readouterr().err
+    assert main(call) == 0
+    (tmp_path / "out" / "0.png").unlink()
+    assert main(call) == 2
+    assert "0-before-after.png is there already; pass --overwrite" in capsys.readouterr().err
+
+
 def test_other_sizes_and_colours_are_asked_about_and_then_taken(tmp_path, capsys):
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 12, 3), np.uint8)).save(photo)
