@@ -10,7 +10,7 @@ from typing import Any
 from purify import zoo
 from purify.evaluate.certification import CERTIFICATE, Summary, sum_up
 from purify.fingerprint import weights_digest
-from purify.leaderboard.rows import load_json, load_manifest, load_records
+from purify.leaderboard.rows import load_json, load_manifest, load_records, made_by
 
 EXACT = ("dssn",)  # kinds of certifiers that draw nothing and cannot fail
 
@@ -76,7 +76,7 @@ def read_certified(folder: str | Path) -> list[CertifiedRow]:
             budget=f"{drawn}; {config['n_examples']} images" + (f"; {inside}" if found.attacked else ""),
             samples=config["n_examples"],
             seed=config["seed"],
-            command=sessions[0]["command"],
+            command=made_by(sessions),
             run=str(folder),
             git=sessions[0]["git"],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from purify.evaluate.runner import CLEAN
 from purify.evaluate.selfchecks import INEXACT, at_limit, inexact_check
 
 NOISE = "random-noise"
+SHARD_OPTION = re.compile(r" --shard[ =]\S+")
 RESULT = ("budget", "self_checks", "results")  # what is read of result.json
 
 
@@ -228,11 +230,16 @@ def _row(
         failed_checks=_failed(name, result["self_checks"], attacks, defence.get("exact", True)),
         exact=defence.get("exact", True),  # there is no gradient to miss without a purifier
         config=defence,
-        command=sessions[0]["command"],
+        command=made_by(sessions),
         run=str(folder),
         git=", ".join(dict.fromkeys(str(session["git"]) for session in sessions if session["git"])) or None,
         protocols=tuple(result["protocols"].get(name, {}).get("lines", ())),
     )
+
+
+def made_by(sessions: list[dict[str, Any]]) -> str:
+    """The command that makes a run, and all of it where what ran first was a shard."""
+    return SHARD_OPTION.sub("", sessions[0]["command"])
 
 
 def _failed(

@@ -9,6 +9,7 @@ from purify.cli.leaderboard import main as leaderboard
 from purify.evaluate.report import SCHEMA
 from purify.evaluate.selfchecks import INEXACT
 from purify.leaderboard import read_certified, read_run, read_runs
+from purify.leaderboard.rows import made_by
 
 
 def test_rows_have_the_numbers_of_the_run(run):
@@ -149,6 +150,15 @@ def test_the_budget_of_the_adaptive_attack_is_its_calls():
     assert describe(attack) == "adaptive 400 calls"
     assert _stated(attack.budget()) == "adaptive 400 calls"
     assert _stated(PGD("Linf", 0.3, steps=2, eot=3).budget()) == "pgd-eot 2 x EOT 3"
+
+
+def test_the_command_of_a_run_that_was_made_in_shards_makes_all_of_it():
+    sessions = [
+        {"command": "purify attack --shard 1/2 --out runs/A --seed 3"},
+        {"command": "purify attack --shard 2/2"},
+    ]
+    assert made_by(sessions) == "purify attack --out runs/A --seed 3"
+    assert made_by([{"command": "purify attack --out runs/A --shard=1/2"}]) == "purify attack --out runs/A"
 
 
 def test_a_curve_is_no_run_and_names_those_it_has(tmp_path):
