@@ -188,8 +188,8 @@ class Attack(ABC):
         """``counted`` on ``model``."""
         return self.counted
 
-    def fitted(self, model: nn.Module) -> Attack:
-        """The same attack with as much of its budget as ``model`` takes at least; a warning where that is more."""
+    def fitted(self, model: nn.Module, name: str = "this purifier") -> Attack:
+        """The same attack with what ``model``, called ``name``, takes at least; a warning where that is more."""
         return self
 
     def on_deterministic(self) -> Attack:

@@ -243,8 +243,8 @@ def build_purified(
         gradient=gradient_config(e), shape=request.data.shape, **options,
     )  # fmt: skip
     model = DefendedClassifier(bare, built, e.purifications, e.aggregate).to(request.device)
-    applicable = [a.fitted(model) for a in attacks if a.applies_to(model)]
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
+    applicable = [a.fitted(model, title) for a in attacks if a.applies_to(model)]
     if not applicable:
         raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
     weights = {**described(model_name(request), bare), "score_model": built.score_model.fingerprint()}

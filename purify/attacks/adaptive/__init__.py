@@ -112,7 +112,7 @@ class Adaptive(Attack):
         """
         least = self.least(model)
         if self.calls < least:
-            raise ValueError(f"{self._takes(least)}, got {self.calls}; give as many.")
+            raise ValueError(f"{self._takes(least, 'this purifier')}, got {self.calls}; give as many.")
         return plan(model, self._climb, self.calls - self.warm(model))
 
     def least(self, model: Any) -> int:
@@ -120,14 +120,14 @@ class Adaptive(Attack):
         return self.warm(model) + needed(model, self._climb)
 
     @staticmethod
-    def _takes(least: int) -> str:
-        return f"The adaptive attack takes at least {least} network calls for an image of this purifier"
+    def _takes(least: int, name: str) -> str:
+        return f"The adaptive attack takes at least {least} network calls for an image of {name}"
 
-    def fitted(self, model: nn.Module) -> Attack:
+    def fitted(self, model: nn.Module, name: str = "this purifier") -> Attack:
         if not isinstance(model, DefendedClassifier) or self.calls >= self.least(model):
             return self
         least = self.least(model)
-        warnings.warn(f"{self._takes(least)}; it gets these in place of {self.calls}.", stacklevel=2)
+        warnings.warn(f"{self._takes(least, name)}; it gets these in place of {self.calls}.", stacklevel=2)
         return replace(self, calls=least)
 
     def stages(self, model: Any) -> Sequence[Stage]:
