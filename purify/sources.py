@@ -158,7 +158,7 @@ def read_picture(path: Path) -> Tensor:
 
 
 def _transparent(picture: Any, stored: set[str]) -> bool:
-    """Whether a pixel of a PIL picture is not opaque, or may not be: PIL misses the transparent grey of 2 and 4 bits."""
+    """Whether a pixel of a PIL picture is not opaque, or may not be: PIL misses transparent grey of 2 and 4 bits."""
     if stored & {"L;2", "L;4"}:
         return "transparency" in picture.info
     return bool(picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255)
