@@ -46,7 +46,7 @@ from purify.attacks import (
     Transfer,
 )
 from purify.attacks.adaptive import phases
-from purify.checks import check_count, check_writable, choose
+from purify.checks import check_count, check_weight, check_writable, choose
 from purify.data import DATASETS, load_dataset
 from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
@@ -319,10 +319,10 @@ def counts(asked: str) -> tuple[int, ...]:
     Raises:
         ValueError: one of them is no whole number above 0.
     """
-    found = [int(part) if part.isdecimal() else part for part in asked.split(",") if part]
-    for one in found:
-        check_count(one, "--calls")
-    return tuple(map(int, found))
+    parts = [part for part in asked.split(",") if part]
+    for part in parts:
+        check_count(int(part) if part.isdecimal() else part, "--calls")
+    return tuple(map(int, parts))
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -330,8 +330,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("images", "steps", "eot", "judge_draws", "threads"):
         check_count(getattr(args, name), f"--{name.replace('_', '-')}")
     check_count(args.seed, "--seed", 0)
-    if not args.minutes >= 0:
-        raise ValueError(f"--minutes must be a number of at least 0, got {args.minutes}.")
+    check_weight(args.minutes, "--minutes")
     check_writable(args.out / "attack_budget.json")
 
 

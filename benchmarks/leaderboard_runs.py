@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from purify.checks import check_count, check_writable, choose
+from purify.checks import check_count, check_weight, check_writable, choose
 from purify.leaderboard.links import portable
 
 ATTACKS = "random-noise,transfer,guide-transfer,adaptive"  # those that do not apply to a purifier are left out
@@ -124,8 +124,7 @@ def check(args: argparse.Namespace) -> list[Run]:
     if not found:
         raise ValueError(f"--only {args.only} names no run: {', '.join(run.name for run in runs(datasets, []))}.")
     check_count(args.workers, "--workers")
-    if not args.minutes >= 0:
-        raise ValueError(f"--minutes must be a number of at least 0, got {args.minutes}.")
+    check_weight(args.minutes, "--minutes")
     for folder, option in ((args.out, "--out"), (args.keep, "--keep")):
         check_writable(folder / "anything", option)
     return found

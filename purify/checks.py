@@ -254,6 +254,12 @@ def check_count(value: int, what: str, minimum: int = 1) -> None:
         raise ValueError(f"{what} must be a whole number of at least {minimum}, got {short(value)}.")
 
 
+def check_weight(value: float, what: str) -> None:
+    """Raise ValueError unless ``value`` is a finite number of at least 0."""
+    if not (is_number(value) and value >= 0):
+        raise ValueError(f"{what} must be a number of at least 0, got {value}.")
+
+
 def check_writable(path: Path, option: str = "--out") -> None:
     """Raise ValueError unless the file ``path`` can be written; makes its folder, and leaves a file as it is."""
     try:

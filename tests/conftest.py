@@ -193,3 +193,9 @@ def tables() -> dict[str, np.ndarray]:
 def images() -> Tensor:
     """Seven 4x4 images away from the edges of [0, 1]."""
     return 0.2 + 0.6 * torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    """Seven labels of five classes."""
+    return torch.arange(7) % 5

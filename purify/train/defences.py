@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from purify import zoo
-from purify.checks import check_count, is_number
+from purify.checks import check_count, check_weight, is_number
 from purify.diffusion.reverse import DDIM
 from purify.diffusion.score import ScoreModel, per_sample
 from purify.presets import diffpure
 from purify.purification.purifier import Purifier
-from purify.train.losses import T_MIN, ascend, check_weight, training_times
+from purify.train.losses import T_MIN, ascend, training_times
 
 
 def gaussian_by_rank(values: Tensor, normal: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from purify import zoo
 from purify.certify.counts import Perturbation
 from purify.certify.gaussian import denoise
 from purify.certify.splitting import Splitting, SplittingLevels, check_levels
-from purify.checks import check_count, choose, is_number
+from purify.checks import check_count, check_weight, choose, is_number
 from purify.diffusion.classes import classes_of
 from purify.diffusion.noise import Noise
 from purify.diffusion.score import ScoreModel, per_sample
@@ -153,12 +153,6 @@ def ascend(
         adversarial = torch.minimum(torch.maximum(adversarial.detach() + step, low), high)
     module.train().requires_grad_(True)
     return adversarial
-
-
-def check_weight(value: float, what: str) -> None:
-    """Raise ValueError unless ``value`` is a finite number of at least 0."""
-    if not (is_number(value) and value >= 0):
-        raise ValueError(f"{what} must be a number of at least 0, got {value}.")
 
 
 SPLITTINGS = {"ssn": Splitting, "dssn": SplittingLevels}

@@ -36,11 +36,6 @@ def defended(**options):
     return DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"), **options)
 
 
-@pytest.fixture
-def labels():
-    return torch.arange(7) % 5
-
-
 # --- whose gradient -----------------------------------------------------------------------------------------------
 
 

@@ -34,11 +34,6 @@ def defended(t_star=0.3, **kwargs):
     return DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), t_star, 4, "ddpm", **kwargs))
 
 
-@pytest.fixture
-def labels():
-    return torch.arange(7) % 5
-
-
 # --- geometry -----------------------------------------------------------------------------------------------------
 
 

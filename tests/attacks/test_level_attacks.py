@@ -31,11 +31,6 @@ def defended(kind=SSNISigmoid, **options):
     return DefendedClassifier(TinyClassifier(), diffpure(model, kind(0.4, found, **options), 4, "ddpm"))
 
 
-@pytest.fixture
-def labels():
-    return torch.arange(7) % 5
-
-
 def renamed(kind, name):
     """The attack under another name, and so another derived seed."""
     return type("Renamed", (kind,), {"name": name, "needs": None})

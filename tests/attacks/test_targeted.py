@@ -53,11 +53,6 @@ def guided():
     return DefendedClassifier(TinyClassifier(), Purifier(score, level, "ddpm", 4, guidance=guidance))
 
 
-@pytest.fixture
-def labels():
-    return torch.arange(7) % 5
-
-
 @pytest.mark.parametrize("kind", [PGD, APGD])
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.3), ("L1", 0.15)])
 @pytest.mark.parametrize("count", [1, 3, 4])

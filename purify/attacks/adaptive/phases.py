@@ -112,7 +112,7 @@ class Plan:
     @property
     def probing(self) -> int:
         """Network calls of the probe and of asking it for t*."""
-        return 0 if self.probe is None else self.probe.calls + calls(self.probe.model).forward
+        return probing(self.probe)
 
     @property
     def longest(self) -> tuple[Stage, ...]:
@@ -167,7 +167,7 @@ def sized(phase: Phase, share: float) -> Phase:
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
 
-def fitted(phases: list[Phase], share: float) -> tuple[Phase, ...]:
+def divided(phases: list[Phase], share: float) -> tuple[Phase, ...]:
     """The phases with equal parts of ``share`` calls, but each with those of a step of one draw at least."""
     parts = [share / len(phases)] * len(phases)
     if any(part < phase.each(1) for part, phase in zip(parts, phases, strict=True)):
@@ -182,33 +182,42 @@ def least(phases: Iterable[Phase]) -> int:
 
 
 def plan(model: Any, climb: Climb, budget: int) -> Plan:
-    """What an attack on a purified classifier does, at ``budget`` calls for one image, which are those of every climb's
-    first step at least: :func:`needed`."""
+    """What an attack on a purified classifier does, at ``budget`` calls for one image, which are :func:`needed` ones at
+    least."""
     climb = replace(climb, scaled=network_guided(model))
-    stay = staying(model, climb)
-    if not model.level_varies:
-        return Plan(stages(model, *stay, budget))
-    probe = _probe(model, climb)
-    left = budget - Plan((), probe).probing
-    return Plan(stages(model, *stay, left), probe, stages(model, *falling(model, climb), left))
+    probe = probe_of(model, climb)
+    found = [stages(model, *way, budget - probing(probe)) for way in ways(model, climb)]
+    return Plan(found[0], probe, *found[1:])
 
 
 def needed(model: Any, climb: Climb) -> int:
     """Network calls of one step of one draw in every climb, and of the probe."""
-    climbs = [staying(model, climb)]
-    probing = 0
-    if model.level_varies:
-        climbs.append(falling(model, climb))
-        probing = Plan((), _probe(model, climb)).probing
-    return probing + max(least(first) + least(then) for first, then in climbs)
+    return probing(probe_of(model, climb)) + max(least(first) + least(then) for first, then in ways(model, climb))
+
+
+def ways(model: Any, climb: Climb) -> list[tuple[list[Phase], list[Phase]]]:
+    """The climbs of an image: as it is, and, where t* varies, if it falls."""
+    return [staying(model, climb), *([falling(model, climb)] if model.level_varies else [])]
+
+
+def probe_of(model: Any, climb: Climb) -> Phase | None:
+    """The climb that tells which of these; None where t* does not vary."""
+    if not model.level_varies:
+        return None
+    return lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
+
+
+def probing(probe: Phase | None) -> int:
+    """Network calls of the probe and of asking it for t*."""
+    return 0 if probe is None else probe.calls + calls(probe.model).forward
 
 
 def stages(model: Any, first: list[Phase], then: list[Phase], budget: int) -> tuple[Stage, Stage]:
     """Climbs on the shorter process, then on the whole one; each is followed by a race for what climbs leave of it."""
     each = calls(model).forward
-    short = fitted(first, min(CLIMB_SHORT * budget, budget - least(then)))
+    short = divided(first, min(CLIMB_SHORT * budget, budget - least(then)))
     left = budget - sum(phase.calls for phase in short)
-    full = fitted(then, min(CLIMB_FULL * budget, left))
+    full = divided(then, min(CLIMB_FULL * budget, left))
     answers = (left - sum(phase.calls for phase in full)) // each
     given = int(network_guided(model))  # the start may be chosen where it is more than random
     race = Race(given + _kept(short), min(int(CHOOSE_SHORT * (budget / each)), answers))
@@ -219,10 +228,6 @@ def stages(model: Any, first: list[Phase], then: list[Phase], budget: int) -> tu
 def _kept(phases: Iterable[Phase]) -> int:
     """Iterates that may be chosen."""
     return sum(len(phase.marks) for phase in phases)
-
-
-def _probe(model: Any, climb: Climb) -> Phase:
-    return lower(Phase("probe", first_order(shorter(model)), replace(climb, steps=PROBE, eot=1), clean=True))
 
 
 def staying(model: Any, climb: Climb) -> tuple[list[Phase], list[Phase]]:

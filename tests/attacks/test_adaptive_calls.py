@@ -1,0 +1,167 @@
+"""Network calls of the adaptive attack: those that it takes are those that it states, and no more than it was given."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from climbed import IDS, MODELS
+from conftest import TinyClassifier, smooth_model
+
+from purify import DefendedClassifier, diffpure
+from purify.attacks import Adaptive
+from purify.attacks.adaptive import phases
+from purify.attacks.adaptive.phases import Stage
+from purify.attacks.adaptive.select import ENOUGH, Race
+from purify.evaluate import Defence, Samples
+from purify.evaluate.progress import cost, weight
+from purify.evaluate.runner import judge
+from purify.evaluate.selfchecks import convergence_checks
+from purify.purification.calls import GRADIENT, calls
+
+
+class Meter:
+    """Network calls by hooks: rows of every network's forward passes, with what is differentiated at its price."""
+
+    def __init__(self, model, monkeypatch):
+        self.total, self.passes, self.inside = 0, 0, None
+        details = DefendedClassifier.details
+
+        def metered(model, x, **keys):
+            self.enter(model, x)
+            found = details(model, x, **keys)
+            self.inside = None
+            return found
+
+        monkeypatch.setattr(DefendedClassifier, "details", metered)
+        for network in (model.purifier.score_model.network, model.classifier):
+            network.register_forward_hook(self.network)
+        if model.purifier.auxiliary is not None:
+            model.purifier.auxiliary.register_forward_hook(self.auxiliary)
+
+    def enter(self, model, x):
+        guidance = model.purifier.guidance
+        asked = torch.is_grad_enabled() and x.requires_grad
+        held = guidance is not None and not guidance.second_order
+        self.inside = (GRADIENT, GRADIENT - held) if asked else (1, 1)
+        self.once = guidance is not None and guidance.reference == "input"
+        self.reference = True
+
+    def network(self, network, inputs, output):
+        if torch._C._current_graph_task_id() == -1:  # what is recomputed is in the price
+            self.total += len(inputs[0]) * self.inside[0]
+
+    def auxiliary(self, network, inputs, output):
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if self.inside is None:
+            self.total += len(inputs[0]) * (GRADIENT if output.requires_grad else 1)
+            return
+        # The state's way through the network is gone back at once; that of a reference, which comes first, is not.
+        self.total += len(inputs[0]) * self.inside[1] * (1 if self.reference else 2)
+        self.reference = not self.once and not self.reference
+
+
+def uncounted(plan, used):
+    """Calls of the statistics' own way back, which hooks on forward passes do not see, of images that took these."""
+    if plan.probe is None:
+        return 0
+    stages = (Stage((plan.probe,), Race(1, 0), 0), *plan.longest)
+    total, before = 0, 0
+    for stage in stages:
+        climbs = [p for p in stage.phases if p.lowers]
+        each = sum(p.climb.steps * p.climb.eot * p.model.purifier.level.calls for p in climbs)
+        total += each * int((used > before).sum())
+        before += stage.climbs + stage.race.used * calls(plan.stages[-1].phases[0].model).forward
+    return total
+
+
+@pytest.mark.parametrize("name", [*MODELS, "falling"])
+@pytest.mark.parametrize("budget", [400, 1000])
+def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, monkeypatch):
+    """``falling``: where the probe says that t* of every image falls; ``level``: of none."""
+    images, labels, ids = images[:3], labels[:3], IDS[:3]
+    monkeypatch.setattr(phases, "FALLEN", 2.0 if name == "falling" else 0.0)
+    model = DefendedClassifier(TinyClassifier(), MODELS[{"falling": "level"}.get(name, name)]())
+    attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model, monkeypatch)
+    found = attack.run(model, images, labels, ids, 0)
+    plan = attack.plan(model)
+    taken = plan.fallen if name == "falling" else plan.stages
+    counted = meter.total + uncounted(replace(plan, stages=taken, fallen=taken), found.calls)
+    assert found.calls.sum() == counted if name != "packed" else found.calls.sum() >= counted
+    longest = sum(stage.climbs + stage.race.used * calls(model).forward for stage in plan.longest)
+    full = longest + plan.probing + (61 if model.auxiliary is not None else 0)
+    assert (found.calls <= full).all()
+    gradients, forwards = attack.passes(model)
+    assert gradients * calls(model).gradient + forwards * calls(model).forward == pytest.approx(full)
+    if budget == 1000:
+        assert full <= budget
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(name, images, labels):
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    with pytest.warns(UserWarning, match=r"takes at least (\d+) network calls .* in place of 1\.") as said:
+        least = Adaptive("Linf", 0.1, calls=1).fitted(model).calls
+    assert f" {least} " in str(said[0].message)
+    for budget in range(least, 5 * least, max(1, least // 7)):
+        attack = Adaptive("Linf", 0.1, calls=budget)
+        assert attack.fitted(model) is attack
+        plan = attack.plan(model)
+        for stages in filter(None, (plan.stages, plan.fallen)):
+            assert attack.warm(model) + plan.probing + sum(stage.calls for stage in stages) <= budget
+    attack = Adaptive("Linf", 0.1, calls=least)
+    assert all(phase.climb.steps == phase.climb.eot == 1 for stage in attack.stages(model) for phase in stage.phases)
+    with pytest.raises(ValueError, match=f"at least {least} network calls .* got {least - 1}; give as many"):
+        replace(attack, calls=least - 1)(model, images, labels)
+
+
+def test_several_purifications_cost_as_many(images, labels, monkeypatch):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"), purifications=3)
+    meter = Meter(model, monkeypatch)
+    found = Adaptive("Linf", 0.1, calls=2000).run(model, images, labels, IDS, 0)
+    assert found.calls.sum() == meter.total
+    assert calls(model).forward == 3 * 5
+
+
+def test_broken_images_stop(images):
+    """A label that no purified image has is broken at once; nothing more is spent on it."""
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
+    images, ids = images[:3], IDS[:3]
+    answers = judge(Defence("d", model, [], 200, {}), images, ids, 1).predictions
+    never = next(k for k in range(5) if not (answers == k).any())
+    attack = Adaptive("Linf", 1e-3, calls=6000)
+    assert attack.stages(model)[0].race.draws >= ENOUGH
+    found = attack.run(model, images, torch.full((3,), never), ids, 0)
+    assert (found.calls < 0.8 * 6000).all()
+    assert (found.loss > 0).all()
+
+
+def test_progress_and_convergence_know_it(images, labels):
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"))
+    attack = Adaptive("Linf", 0.1, calls=600)
+    defence = Defence("d", model, [attack], 4, {})
+    assert weight(defence, attack) <= 600 + 4 * cost(defence)
+    (check,) = convergence_checks(defence, Samples(images, labels, IDS), 0)
+    assert "twice the network calls" in check.name
+    assert attack.budget() == {"attack": "adaptive", "norm": "Linf", "eps": 0.1, "calls": 600}
+    with pytest.raises(ValueError, match="network calls"):
+        Adaptive("Linf", 0.1, calls=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "mse", "rounds"])
+def test_answers_of_the_whole_process_are_counted(name, images, labels):
+    """Against a hook that sees every model's answers, those of the shorter process among them."""
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    seen = torch.zeros(7, 2, dtype=torch.long)
+
+    def see(module, args, kwargs, logits):
+        if module.purifier.plan == model.purifier.plan:
+            for i, answer in zip(kwargs["sample_ids"].tolist(), logits.argmax(1).tolist(), strict=True):
+                seen[i] += torch.tensor([1, int(answer != labels[i])])
+
+    model.register_forward_hook(see, with_kwargs=True)
+    attack = Adaptive("Linf", 0.2, calls=2500)
+    found = attack.run(model, images, labels, IDS, 3).submitted
+    assert found.asked.tolist() == seen[:, 0].tolist()
+    assert found.wrong.tolist() == seen[:, 1].tolist()
+    assert 0 < found.asked.max() <= attack.answers(model)

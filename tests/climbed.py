@@ -1,0 +1,31 @@
+"""Purifiers of every kind that the adaptive attack tells apart."""
+
+import torch
+from conftest import TinyClassifier, smooth_model
+
+from purify import FixedDt, Purifier, SSNISigmoid, calibrate, diffpure
+from purify.purification.guidance import AdversarialGuidance, MSEGuidance
+
+IDS = torch.arange(7)
+
+
+def guided(**options):
+    guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2", **options)
+    return Purifier(smooth_model(), 0.3, "ddpm", 8, guidance=guidance)
+
+
+def varying():
+    score_model = smooth_model()
+    found = calibrate(score_model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
+    return Purifier(score_model, SSNISigmoid(0.4, found), "ddpm", 6)
+
+
+MODELS = {
+    "plain": lambda: diffpure(smooth_model(), 0.3, 8, "ddpm"),
+    "rounds": lambda: Purifier(smooth_model(), 0.3, "ddpm", 6, rounds=(0.5, 1.0)),
+    "level": varying,
+    "mse": lambda: Purifier(smooth_model(), 0.3, "ddpm", 6, guidance=MSEGuidance(1.0)),
+    "network": guided,
+    "diffused": lambda: guided(reference="diffused"),
+    "packed": lambda: diffpure(smooth_model(), 0.3, FixedDt(0.05), "ddpm"),
+}
