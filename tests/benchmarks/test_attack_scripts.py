@@ -152,6 +152,7 @@ def test_leaderboard_runs_are_commands_that_can_be_given(tmp_path):
     script = load_script("leaderboard_runs")
     runs = list(script.runs(["digits", "fashion_mnist"], []))
     assert len({run.name for run in runs}) == len(runs) == 2 * len(script.SYSTEMS)
+    assert set(script.MORE) <= {(run.dataset, run.purifier, run.level) for run in runs}
     for run in runs:
         asked = described(Evaluation, parser().parse_args(run.command(tmp_path)[4:]))
         assert (asked.dataset, asked.purifier) == (run.dataset, (run.purifier,))
