@@ -93,8 +93,7 @@ OURS, PLAIN, SAME_BATCH, BARE = "ours", "plain loop", "plain loop in our batches
 def denoised(args: argparse.Namespace, device: torch.device, sigma: float, rows: int) -> Smooth:
     """Denoised smoothing with the embedded networks."""
     score, classifier = zoo.score_model(args.dataset).to(device), zoo.classifier(f"{args.dataset}-standard").to(device)
-    score.set_autocast(PRECISIONS[args.precision])
-    return denoised_smoothing(classifier, score, sigma, rows)
+    return denoised_smoothing(classifier, score.with_precision(args.precision), sigma, rows)
 
 
 SYSTEMS: dict[str, Callable[[argparse.Namespace, torch.device, int], Certifier]] = {

@@ -6,11 +6,13 @@ of its unclamped result), without the kinks of the clamp and of the classifier, 
 
 The networks: the U-Net of google/ddpm-cifar10-32 (35 million parameters) with random weights and a ResNet-18 behind it,
 batch 8, 20 steps; and the embedded Fashion-MNIST and digits behind DiffPure. On a CPU the time is the process's CPU
-seconds, which hardly depend on what else the machine does; on a GPU it is wall time. Runs are interleaved.
+seconds, which hardly depend on what else the machine does; on a GPU it is wall time. Runs are interleaved. Cosines
+come first, so that compiled networks are compiled before anything is timed.
 
 examples:
   benchmarks/precision_speed.py --threads 1
   benchmarks/precision_speed.py --threads 1 --systems fashion_mnist digits --repeats 5
+  benchmarks/precision_speed.py --threads 1 --systems cifar10-sized --precisions float32+compile bf16+compile
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from purify import machine, zoo
 from purify.attacks import PGD
 from purify.checks import check_count, check_writable
 from purify.data import load_dataset
-from purify.diffusion.precision import FLOAT32
+from purify.diffusion.precision import FLOAT32, PRECISIONS
 from purify.diffusion.schedule import DiscreteVP
 from purify.evaluate.precision import COSINE, offered
 from purify.evaluate.records import write_json
@@ -107,7 +109,7 @@ def cosines(model: DefendedClassifier, few: Samples, names: Sequence[str]) -> di
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[Row]:
     """One row per precision: time of the attack, as it is and to float32's, and the gradient's cosines."""
     model, samples = system(name, args, device)
-    names, few = (FLOAT32, *offered(samples)), samples[torch.arange(CHECKED)]
+    names, few = (FLOAT32, *(args.precisions or offered(samples))), samples[torch.arange(CHECKED)]
     whole = cosines(model, few, names)
     alone = cosines(smooth(model, few), replace(few, labels=torch.zeros_like(few.labels)), names)
     rows: dict[str, Row] = {
@@ -146,6 +148,11 @@ def parser() -> argparse.ArgumentParser:
         description=summary, epilog="examples:" + examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
+    others = [name for name in PRECISIONS if name != FLOAT32]
+    p.add_argument(
+        "--precisions", nargs="+", choices=others, metavar="PRECISION",
+        help=f"held against float32: {', '.join(others)} (default: those that auto offers, not compiled)",
+    )  # fmt: skip
     p.add_argument("--batch-size", type=int, default=8, help="images (default: %(default)s)")
     p.add_argument("--steps", type=int, default=20, help="reverse steps (default: %(default)s)")
     p.add_argument("--attack-steps", type=int, default=1, help="gradient steps of PGD (default: %(default)s)")

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 DEEP = 4  # how far objects inside a module without weights are looked into
-COMPILED = "_orig_mod."  # what torch.compile puts before the names of weights
+COMPILED = "_orig_mod"  # where torch.compile keeps the network
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The network inside DataParallel or DistributedDataParallel."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return unwrapped(module.module) if isinstance(module, parallel) else module
+    """The network inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(module.module)
+    inner = getattr(module, COMPILED, None)
+    return unwrapped(inner) if isinstance(inner, nn.Module) else module
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -31,7 +33,7 @@ def weights_digest(module: nn.Module) -> str:
         ValueError: its weights are on the meta device, where there are none.
     """
     digest = hashlib.sha256()
-    state = {name.replace(COMPILED, ""): value for name, value in unwrapped(module).state_dict().items()}
+    state = {name.replace(f"{COMPILED}.", ""): value for name, value in unwrapped(module).state_dict().items()}
     for name, value in sorted(state.items()):
         if value.is_meta:
             raise ValueError(f"The weight {name} is on the meta device and holds no values; load the network first.")

@@ -47,10 +47,16 @@ def run_eagerly(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 @contextmanager
 def compiled_in_words() -> Iterator[None]:
-    """Turns what compiled networks say of second derivatives into a ValueError."""
+    """Turns what compiled networks say of second derivatives, or of what cannot be compiled, into a ValueError."""
     try:
         yield
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".")
+            raise ValueError(
+                f"The network cannot be compiled here ({reason}); use a precision without +compile, or pass the "
+                "network as it is."
+            ) from error
         if "donated buffers" in str(error) or "double backward" in str(error):
             raise ValueError(
                 "Attacks on guided steps take second derivatives, which networks inside torch.compile do not have; "

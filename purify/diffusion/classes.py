@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from purify import registry
 from purify.answers import ask
 from purify.checks import check_count, check_eval, choose, short
-from purify.fingerprint import unwrapped, weights_digest
+from purify.fingerprint import COMPILED, unwrapped, weights_digest
 
 TABLES = ("class_embedding", "label_emb")  # of diffusers and of guided-diffusion
 USUAL = (10, 100, 1000)  # classes of data sets: a table of so many has no entry for no class
@@ -160,7 +160,7 @@ def as_rule(classes: Any) -> ClassRule:
 
 def classes_of(network: nn.Module) -> int | None:
     """How many classes a network is conditional on; None: it does not say that it is."""
-    network = unwrapped(getattr(network, "_orig_mod", network))
+    network = unwrapped(network)
     config = getattr(network, "config", None)
     told = (
         config.get("num_class_embeds") if isinstance(config, Mapping) else None,
@@ -172,7 +172,7 @@ def classes_of(network: nn.Module) -> int | None:
 
 def check_takes(network: nn.Module) -> None:
     """Raise ValueError if the network cannot be called as ``network(u, labels, classes)``."""
-    inner = unwrapped(getattr(network, "_orig_mod", network))
+    inner = unwrapped(network)
     try:
         inspect.signature(inner.forward).bind(None, None, None)
     except TypeError:
@@ -198,6 +198,8 @@ def call(network: nn.Module, u: Tensor, labels: Tensor, classes: Tensor | None) 
         return network(u, labels)
     if not classes.is_floating_point() or _is_edm(network):
         return network(u, labels, classes)
+    if classes.requires_grad:
+        network = getattr(network, COMPILED, network)  # a compiled one might not see the hook
     with _weighted(network, classes):
         return network(u, labels, classes.argmax(1))
 
@@ -209,7 +211,7 @@ def _is_edm(network: nn.Module) -> bool:
 @contextmanager
 def _weighted(network: nn.Module, weights: Tensor) -> Iterator[None]:
     """The table of classes answers the mean of its entries, by ``weights`` (N, K)."""
-    network = unwrapped(getattr(network, "_orig_mod", network))
+    network = unwrapped(network)
     table = next((t for t in (getattr(network, name, None) for name in TABLES) if isinstance(t, nn.Embedding)), None)
     if table is None or not weights.requires_grad:
         yield

@@ -4,16 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from purify.diffusion.classes import call
+from purify.transforms import compiled_in_words
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT32 = "float32"
-PRECISIONS = {FLOAT32: None, "bf16": "bfloat16", "fp16": "float16"}  # of attacks, as the command line has them
+COMPILE = "+compile"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a score network runs under attack, or in a certificate.
+
+    Attributes:
+        autocast: a type of ``AUTOCAST``; None: the network's own.
+        compiled: by ``torch.compile``; equal to the network itself up to rounding.
+    """
+
+    autocast: str | None = None
+    compiled: bool = False
+
+    def check_twice(self, what: str) -> None:
+        """Raise ValueError where ``what`` takes second derivatives, which these networks do not have."""
+        if self.compiled:
+            raise ValueError(
+                f"{what} takes second derivatives, which compiled networks do not have; use a precision without "
+                f"{COMPILE}."
+            )
+        if self.autocast == "float16":
+            raise ValueError(f"{what} takes second derivatives, which vanish in fp16; use the precision bf16.")
+
+
+HALVES = {"bf16": "bfloat16", "fp16": "float16"}
+PLAIN = {FLOAT32: Precision(), **{name: Precision(autocast) for name, autocast in HALVES.items()}}
+PRECISIONS = PLAIN | {name + COMPILE: replace(plain, compiled=True) for name, plain in PLAIN.items()}
+RECOMPILE_LIMIT = 64  # inference and gradients, one image and several, three types: beyond 8 torch stops compiling
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """``torch.compile(network)``, whose graphs serve batches of every size above 1."""
+    known = signature(torch.compile).parameters
+    limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
+    module: Any = torch.compile(network, **limit)
+    module.register_forward_pre_hook(_any_batch)
+    return module
+
+
+def _any_batch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    for value in inputs:
+        if isinstance(value, Tensor) and len(value) > 1:
+            torch._dynamo.maybe_mark_dynamic(value, 0)
 
 
 def evaluate(
@@ -68,7 +115,8 @@ def float32_proper() -> Iterator[None]:
 
 
 def _plain(network: nn.Module, u: Tensor, labels: Tensor, classes: Tensor | None) -> Tensor:
-    output = call(network, u, labels, classes)
+    with compiled_in_words():
+        output = call(network, u, labels, classes)
     output = getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         kind = type(output).__name__

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.classes import ClassRule, Predicted, Unconditional, as_rule, check_takes, check_told
-from purify.diffusion.precision import AUTOCAST, check_autocast, evaluate
+from purify.diffusion.precision import AUTOCAST, PRECISIONS, check_autocast, compiled, evaluate
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
-from purify.fingerprint import unwrapped, weights_digest
+from purify.fingerprint import COMPILED, unwrapped, weights_digest
 from purify.transforms import set_mode
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def said_shape(network: nn.Module) -> tuple[int, int, int] | None:
     Asked are diffusers' ``config`` (``in_channels``, ``sample_size``), EDM's ``img_channels`` and ``img_resolution``,
     guided-diffusion's ``in_channels`` and ``image_size``; through wrappers for several devices and ``torch.compile``.
     """
-    network = unwrapped(getattr(network, "_orig_mod", network))
+    network = unwrapped(network)
     network = getattr(network, "denoiser", network)
     for told in (getattr(network, "config", None), network):
         for names in SHAPES:
@@ -362,6 +362,18 @@ class ScoreModel(nn.Module):
         check_settings(settings)
         own = {**{name: getattr(self, name) for name in SETTINGS}, "image_shape": self.given_shape}
         return ScoreModel(self.network, **{**own, **settings})
+
+    def with_precision(self, precision: str) -> ScoreModel:
+        """The same model (sharing its weights) with its network run as one of ``PRECISIONS`` says.
+
+        Raises:
+            ValueError: an unknown precision; autocast of a float64 network.
+        """
+        run = choose(precision, PRECISIONS, "precision")
+        other = self.with_settings(autocast=run.autocast or self.autocast)
+        if run.compiled and not hasattr(self.network, COMPILED):
+            other.network = compiled(self.network)
+        return other.train(self.training)
 
     def config(self) -> dict[str, Any]:
         """Plain data that describes the model apart from its network."""

@@ -28,7 +28,7 @@ from purify.certify import (
 from purify.checkpoints import default_score_model
 from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
-from purify.diffusion.precision import FLOAT32, PRECISIONS
+from purify.diffusion.precision import FLOAT32
 from purify.diffusion.reverse import REVERSE_RULES
 from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
@@ -138,7 +138,7 @@ def gaussian(order: Order, build: Callable[..., Smooth] = denoised_smoothing) ->
             score = load_score(name, known).to(order.device)
             networks["score_model"] = score.fingerprint()
             if c.precision != FLOAT32:
-                score.set_autocast(PRECISIONS[c.precision])
+                score = score.with_precision(c.precision)
                 networks["precision"] = c.precision
             scales = [build(classifier, score, s, max_rows=c.max_rows) for s in c.sigma]
         found.append(Denoised(tuple(scales), suffix, networks))

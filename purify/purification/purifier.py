@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purify import registry
 from purify.checks import check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
-from purify.diffusion.precision import PRECISIONS
+from purify.diffusion.precision import PRECISIONS, Precision
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
@@ -303,26 +303,23 @@ class Purifier(nn.Module):
         return self._with(**changed)
 
     def with_precision(self, precision: str) -> Purifier:
-        """The same purifier (sharing its weights) with its score network under autocast to one of ``PRECISIONS``.
+        """The same purifier (sharing its weights) with its score network run as one of ``PRECISIONS`` says.
 
         ``bf16`` or ``fp16``: the network computes in it, and everything between its calls in float32 (times, the
-        labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``float32``: the
-        purifier as it is.
+        labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``bf16+compile``,
+        ``fp16+compile``, ``float32+compile``: also by ``torch.compile``. ``float32``: the purifier as it is.
 
         Raises:
-            ValueError: an unknown precision; ``fp16`` where guidance or rule takes second derivatives of the network,
-                which vanish in it; a float64 network.
+            ValueError: an unknown precision; ``fp16`` or a compiled network where guidance or rule takes second
+                derivatives of it; a float64 network.
         """
-        autocast = choose(precision, PRECISIONS, "precision")
-        if autocast is None:
+        run = choose(precision, PRECISIONS, "precision")
+        if run == Precision():
             return self
-        if autocast == "float16" and self.guidance is not None and self.guidance.twice:
-            raise ValueError("This guidance takes second derivatives, which vanish in fp16; use the precision bf16.")
-        if autocast == "float16" and self.rule.twice:
-            raise ValueError(
-                "This reverse rule takes second derivatives, which vanish in fp16; use the precision bf16."
-            )
-        return twin(self, score_model=self.score_model.with_settings(autocast=autocast).eval())
+        for what, part in (("This guidance", self.guidance), ("This reverse rule", self.rule)):
+            if part is not None and part.twice:
+                run.check_twice(what)
+        return twin(self, score_model=self.score_model.with_precision(precision))
 
     def with_steps(self, steps: int | Plan | Mapping[str, Any]) -> Purifier:
         """The same purifier (sharing its weights) under another number of steps or plan."""

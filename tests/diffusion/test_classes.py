@@ -198,3 +198,15 @@ def test_rules_tell_models_apart_and_others_keep_their_fingerprint():
     assert "classes" not in smooth_model().config()
     said = model(Predicted(other))
     assert said.with_settings(prediction="v").classes is said.classes
+
+
+def test_a_compiled_network_keeps_the_way_through_its_table(monkeypatch):
+    """Also one that was compiled while it was told plain classes, whose graph knows no hook."""
+    torch._dynamo.reset()
+    plain = model(Predicted(TinyClassifier()))
+    network = torch.compile(plain.network, backend="aot_eager")
+    u, labels = torch.randn(3, 1, 4, 4), torch.full((3,), 50.0)
+    for requires_grad in (False, True):
+        network(u.clone().requires_grad_(requires_grad), labels, torch.tensor([1, 2, 3]))
+    compiled = ScoreModel(network, plain.schedule, image_shape=(1, 4, 4), classes=Predicted(TinyClassifier()))
+    assert_close(*(slope(diffpure(m, 0.1, 3, "ddpm"), X) for m in (compiled, plain)))

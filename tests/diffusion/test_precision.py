@@ -1,12 +1,15 @@
 """Half precision leaves times exact: whole numbers above 256 are not bfloat16's, which would make 1000 of 999."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import smooth_model
 from layouts import SMALL, saved_pipeline, small_model, small_unet
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from purify import ContinuousVP, ScoreModel, load_score_model, zoo
+from purify import ContinuousVP, ScoreModel, diffpure, load_score_model, zoo
 from purify.diffusion.precision import PRECISIONS
 from purify.networks.edm import EDMDenoiser
 
@@ -85,5 +88,41 @@ def test_times_are_rounded_once_in_networks_that_are_half_themselves(adapter, tm
 
 
 def test_every_precision_is_one_that_networks_run_in():
-    for autocast in PRECISIONS.values():
-        assert smooth_model().with_settings(autocast=autocast).autocast == autocast
+    for name, run in PRECISIONS.items():
+        model = smooth_model().train().with_precision(name)
+        assert (model.autocast, hasattr(model.network, "_orig_mod")) == (run.autocast, run.compiled)
+        assert model.training
+    half = smooth_model().with_settings(autocast="bfloat16")
+    assert half.with_precision("float32+compile").autocast == "bfloat16"  # its own
+
+
+@pytest.mark.parametrize("precision", ["float32+compile", "bf16+compile"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_purifiers_are_the_same_up_to_rounding(precision, backend, monkeypatch):
+    """At most two graphs for all batches (one without gradients), also after the wrapper was made anew for each."""
+    counts = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counts))
+    torch._dynamo.reset()
+    plain = diffpure(smooth_model(), 0.2, 4, "ddpm").with_precision(precision.removesuffix("+compile"))
+    for n in (7, 3, 16, 5):
+        compiled = diffpure(smooth_model(), 0.2, 4, "ddpm").with_precision(precision)
+        x = torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(n))
+        found = []
+        for purifier in (compiled, plain):
+            z = x.clone().requires_grad_()
+            out = purifier(z, sample_ids=torch.arange(n))
+            found.append((out.detach(), torch.autograd.grad(out.square().sum(), z)[0]))
+        torch.testing.assert_close(*found, rtol=1e-3, atol=5e-3 if "bf16" in precision else 1e-6)
+    assert counts.frame_count <= 2
+    assert compiled.score_model.fingerprint() == plain.score_model.fingerprint()
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch._dynamo.reset()
+    purifier = diffpure(smooth_model(), 0.2, 4, "ddpm").with_precision("float32+compile")
+    with pytest.raises(ValueError, match=r"cannot be compiled here .*no compiler.*; use a precision without \+compile"):
+        purifier(torch.rand(2, 1, 4, 4))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -74,8 +75,11 @@ def test_second_derivatives_of_the_network_are_refused_in_fp16():
     assert defence("bf16", guided).attacked.purifier.guidance is guided.guidance
     with pytest.raises(ValueError, match="second derivatives, which vanish in fp16; use the precision bf16"):
         defence("fp16", guided)
-    defence("fp16", guided.with_gradient(second_order=False))
-    with pytest.raises(ValueError, match=r"Unknown precision 'half'.*known: bf16, float32, fp16"):
+    with pytest.raises(ValueError, match=r"This guidance takes second .*compiled.*; use a precision without \+compile"):
+        defence("bf16+compile", guided)
+    for precision in ("fp16", "fp16+compile"):
+        defence(precision, guided.with_gradient(second_order=False))
+    with pytest.raises(ValueError, match=r"Unknown precision 'half'.*known: bf16, bf16\+compile, float32, "):
         defence("half")
 
 
@@ -107,6 +111,23 @@ def test_auto_takes_the_fastest_whose_gradient_is_right(bf16, fp16, chosen, samp
     assert str(choice).startswith(f"attacks in {chosen} (bf16 takes {bf16[0]:.2f} of float32's time")
 
 
+@pytest.mark.parametrize(
+    ("half", "compiled", "chosen"),
+    [
+        ((0.5, 0.999), (0.3, 0.999), "bf16+compile"),
+        ((0.5, 0.999), (0.46, 0.999), "bf16"),
+        ((0.5, 0.9), (0.7, 0.999), "float32+compile"),
+        ((0.5, 0.999), (0.3, 0.9), "bf16"),
+    ],
+)
+def test_auto_compiles_the_best_where_it_is_worth_it(half, compiled, chosen, samples, monkeypatch):
+    found = {"float32": (1.0, 1.0), "bf16": half, "bf16+compile": compiled, "float32+compile": compiled}
+    monkeypatch.setattr(precision, "worth_compiling", lambda samples: True)
+    monkeypatch.setattr(precision, "step_time", lambda defence, name, samples, rows: found[name][0])
+    monkeypatch.setattr(precision, "cosine", lambda defence, name, few, seed: found[name][1])
+    assert choose_precision([defence()], samples, 64, 256).name == chosen
+
+
 def test_auto_measures_for_real(samples):
     choice = choose_precision([defence()], samples, 4, 8)
     assert [c.name for c in choice.candidates] == ["bf16"]  # fp16 is emulated on a CPU
@@ -114,6 +135,25 @@ def test_auto_measures_for_real(samples):
     same = precision.cosine(defence(), "float32", samples, 0)
     assert precision.cosine(defence(), "bf16", samples, 0) < same == pytest.approx(1)
     assert choose_precision([Defence("u", TinyClassifier(), [ATTACK], 1, {})], samples, 4, 8).name == "float32"
+
+
+def test_a_run_with_a_compiled_network_is_judged_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    runs = {}
+    for name in ("float32", "float32+compile"):
+        out = tmp_path / name
+        arguments = [*TINY, "--n-examples", "4", "--attacks", "pgd-eot", "--out", str(out)]
+        assert main([*arguments, "--precision", name]) == 0
+        assert json.loads((out / "manifest.json").read_text())["config"]["defences"]["diffpure"].get("precision") == (
+            None if name == "float32" else name
+        )
+        records = map(json.loads, (out / "records.jsonl").read_text().splitlines())
+        runs[name] = {(r["defence"], r["attack"], r["sample"]): r["predictions"] for r in records}
+    plain, compiled = runs.values()
+    assert plain.keys() == compiled.keys()
+    clean = [k for k in plain if k[1] == "clean"]
+    assert clean
+    assert all(plain[k] == compiled[k] for k in clean)
 
 
 def test_a_run_keeps_what_auto_chose_when_it_began(tmp_path, monkeypatch, capsys):
