@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from purify.fingerprint import unwrapped
+from purify.transforms import run_plainly
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -50,9 +53,9 @@ def origin(networks: Mapping[str, nn.Module | None], work: Callable[[], Any]) ->
         if made and not found and all(map(_finite, _tensors(inputs))):
             found.append(Origin(network, layer, type(module).__name__, made[0].dtype))
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), run_plainly():
         for name, network in networks.items():
-            for layer, module in () if network is None else network.named_modules():
+            for layer, module in () if network is None else unwrapped(network).named_modules():
                 hooks.enter_context(module.register_forward_hook(partial(see, name, layer)))
         work()
     return found[0] if found else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +43,11 @@ def run_eagerly(function: Callable[..., T], *args: Any, **options: Any) -> T:
     if torch.compiler.is_compiling():
         return torch._dynamo.disable(function)(*args, **options)
     return function(*args, **options)
+
+
+def run_plainly() -> AbstractContextManager[Any]:
+    """Within, compiled networks run layer by layer, so that hooks see all layers; torch 2.4 and 2.5 cannot."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """NaN and infinity end in one sentence: which network and layer, which sample, step and time; never in an answer."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_the_layer_that_overflows_half_precision_is_named():
     with pytest.raises(ValueError, match=re.escape(sentence)):
         Purifier(half, 0.1, "ddpm", 2)(CLEAN)
     assert Purifier(full, 0.1, "ddpm", 2)(CLEAN).isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.4 and 2.5 have no set_stance")
+def test_the_layer_is_named_in_compiled_networks_too(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    network = SmoothNet()
+    purifier = Purifier(model(network), 0.1, "ddpm", 2).with_precision("float32+compile")
+    purifier(CLEAN)
+    purifier(CLEAN[:1])  # whose graph knows no hooks
+    with torch.no_grad():
+        network.last.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=re.escape("first in layer 'last' (Conv2d)")):
+        purifier(CLEAN)
 
 
 def test_a_noise_level_that_is_none_is_not_clipped_to_one():
