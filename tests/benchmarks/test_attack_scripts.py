@@ -199,3 +199,23 @@ def test_protocols_cost(capsys):
     assert own == 2 + 2 + 4
     assert 0 < more <= 4 + 1
     assert total.startswith(f"with all protocols {1 + more / own:.2f} times the gradients")
+
+
+def test_gradient_noise_of_known_noise(tmp_path, capsys):
+    """Gradients made with a known signal, noise and correlation; then the script on a few real ones."""
+    script = load_script("gradient_noise")
+    draws, n, d, rho, noise = 4000, 2, 3, 0.8, 2.0
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, draws, n, d, generator=g, dtype=torch.float64)
+    signal = torch.ones(d, dtype=torch.float64)
+    found = script.measured(signal + noise * a, 5 * (rho * a + (1 - rho**2) ** 0.5 * b), 0.1)
+    torch.testing.assert_close(found["correlation"], torch.full((n,), rho, dtype=torch.float64), rtol=0.03, atol=0)
+    # The mean of m draws has the noise 4 d / m beside the signal d: a cosine of 0.9 at 4 / m = 1 / 0.81 - 1.
+    torch.testing.assert_close(found["draws"], torch.full((n,), 4 * 0.81 / 0.19).double(), rtol=0.15, atol=0)
+    expected = (0.6 + (0.64 * 0.1) ** 0.5) ** 2
+    torch.testing.assert_close(found["multilevel"], torch.full((n,), expected).double(), rtol=0.05, atol=0)
+    tiny = ["--systems", "diffpure", "--images", "2", "--draws", "4", "--attack-calls", "300"]
+    assert script.main([*tiny, "--out", str(tmp_path / "g.json")]) == 0
+    assert [row["place"] for row in json.loads((tmp_path / "g.json").read_text())["rows"]] == ["clean", "under attack"]
+    assert script.main(["--systems", "nosuch"]) == 2
+    assert "Unknown purifier 'nosuch'" in capsys.readouterr().err

@@ -77,8 +77,8 @@ def test_second_derivatives_of_the_network_are_refused_in_fp16():
         defence("fp16", guided)
     with pytest.raises(ValueError, match=r"This guidance takes second .*compiled.*; use a precision without \+compile"):
         defence("bf16+compile", guided)
-    for precision in ("fp16", "fp16+compile"):
-        defence(precision, guided.with_gradient(second_order=False))
+    for half in ("fp16", "fp16+compile"):
+        defence(half, guided.with_gradient(second_order=False))
     with pytest.raises(ValueError, match=r"Unknown precision 'half'.*known: bf16, bf16\+compile, float32, "):
         defence("half")
 
