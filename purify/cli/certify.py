@@ -16,6 +16,8 @@ from purify.cli.shell import guarded, note_data, note_shard
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary, estimates
 from purify.evaluate.description import OLD, Certification
+from purify.evaluate.drawtimes import table as dry_run_table
+from purify.evaluate.dryrun import duration
 from purify.evaluate.pictures import panels, save
 from purify.evaluate.ranks import leave
 from purify.evaluate.recompute import recompute
@@ -41,6 +43,7 @@ def parser(prog: str = "purify certify") -> Parser:
     p = describe_parser(Certification, prog, text, EXAMPLES)
     text = "finished run whose radii are computed anew for --alpha and --radii, from its records; nothing is drawn"
     p.add_argument("--recompute", type=taking(PATH), metavar="RUN_DIR", help=text)
+    p.add_argument("--dry-run", action="store_true", help="check everything, estimate the time, and stop")
     for name in OLD:
         p.add_argument(f"--{name.replace('_', '-')}", help=argparse.SUPPRESS)
     return p
@@ -58,6 +61,9 @@ def run(args: Any, command: str) -> int:
         check_recompute(command)
         return show_recomputed(args.recompute, asked)
     ready = prepare(asked)
+    if args.dry_run:
+        show_dry_run(ready)
+        return 0
     draws = ready.order.draws
     with ready.open(command) as folder:
         if ready.ranks.first:
@@ -73,6 +79,16 @@ def run(args: Any, command: str) -> int:
                 small(draws.n)
     leave()
     return 0
+
+
+def show_dry_run(ready: Ready) -> None:
+    """Print what the certification would take at most."""
+    note_data(ready.order.asked, ready.data)
+    costs = ready.dry_run()
+    print(f"{ready.order.asked.dataset}, {len(ready.samples)} samples; files, models and shapes are in order.")
+    print(f"\n{dry_run_table(costs).to_string()}")
+    total = sum(cost.seconds for cost in costs.values())
+    print(f"\nAt most about {duration(total)} in one process: draws that stop early, scales not reached take nothing.")
 
 
 def check_recompute(command: str) -> None:

@@ -30,7 +30,7 @@ from purify.checks import check_count, check_unique, choose
 from purify.data import Dataset
 from purify.diffusion.precision import FLOAT32
 from purify.diffusion.reverse import REVERSE_RULES
-from purify.evaluate.attacking import RECORD, begin, known_classes, load_samples, open_folder
+from purify.evaluate.attacking import RECORD, begin, folder_path, known_classes, load_samples, open_folder
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import (
     Inside,
@@ -42,9 +42,10 @@ from purify.evaluate.certification import (
     summarize,
 )
 from purify.evaluate.description import Certification
+from purify.evaluate.drawtimes import DrawCost, estimate
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
-from purify.evaluate.records import SCHEMA, RunFolder, write_json
+from purify.evaluate.records import SCHEMA, RunFolder, check_folder, write_json
 from purify.evaluate.runner import Samples
 from purify.named import fingerprint, load_classifier, load_score
 from purify.options import flags, options
@@ -320,10 +321,11 @@ class Ready:
         """Whether the answer depends on draws: of DSSN it does not."""
         return not set(READ_BY["draws"]).isdisjoint(self.order.asked.method)
 
-    def open(self, command: str) -> RunFolder:
-        """The run's folder, which says that ``command`` made it."""
+    @property
+    def config(self) -> dict[str, Any]:
+        """What decides its results."""
         c = self.order.asked
-        config = {
+        return {
             "dataset": c.dataset,
             "data": fingerprint_of_samples(self.samples),
             "n_examples": len(self.samples),
@@ -333,10 +335,25 @@ class Ready:
                 s.name: {**s.config, "draws": asdict(s.draws), "attack": asdict(s.attack)} for s in self.systems
             },
         }
+
+    def dry_run(self) -> dict[str, DrawCost]:
+        """What each system would take.
+
+        Raises:
+            ValueError: the folder holds another run, or a system cannot take its rows.
+        """
+        c = self.order.asked
+        if c.out is not None:
+            check_folder(folder_path(c, "", self.config), self.config)
+        return {s.name: estimate(s, self.samples) for s in self.systems}
+
+    def open(self, command: str) -> RunFolder:
+        """The run's folder, which says that ``command`` made it."""
+        c = self.order.asked
         name = f"{c.title}-certified-{'-'.join(c.method)}-{c.budget}"
         session = environment(self.order.device, command, self.ranks)
         needed = RECORD * len(self.samples) * sum(len(s.stages()) for s in self.systems)
-        return open_folder(c, name, config, session, self.ranks, needed)
+        return open_folder(c, name, self.config, session, self.ranks, needed)
 
     def certify(self, folder: RunFolder) -> None:
         """Certify and attack what the folder does not hold."""

@@ -300,3 +300,51 @@ def test_denoisers_from_a_file(tmp_path, capsys):
     }
     assert main([*few, "--score-model", f"{file}:c", "--out", str(tmp_path / "other")]) == 2
     assert "own.py has no function 'c'" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_all_draws_and_times_the_attacks(tmp_path, monkeypatch, capsys):
+    """Of certificates that draw all, those that a run makes; of a cascade those of all its scales."""
+    from purify.evaluate import drawtimes
+
+    out = tmp_path / "run"
+    arguments = ["--n-examples", "2", "--attack-examples", "1", "--draws", "64", "--out", str(out)]
+    costs, kept = {}, drawtimes.estimate
+
+    def kept_estimate(system, samples):
+        costs[system.name] = (kept(system, samples), system)
+        return costs[system.name][0]
+
+    monkeypatch.setattr("purify.evaluate.systems.estimate", kept_estimate)
+    assert main([*arguments, "--method", "cohen,multiscale,dssn", "--sigma", "0.25,0.5", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "At most about" in said
+    assert not out.exists()
+    both = costs["cohen 0.25"][1].draws.n0 + 64
+    assert costs["cohen 0.25"][0].draws == both
+    assert costs["multiscale"][0].draws == 2 * both
+    exact = costs["dssn"][1]
+    image = to_grid(load_dataset("digits", "test")[0][:1])
+    assert costs["dssn"][0].draws == exact.certifier.certify(image, exact.draws).draws[0]
+    assert costs["dssn"][0].draw == 0
+    for cost, system in costs.values():
+        assert cost.seconds == pytest.approx(2 * cost.image + cost.attack)
+        assert cost.attack > 0
+        assert system.attack.samples == 1
+
+
+def test_a_dry_run_without_attacks_and_in_words(tmp_path, monkeypatch, capsys):
+    from purify.evaluate import drawtimes
+
+    arguments = ["--n-examples", "2", "--attack-examples", "0", "--draws", "64", "--sigma", "0.25"]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "none" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    assert main([*arguments, "--n-examples", "3", "--out", str(tmp_path / "a"), "--dry-run"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(drawtimes, "fitted", broken)
+    assert main([*arguments, "--dry-run"]) == 2
+    assert "cohen 0.25 cannot be certified (no such kernel); check its networks." in capsys.readouterr().err
