@@ -61,12 +61,19 @@ EVERY_ATTACK = (
     "random-noise,transfer,adaptive,autoattack-rand,pgd-eot,pgd-eot-constant-t,pgd-eot-norm,pgd-eot-low-level,"
     "pgd-eot-first-order,pgd-eot-guide"
 )
+QUICK_ATTACKS = "random-noise,transfer,adaptive"  # within l_p norms: what leaves least for the time that the demo has
 USUAL_ATTACKS = {  # by threat model
     **dict.fromkeys(NORMS, EVERY_ATTACK),
     **dict.fromkeys(PERCEPTUAL, "random-noise,transfer,pgd-eot,low-frequency-eot"),
     "flow": "random-noise,spatial-transfer,spatial-eot",
 }
 MODEL_GRADIENTS = ("exact", "bpda", "none")
+
+
+def usual_attacks(threat_model: str, budget: str) -> tuple[str, ...]:
+    """The attacks of a run that names none."""
+    quick = budget == "quick" and threat_model in NORMS
+    return tuple((QUICK_ATTACKS if quick else USUAL_ATTACKS[threat_model]).split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +125,8 @@ class Attacking(Description):
     attacks: tuple[str, ...] = option(
         None, NAMES, THREAT,
         f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all of the threat model (each where "
-        f"it applies; default: {EVERY_ATTACK}, or those of another threat model); a PGD attack at one class or at the "
-        "K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
+        f"it applies; default: {EVERY_ATTACK}, of the budget quick {QUICK_ATTACKS}, or those of another threat "
+        "model); a PGD attack at one class or at the K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
     )  # fmt: skip
     norm_weights: tuple[float, ...] = option(
         (0.3,), NUMBERS, THREAT, "weights of pgd-eot-norm and autoattack-rand-norm, separated by commas"
@@ -163,7 +170,7 @@ class Attacking(Description):
         for name, names in known.items():
             self._choose(name, names)
         if self.attacks is None:
-            object.__setattr__(self, "attacks", tuple(USUAL_ATTACKS[self.threat_model].split(",")))
+            object.__setattr__(self, "attacks", usual_attacks(self.threat_model, self.budget))
         if self.model_surrogate is not None and self.model_gradient != "bpda":
             raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
