@@ -24,6 +24,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return unwrapped(inner) if isinstance(inner, nn.Module) else module
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a network, perhaps inside DataParallel, is one of ``torch.compile``."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    return isinstance(getattr(module, COMPILED, None), nn.Module)
+
+
 def weights_digest(module: nn.Module) -> str:
     """sha256 over names, dtypes, shapes and bytes of a module's state; compiled or parallel, it is the same.
 

@@ -24,6 +24,7 @@ from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.memory import Parts
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
+from purify.transforms import compiled_in_words
 
 # Images, what the objective takes (labels), sample ids, draws (R rows each) -> terms (R,); the first chooses the best
 # iterate.
@@ -329,8 +330,9 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     """Gradient of each term's sum; the graph goes with the last."""
     found: list[Tensor] = []
     for i, term in enumerate(terms):
-        more = i < len(terms) - 1
-        own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=more, allow_unused=True)[0]
+        options = {"retain_graph": i < len(terms) - 1, "allow_unused": True}
+        with compiled_in_words():
+            own = term.requires_grad and torch.autograd.grad(term.sum(), images, **options)[0]
         if not isinstance(own, Tensor):
             raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
         found.append(own)

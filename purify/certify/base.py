@@ -56,9 +56,11 @@ class Certifier(ABC):
 
     Attributes:
         norm: the norm of its radii.
+        drawn: whether the answer depends on draws; else on all that there are.
     """
 
     norm: ClassVar[str]
+    drawn: ClassVar[bool] = True
 
     @abstractmethod
     def certify(

@@ -159,6 +159,7 @@ class DSSN(Certifier):
     referee: nn.Module = field(init=False, repr=False, compare=False)
 
     norm: ClassVar[str] = "L1"
+    drawn: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_levels(self.lam)

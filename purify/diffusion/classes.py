@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from purify import registry
 from purify.answers import ask
 from purify.checks import check_count, check_eval, choose, short
-from purify.fingerprint import COMPILED, unwrapped, weights_digest
+from purify.fingerprint import is_compiled, unwrapped, weights_digest
 
 TABLES = ("class_embedding", "label_emb")  # of diffusers and of guided-diffusion
 USUAL = (10, 100, 1000)  # classes of data sets: a table of so many has no entry for no class
@@ -199,7 +199,7 @@ def call(network: nn.Module, u: Tensor, labels: Tensor, classes: Tensor | None) 
     if not classes.is_floating_point() or _is_edm(network):
         return network(u, labels, classes)
     if classes.requires_grad:
-        network = getattr(network, COMPILED, network)  # a compiled one might not see the hook
+        network = unwrapped(network) if is_compiled(network) else network  # which might not see the hook
     with _weighted(network, classes):
         return network(u, labels, classes.argmax(1))
 

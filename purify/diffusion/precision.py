@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +49,16 @@ RECOMPILE_LIMIT = 64  # inference and gradients, one image and several, three ty
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """``torch.compile(network)``, whose graphs serve batches of every size above 1."""
+    """``torch.compile(network)``, with room for all graphs of a run; see :func:`mark_batch`."""
     known = signature(torch.compile).parameters
     limit: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT} if "recompile_limit" in known else {}
-    module: Any = torch.compile(network, **limit)
-    module.register_forward_pre_hook(_any_batch)
-    return module
+    return cast("nn.Module", torch.compile(network, **limit))
 
 
-def _any_batch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+def mark_batch(*inputs: Tensor | None) -> None:
+    """Has one graph serve batches of every size above 1."""
     for value in inputs:
-        if isinstance(value, Tensor) and len(value) > 1:
+        if value is not None and len(value) > 1:
             torch._dynamo.maybe_mark_dynamic(value, 0)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.classes import ClassRule, Predicted, Unconditional, as_rule, check_takes, check_told
-from purify.diffusion.precision import AUTOCAST, PRECISIONS, check_autocast, compiled, evaluate
+from purify.diffusion.precision import AUTOCAST, PRECISIONS, check_autocast, compiled, evaluate, mark_batch
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
 from purify.fingerprint import COMPILED, unwrapped, weights_digest
 from purify.transforms import set_mode
@@ -170,6 +170,7 @@ class ScoreModel(nn.Module):
         schedule = as_schedule(schedule)
         self._to_prediction = choose(prediction, PREDICTIONS, "prediction")
         self.network = network
+        self.compiled = False  # by with_precision
         self.schedule = schedule
         self.prediction = prediction
         self.given_shape = None if image_shape is None else check_shape(image_shape)
@@ -242,7 +243,10 @@ class ScoreModel(nn.Module):
         with fitting(u, "The score network"):
             labels = self.labels(t).to(torch.promote_types(u.dtype, torch.float32))  # bfloat16 would make 1000 of 999
             seen = self.seen(u, alpha, sigma)
-            output = evaluate(self.network, seen, labels, self.autocast, self.classes_for(u))
+            classes = self.classes_for(u)
+            if self.compiled:
+                mark_batch(seen, labels, classes)
+            output = evaluate(self.network, seen, labels, self.autocast, classes)
         self.check_output(output, u)
         return output.to(u.dtype)
 
@@ -364,16 +368,21 @@ class ScoreModel(nn.Module):
         return ScoreModel(self.network, **{**own, **settings})
 
     def with_precision(self, precision: str) -> ScoreModel:
-        """The same model (sharing its weights) with its network run as one of ``PRECISIONS`` says.
+        """The same model (sharing its weights) with its network run as one of ``PRECISIONS`` says, and not otherwise.
+
+        A network that came compiled stays so.
 
         Raises:
             ValueError: an unknown precision; autocast of a float64 network.
         """
         run = choose(precision, PRECISIONS, "precision")
-        other = self.with_settings(autocast=run.autocast or self.autocast)
-        if run.compiled and not hasattr(self.network, COMPILED):
-            other.network = compiled(self.network)
-        return other.train(self.training)
+        other = copy.copy(self)
+        other._modules = dict(self._modules)  # of its own, so that this model keeps its network
+        other.set_autocast(run.autocast)
+        if run.compiled != self.compiled:
+            other.network = compiled(self.network) if run.compiled else getattr(self.network, COMPILED)
+            other.compiled = run.compiled
+        return other
 
     def config(self) -> dict[str, Any]:
         """Plain data that describes the model apart from its network."""

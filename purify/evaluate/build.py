@@ -108,7 +108,7 @@ def build_attacks(request: Request) -> list[Attack]:
     """
     threat = request.asked.threat_model
     fitting = [name for name, kind in ATTACKS.items() if threat in kind.threats]
-    names = fitting if request.asked.attacks == ("strongest",) else request.asked.attacks
+    names = fitting if request.asked.attack_names == ("strongest",) else request.asked.attack_names
     found = [attack for name in names for attack in build_named(name, request)]
     if request.asked.model_gradient != "none":
         return found
@@ -246,7 +246,7 @@ def build_purified(
     title = " ".join(Path(n).name for n in ((purifier, name) if built.level.varies else (purifier,)))
     applicable = [a.fitted(model, title) for a in attacks if a.applies_to(model)]
     if not applicable:
-        raise ValueError(f"None of the attacks {', '.join(e.attacks)} says anything about {title}; add pgd-eot.")
+        raise ValueError(f"None of the attacks {', '.join(e.attack_names)} says anything about {title}; add pgd-eot.")
     weights = {**described(model_name(request), bare), "score_model": built.score_model.fingerprint()}
     config = {**model.config(), **weights, "exact": built.exact, **gradient_facts(bare)}
     precision = FLOAT32 if e.precision == AUTO else e.precision  # which is chosen once all are built

@@ -70,12 +70,6 @@ USUAL_ATTACKS = {  # by threat model
 MODEL_GRADIENTS = ("exact", "bpda", "none")
 
 
-def usual_attacks(threat_model: str, budget: str) -> tuple[str, ...]:
-    """The attacks of a run that names none."""
-    quick = budget == "quick" and threat_model in NORMS
-    return tuple((QUICK_ATTACKS if quick else USUAL_ATTACKS[threat_model]).split(","))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Attacking(Description):
     """A classifier, undefended and behind purifiers, with the attacks on it.
@@ -122,10 +116,10 @@ class Attacking(Description):
         None, RADII, THREAT,
         "radius, of flow in pixels; several, as 0.1,0.2,0.3: the curve of accuracy against them, with a run for each",
     )  # fmt: skip
-    attacks: tuple[str, ...] = option(
+    attacks: tuple[str, ...] | None = option(
         None, NAMES, THREAT,
         f"{', '.join(ATTACKS)}, file.py:Class, separated by commas; or strongest: all of the threat model (each where "
-        f"it applies; default: {EVERY_ATTACK}, of the budget quick {QUICK_ATTACKS}, or those of another threat "
+        f"it applies; default: {EVERY_ATTACK}, of --budget quick alone {QUICK_ATTACKS}, or those of another threat "
         "model); a PGD attack at one class or at the K likeliest wrong ones in turn: pgd-eot@3, bpda-eot@top-9",
     )  # fmt: skip
     norm_weights: tuple[float, ...] = option(
@@ -169,8 +163,6 @@ class Attacking(Description):
         known["precision"] = (*PRECISIONS, AUTO)
         for name, names in known.items():
             self._choose(name, names)
-        if self.attacks is None:
-            object.__setattr__(self, "attacks", usual_attacks(self.threat_model, self.budget))
         if self.model_surrogate is not None and self.model_gradient != "bpda":
             raise ValueError("--model-surrogate is for --model-gradient bpda; give both or neither.")
         if self.steps is not None and self.dt is not None:
@@ -182,6 +174,18 @@ class Attacking(Description):
             value = getattr(self, name)
             if value is not None:
                 check_count(value, f"--{name.replace('_', '-')}")
+
+    @property
+    def attack_names(self) -> tuple[str, ...]:
+        """The attacks that were named, or those of the threat model and budget.
+
+        A budget of whose steps or draws something else is said is no demo any more.
+        """
+        if self.attacks is not None:
+            return self.attacks
+        own = (self.attack_steps, self.eot, self.restarts) != (None, None, 1)
+        quick = self.budget == "quick" and self.threat_model in NORMS and not own
+        return tuple((QUICK_ATTACKS if quick else USUAL_ATTACKS[self.threat_model]).split(","))
 
     @property
     def several(self) -> bool:

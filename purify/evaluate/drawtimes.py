@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pandas as pd
 import torch
@@ -14,9 +15,6 @@ from purify.checks import ran_out
 from purify.evaluate.certification import CHECK_DRAWS, System, attacked
 from purify.evaluate.dryrun import PATIENCE, duration, times
 from purify.evaluate.runner import Samples
-from purify.machine import seconds
-
-FEWEST = 32  # draws that are timed first: certifiers refuse those of which nothing could be bounded
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,14 @@ class Fit:
     """What an image takes.
 
     Attributes:
-        fixed: seconds for it, whatever is drawn.
-        draw: seconds for each noisy image.
+        made: noisy images in the certificate that was timed.
+        draw: seconds for each.
         scales: noisy images for each draw, at most; 0: as many as were made, whatever is asked for.
-        made: in the greatest certificate that was timed.
     """
 
-    fixed: float
+    made: int
     draw: float
     scales: int
-    made: int
 
     def draws(self, asked: Draws) -> int:
         """Noisy images of a certificate, at most."""
@@ -60,7 +56,7 @@ class Fit:
 
     def seconds(self, asked: Draws) -> float:
         """Of a certificate, at most."""
-        return self.fixed + self.draw * self.draws(asked)
+        return self.draw * self.draws(asked)
 
 
 def estimate(system: System, samples: Samples) -> DrawCost:
@@ -81,21 +77,28 @@ def estimate(system: System, samples: Samples) -> DrawCost:
 
 
 def fitted(system: System, one: Samples) -> Fit:
-    """Certificates of an image at growing numbers of draws, timed until they take too long."""
-    known, n = [(0, 0.0)], min(FEWEST, system.draws.n)
+    """A certificate of the image at so many draws that they take long enough to be timed, or at all."""
+    n = fewest(system)
     while True:
         draws = replace(system.draws, n0=min(system.draws.n0, n), n=n, stop=None)
+        start = time.perf_counter()
         made = int(system.certifier.certify(one.images, draws, sample_ids=one.ids).draws[0])
-        work = partial(system.certifier.certify, one.images, draws, sample_ids=one.ids)
-        known.append((made, seconds(work, one.images.device)))
-        if known[-1][1] > PATIENCE or n >= system.draws.n:
+        spent = time.perf_counter() - start
+        if spent > PATIENCE / 2 or n >= system.draws.n:
             break
         n = min(2 * n, system.draws.n)
-    (before, t), (made, spent) = known[-2:]
-    if made == before:  # an exact answer
-        return Fit(spent, 0.0, 0, made)
-    draw = max(spent - t, 0.0) / (made - before)
-    return Fit(max(spent - draw * made, 0.0), draw, len(system.certifier.noisy_models()), made)
+    return Fit(made, spent / made, len(system.certifier.noisy_models()) if system.certifier.drawn else 0)
+
+
+def fewest(system: System) -> int:
+    """The first of 16, 32, ... draws that can bound anything: certifiers refuse fewer."""
+    n = 16
+    while n < system.draws.n:
+        with suppress(ValueError):
+            system.certifier.reachable(replace(system.draws, n=n, stop=None))
+            return n
+        n *= 2
+    return system.draws.n
 
 
 def attack_seconds(system: System, samples: Samples, found: Fit) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from purify.evaluate.runner import Defence, Samples
 from purify.evaluate.selfchecks import input_gradient
 from purify.purification import cost
 from purify.purification.defended import DefendedClassifier
+from purify.transforms import compiled_in_words
 
 AUTO = "auto"
 COSINE = 0.995  # with the gradient in float32, at the worst of a few images of every defence
@@ -40,7 +41,7 @@ class Candidate:
 
     def __str__(self) -> str:
         if self.refused:
-            return f"{self.name} is not for this defence"
+            return f"{self.name} is refused: {self.refused}"
         asked = "" if self.cosine is None else f" at gradient cosine {self.cosine:.4f}"
         return f"{self.name} takes {self.time:.2f} of float32's time{asked}"
 
@@ -76,9 +77,13 @@ def choose_precision(
 
     def consider(name: str) -> Candidate:
         """The better one of this and of the best so far."""
-        candidate = measured(name, purified, samples, rows, usual)
-        if candidate.time < WORTH * best.time:
-            candidate = replace(candidate, cosine=min(cosine(d, name, few, seed) for d in purified))
+        try:
+            with compiled_in_words():
+                candidate = Candidate(name, sum(step_time(d, name, samples, rows) for d in purified) / usual)
+                if candidate.time < WORTH * best.time:
+                    candidate = replace(candidate, cosine=min(cosine(d, name, few, seed) for d in purified))
+        except ValueError as refusal:
+            candidate = Candidate(name, refused=str(refusal))
         found.append(candidate)
         return candidate if candidate.cosine is not None and candidate.cosine >= COSINE else best
 
@@ -97,14 +102,6 @@ def offered(samples: Samples) -> list[str]:
 def worth_compiling(samples: Samples) -> bool:
     """Whether the best of them is tried compiled, too. On a CPU it saves less than the compiler takes."""
     return samples.images.is_cuda
-
-
-def measured(name: str, purified: Iterable[Defence], samples: Samples, rows: int, usual: float) -> Candidate:
-    """The time of a precision, where ``usual`` seconds are float32's."""
-    try:
-        return Candidate(name, sum(step_time(d, name, samples, rows) for d in purified) / usual)
-    except ValueError as refusal:
-        return Candidate(name, refused=str(refusal))
 
 
 def step_time(defence: Defence, precision: str, samples: Samples, rows: int) -> float:

@@ -211,7 +211,8 @@ class DefendedClassifier(nn.Module):
         return self.with_purifier(self.purifier.at_share(share))
 
     def with_precision(self, precision: str) -> DefendedClassifier:
-        """The same model (sharing all weights) with its score network in ``float32``, ``bf16`` or ``fp16``.
+        """The same model (sharing all weights) with its score network in ``float32``, ``bf16`` or ``fp16``, or in
+        one of them by ``torch.compile`` (``bf16+compile``, ...).
 
         For attacks: what they find is to be judged by the model itself. The classifier keeps its type. See
         :meth:`Purifier.with_precision`.

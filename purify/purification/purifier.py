@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from purify import registry
 from purify.checks import check_flag, check_images, check_weights, choose, is_number, short, whole_numbers
 from purify.diffusion.noise import Noise
-from purify.diffusion.precision import PRECISIONS, Precision
+from purify.diffusion.precision import PRECISIONS
 from purify.diffusion.resize import resized
 from purify.diffusion.reverse import REVERSE_RULES, OneShot, ReverseRule
 from purify.diffusion.schedule import Schedule, as_schedule, schedule_from_config
@@ -307,15 +307,13 @@ class Purifier(nn.Module):
 
         ``bf16`` or ``fp16``: the network computes in it, and everything between its calls in float32 (times, the
         labels of times, updates, guidance, sums); see :func:`purify.diffusion.precision.evaluate`. ``bf16+compile``,
-        ``fp16+compile``, ``float32+compile``: also by ``torch.compile``. ``float32``: the purifier as it is.
+        ``fp16+compile``, ``float32+compile``: also by ``torch.compile``. ``float32``: neither.
 
         Raises:
             ValueError: an unknown precision; ``fp16`` or a compiled network where guidance or rule takes second
                 derivatives of it; a float64 network.
         """
         run = choose(precision, PRECISIONS, "precision")
-        if run == Precision():
-            return self
         for what, part in (("This guidance", self.guidance), ("This reverse rule", self.rule)):
             if part is not None and part.twice:
                 run.check_twice(what)

@@ -200,11 +200,12 @@ def test_rules_tell_models_apart_and_others_keep_their_fingerprint():
     assert said.with_settings(prediction="v").classes is said.classes
 
 
-def test_a_compiled_network_keeps_the_way_through_its_table(monkeypatch):
+@pytest.mark.parametrize("around", [lambda network: network, torch.nn.DataParallel], ids=["alone", "parallel"])
+def test_a_compiled_network_keeps_the_way_through_its_table(around):
     """Also one that was compiled while it was told plain classes, whose graph knows no hook."""
     torch._dynamo.reset()
     plain = model(Predicted(TinyClassifier()))
-    network = torch.compile(plain.network, backend="aot_eager")
+    network = around(torch.compile(plain.network, backend="aot_eager"))
     u, labels = torch.randn(3, 1, 4, 4), torch.full((3,), 50.0)
     for requires_grad in (False, True):
         network(u.clone().requires_grad_(requires_grad), labels, torch.tensor([1, 2, 3]))

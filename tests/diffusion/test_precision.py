@@ -10,7 +10,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from purify import ContinuousVP, ScoreModel, diffpure, load_score_model, zoo
+from purify.diffusion.classes import Predicted
 from purify.diffusion.precision import PRECISIONS
+from purify.fingerprint import unwrapped
 from purify.networks.edm import EDMDenoiser
 
 
@@ -92,8 +94,30 @@ def test_every_precision_is_one_that_networks_run_in():
         model = smooth_model().train().with_precision(name)
         assert (model.autocast, hasattr(model.network, "_orig_mod")) == (run.autocast, run.compiled)
         assert model.training
-    half = smooth_model().with_settings(autocast="bfloat16")
-    assert half.with_precision("float32+compile").autocast == "bfloat16"  # its own
+        back = model.with_precision("float32")
+        assert (back.autocast, back.network) == (None, network := unwrapped(model.network))
+        assert network is back.with_precision(name).with_precision("bf16").network
+
+
+def test_another_precision_leaves_the_model_as_it_is():
+    """Not even the mode of its parts: dropout that was switched off stays off."""
+    network = nn.Sequential(nn.Dropout(0.5)).eval()
+    classifier = nn.Flatten().eval()
+    told = zoo.score_model("digits-classes").with_settings(classes=Predicted(classifier))
+    for model in (ScoreModel(network, ContinuousVP()), told):
+        for name in PRECISIONS:
+            assert model.training  # as modules come
+            model.with_precision(name)
+    assert not network.training
+    assert not classifier.training
+    assert told.autocast is None
+
+
+@pytest.mark.parametrize("name", ["bf16", "float32+compile"])
+def test_another_precision_is_told_the_same_classes(name):
+    model = zoo.score_model("digits-classes").eval()
+    classes = nn.functional.one_hot(torch.tensor([1, 2, 3]), 11).float()
+    assert torch.equal(model.told(classes).with_precision(name).bound, classes)
 
 
 @pytest.mark.parametrize("precision", ["float32+compile", "bf16+compile"])

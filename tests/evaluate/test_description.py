@@ -209,3 +209,23 @@ def test_run_yaml_is_plain_yaml():
     found = yaml.safe_load(Evaluation(calibration="a/b.json", memory_budget="1G").to_yaml())
     assert found["calibration"] == "a/b.json"
     assert found["memory_budget"] == 2**30
+
+
+def test_the_quick_budget_as_it_is_has_fewer_attacks():
+    """Whatever is said of steps, draws or restarts, or another budget or threat model, has those of before."""
+    quick = Evaluation().attack_names
+    assert quick == ("random-noise", "transfer", "adaptive")
+    full = Evaluation(budget="standard").attack_names
+    assert {"autoattack-rand", "pgd-eot", *quick} < set(full)
+    for more in (
+        {"attack_steps": 5},
+        {"eot": 2},
+        {"restarts": 2},
+        {"budget": "paper"},
+        {"threat_model": "L2", "eot": 2},
+    ):
+        assert Evaluation(**more).attack_names == full
+    assert Evaluation(threat_model="L2").attack_names == quick
+    assert Evaluation().replace(budget="standard").attack_names == full
+    assert "attacks" not in Evaluation().to_yaml()
+    assert Evaluation(attacks="pgd-eot").replace(budget="standard").attack_names == ("pgd-eot",)

@@ -325,7 +325,6 @@ def test_a_dry_run_counts_all_draws_and_times_the_attacks(tmp_path, monkeypatch,
     exact = costs["dssn"][1]
     image = to_grid(load_dataset("digits", "test")[0][:1])
     assert costs["dssn"][0].draws == exact.certifier.certify(image, exact.draws).draws[0]
-    assert costs["dssn"][0].draw == 0
     for cost, system in costs.values():
         assert cost.seconds == pytest.approx(2 * cost.image + cost.attack)
         assert cost.attack > 0

@@ -25,8 +25,8 @@ class InLoop(Protocol):
     After the worst case of Kassis et al. 2024 (arXiv 2411.16598). N are the draws behind each gradient: they are new
     at every iterate, so the attack's own forward passes are the submissions, and cost nothing more. Of the run's
     attacks it is the strongest one that counts them (PGD and its kin; the adaptive attack's, on the whole process). An
-    attack in half precision counted answers that are not the defence's, and is run again in the one that is judged. The
-    control asks the unattacked image as often, or until an answer is wrong: what it loses is lost to the defence's
+    attack in another precision counted answers that are not the defence's, and is run again in the one that is judged.
+    The control asks the unattacked image as often, or until an answer is wrong: what it loses is lost to the defence's
     noise, without any attacker.
     """
 
