@@ -330,12 +330,12 @@ def _gradients(terms: Sequence[Tensor], images: Tensor) -> list[Tensor]:
     """Gradient of each term's sum; the graph goes with the last."""
     found: list[Tensor] = []
     for i, term in enumerate(terms):
-        options = {"retain_graph": i < len(terms) - 1, "allow_unused": True}
+        kept = i < len(terms) - 1
         with compiled_in_words():
-            own = term.requires_grad and torch.autograd.grad(term.sum(), images, **options)[0]
-        if not isinstance(own, Tensor):
+            own = term.requires_grad and torch.autograd.grad(term.sum(), images, retain_graph=kept, allow_unused=True)
+        if not own or own[0] is None:
             raise ValueError(f"The answer has no gradient with respect to the images: the model {NO_GRADIENT}.")
-        found.append(own)
+        found.append(own[0])
     return found
 
 
