@@ -16,7 +16,7 @@ from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.classes import ClassRule, Predicted, Unconditional, as_rule, check_takes, check_told
 from purify.diffusion.precision import AUTOCAST, PRECISIONS, check_autocast, compiled, evaluate, mark_batch
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
-from purify.fingerprint import COMPILED, unwrapped, weights_digest
+from purify.fingerprint import COMPILED, is_compiled, unwrapped, weights_digest
 from purify.transforms import set_mode
 
 if TYPE_CHECKING:
@@ -365,7 +365,9 @@ class ScoreModel(nn.Module):
         """A model over the same network, with other arguments than this one's."""
         check_settings(settings)
         own = {**{name: getattr(self, name) for name in SETTINGS}, "image_shape": self.given_shape}
-        return ScoreModel(self.network, **{**own, **settings})
+        other = ScoreModel(self.network, **{**own, **settings})
+        other.compiled = self.compiled
+        return other
 
     def with_precision(self, precision: str) -> ScoreModel:
         """The same model (sharing its weights) with its network run as one of ``PRECISIONS`` says, and not otherwise.
@@ -379,9 +381,10 @@ class ScoreModel(nn.Module):
         other = copy.copy(self)
         other._modules = dict(self._modules)  # of its own, so that this model keeps its network
         other.set_autocast(run.autocast)
-        if run.compiled != self.compiled:
-            other.network = compiled(self.network) if run.compiled else getattr(self.network, COMPILED)
-            other.compiled = run.compiled
+        if run.compiled and not is_compiled(self.network):
+            other.network, other.compiled = compiled(self.network), True
+        elif self.compiled and not run.compiled:
+            other.network, other.compiled = getattr(self.network, COMPILED), False
         return other
 
     def config(self) -> dict[str, Any]:

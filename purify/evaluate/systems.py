@@ -319,7 +319,7 @@ class Ready:
     @property
     def drawn(self) -> bool:
         """Whether the answer depends on draws: of DSSN it does not."""
-        return not set(READ_BY["draws"]).isdisjoint(self.order.asked.method)
+        return any(s.certifier.drawn for s in self.systems)
 
     @property
     def config(self) -> dict[str, Any]:
