@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from purify.transforms import COMPILED
+
 DEEP = 4  # how far objects inside a module without weights are looked into
-COMPILED = "_orig_mod"  # where torch.compile keeps the network
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
+COMPILED = "_orig_mod"  # where torch.compile keeps the network
 
 
 def readable(x: Tensor) -> bool:
@@ -27,6 +30,23 @@ def set_mode(module: nn.Module, mode: bool) -> None:
     """``module.train(mode)`` for parts that have a mode: an exported program keeps that of its export."""
     with suppress(NotImplementedError):
         module.train(mode)
+
+
+def copied(module: Module) -> Module:
+    """A deep copy, which computes the same; raises as :func:`check_copies`."""
+    check_copies(module)
+    return copy.deepcopy(module)
+
+
+def check_copies(module: nn.Module) -> None:
+    """Raise ValueError if a part is compiled and has hooks of its own, which copies lose (PyTorch 2.14.1)."""
+    for part in module.modules():
+        hooks = len(part._forward_pre_hooks) + len(part._forward_hooks)
+        if isinstance(getattr(part, COMPILED, None), nn.Module) and hooks:
+            raise ValueError(
+                "Copies of a compiled network lose the hooks that were registered on it, and its float64 copy is "
+                "needed; register them on the network before torch.compile."
+            )
 
 
 def run_eagerly(function: Callable[..., T], *args: Any, **options: Any) -> T:

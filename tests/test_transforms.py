@@ -22,6 +22,7 @@ from purify import (
 from purify.attacks import PGD
 from purify.fingerprint import weights_digest
 from purify.purification.plans import FixedDt
+from purify.transforms import copied
 
 X = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 IDS, Y = torch.arange(3), torch.tensor([1, 2, 3])
@@ -89,6 +90,18 @@ def test_guidance_of_compiled_networks(options):
     sentence = "second derivatives, which networks inside torch.compile do not have; pass"
     with pytest.raises(ValueError, match=sentence):
         torch.autograd.grad(compiled(z := X.clone().requires_grad_(), sample_ids=IDS).sum(), z)
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+def test_copies_of_compiled_networks_with_hooks_are_refused(register):
+    """Where the hook is inside, the copy has it."""
+    inside = nn.Sequential(nn.Identity())
+    inside.register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled = torch.compile(inside, backend="eager")
+    assert torch.equal(copied(nn.Sequential(compiled))(X), 2 * X)
+    getattr(compiled, register)(lambda *_: None)
+    with pytest.raises(ValueError, match=r"lose the hooks .*; register them on the network before torch\.compile"):
+        copied(nn.Sequential(compiled))
 
 
 def test_exported_networks_inside_a_defence():

@@ -5,7 +5,6 @@ Noise is keyed by (seed, sample, draw), so it does not depend on batch, order or
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -32,6 +31,7 @@ from purify.checks import (
 from purify.diffusion.noise import Noise
 from purify.diffusion.precision import float32_proper
 from purify.memory import Parts
+from purify.transforms import copied
 
 Perturbation = Callable[[Tensor, Noise], Tensor]  # images (N, C, H, W) and the noise of each -> noisy images
 
@@ -154,7 +154,7 @@ class NoisyModel(nn.Module):
 
 def float64_twin(classifier: nn.Module) -> nn.Module:
     """A copy of the classifier in float64."""
-    return copy.deepcopy(classifier).double()
+    return copied(classifier).double()
 
 
 def keys(images: Tensor, sample_ids: Tensor | Sequence[int] | None, seed: int) -> Noise:

@@ -16,8 +16,8 @@ from purify.checks import check_shape, choose, fitting, is_number, short
 from purify.diffusion.classes import ClassRule, Predicted, Unconditional, as_rule, check_takes, check_told
 from purify.diffusion.precision import AUTOCAST, PRECISIONS, check_autocast, compiled, evaluate, mark_batch
 from purify.diffusion.schedule import DiscreteVP, Schedule, as_schedule
-from purify.fingerprint import COMPILED, is_compiled, unwrapped, weights_digest
-from purify.transforms import set_mode
+from purify.fingerprint import is_compiled, unwrapped, weights_digest
+from purify.transforms import COMPILED, set_mode
 
 if TYPE_CHECKING:
     from purify.diffusion.health import Health

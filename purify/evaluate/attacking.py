@@ -33,6 +33,7 @@ from purify.machine import set_threads
 from purify.named import check_device
 from purify.purification.defended import DefendedClassifier
 from purify.sources import resolve_data
+from purify.transforms import check_copies
 
 RECORD = 512  # bytes of a record without its predictions
 
@@ -210,9 +211,11 @@ def assemble(request: Request[Any], attacks: list[Attack], samples: Samples) -> 
 
 
 def check_answers(defences: list[Defence], samples: Samples, classes: int) -> None:
-    """Raise ValueError where gradients that attacks take are not to be had; warn of classifiers that guess."""
+    """Raise ValueError where gradients that attacks take are not to be had, or not to be checked; warn of classifiers
+    that guess."""
     for defence in defences:
         check_gradient(defence, samples.images)
+        check_copies(defence.model)
         if not isinstance(defence.model, DefendedClassifier):
             check_clean(defence.name, defence.model, samples.images, samples.labels, samples.ids, classes)
 

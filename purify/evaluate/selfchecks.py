@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.purification.blackbox import BlackBox
 from purify.purification.defended import DefendedClassifier
+from purify.transforms import copied
 
 GRAPHS = 2**30  # bytes of graphs that the reference gradient keeps; it recomputes the others
 LOST = 0.05  # accuracy that a converged attack may lose when it gets twice the budget
@@ -174,7 +174,7 @@ def input_gradient(model: nn.Module, samples: Samples, dtype: torch.dtype, seed:
 
 def reference(model: nn.Module) -> nn.Module:
     """The defence in float64, without autocast, with the exact gradient in every part and bounded memory."""
-    double: Any = copy.deepcopy(model)
+    double: Any = copied(model)
     double.purifier.score_model = double.purifier.score_model.with_settings(autocast=None).requires_grad_(False).eval()
     engine = {"kind": "full", "memory_budget": GRAPHS}
     return double.double().with_gradient(engine, through_level=True, second_order=True)
