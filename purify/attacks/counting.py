@@ -8,15 +8,18 @@ from contextvars import ContextVar
 
 from tqdm import tqdm
 
-Listener = Callable[[int], None]
+Listener = Callable[[int, int | None], None]
 
 _LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 
 
-def count(rows: int) -> None:
-    """Tell whoever listens that an attack took so many more gradients of images (queries, if it takes none)."""
+def count(rows: int, each: int | None = None) -> None:
+    """Tell whoever listens that an attack took so many more gradients of images (queries, if it takes none).
+
+    ``each``: network calls of a gradient; None: those of the model's.
+    """
     for listener in _LISTENERS.get():
-        listener(rows)
+        listener(rows, each)
 
 
 @contextmanager
@@ -36,7 +39,7 @@ def bar(name: str, total: int, shown: bool) -> Iterator[None]:
         yield
         return
     with tqdm(total=total, desc=name, unit="gradient", unit_scale=True, mininterval=0.5) as shown_bar:
-        with heard(lambda rows: _advance(shown_bar, rows)):
+        with heard(lambda rows, each: _advance(shown_bar, rows)):
             yield
         _advance(shown_bar, total)  # images that needed no more
 

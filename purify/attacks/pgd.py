@@ -23,6 +23,8 @@ from purify.attacks.threats import NORMS, PERCEPTUAL, THREATS
 from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.memory import Parts
+from purify.purification.calls import GRADIENT, calls, own_calls
+from purify.purification.defended import DefendedClassifier
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 from purify.transforms import compiled_in_words
 
@@ -57,6 +59,7 @@ class Target:
         inside: which samples have their gradients taken inside [0, 1].
         submitted: what was answered to the iterates.
         parts: how many images times draws go through the model at once.
+        each: network calls of a gradient.
     """
 
     evaluate: Evaluator
@@ -67,6 +70,7 @@ class Target:
     inside: Inside
     submitted: Submitted
     parts: Parts
+    each: int
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,9 @@ class PGD(Attack):
         """What iterates are asked of."""
         n, device = len(x), x.device
         own = Inside(n, device), Submitted(n, device), Parts(self.max_rows)
-        return Target(self.evaluator(model, seed), x, y, ids, seed, *own)
+        purified = isinstance(model, DefendedClassifier)
+        each = calls(model).gradient if purified else GRADIENT * own_calls(model)
+        return Target(self.evaluator(model, seed), x, y, ids, seed, *own, each)
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others. ``y``: what the objective takes."""
@@ -318,7 +324,7 @@ class PGD(Attack):
             losses.append(own)
             if with_gradient:
                 gradients.append(gradient)
-                count(len(part))
+                count(len(part), target.each)
         loss = _finite(torch.cat(losses).reshape(n, self.eot), ids)
         if not with_gradient:
             return loss, []

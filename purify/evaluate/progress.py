@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tqdm import tqdm
 
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
-from purify.purification.calls import GRADIENT, calls
+from purify.purification.calls import GRADIENT, Calls, calls
 
 if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
@@ -64,23 +65,30 @@ class Progress:
 
     @contextmanager
     def work(self, defence: Defence, amount: float) -> Iterator[None]:
-        """Count ``amount``; while it lasts, as the model is called, never more than that."""
-        each, start, hooked = cost(defence), self.bar.n, 0
+        """Count ``amount``; while it lasts, as the model and its twins are called, never more than that."""
+        start, hooked = self.bar.n, 0
+        prices: WeakKeyDictionary[Any, Calls] = WeakKeyDictionary()
 
-        def done(passes: float) -> None:
-            self.bar.update(min(passes * each, start + amount - self.bar.n))
+        def price(model: Any) -> Calls:
+            if model not in prices:
+                prices[model] = calls(model)
+            return prices[model]
+
+        def done(taken: float) -> None:
+            self.bar.update(min(taken, start + amount - self.bar.n))
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            """A twin has the hooks of its original, and its own price: a shorter process, say."""
             nonlocal hooked
             rows = len(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else 1
             gradient = torch.is_grad_enabled() and output.requires_grad
             hooked += rows if gradient else 0
-            done(rows * (GRADIENT if gradient else 1))
+            done(rows * (price(model).gradient if gradient else price(model).forward))
 
-        def on_count(rows: int) -> None:
+        def on_count(rows: int, each: int | None) -> None:
             """Of gradients through ``model.details``, which has no hooks, only the attack tells."""
             nonlocal hooked
-            done(GRADIENT * max(rows - hooked, 0))
+            done((each or price(defence.model).gradient) * max(rows - hooked, 0))
             hooked = 0
 
         hook = defence.model.register_forward_hook(called)

@@ -313,7 +313,7 @@ def test_the_bar_of_an_attack_counts_its_gradients(attack, capsys):
     x = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y = TinyClassifier()(x).argmax(1)
     counts = []
-    with heard(counts.append):
+    with heard(lambda rows, each: counts.append(rows)):
         quiet = attack(model, x, y)
     assert capsys.readouterr().err == ""
     assert sum(counts) > 0

@@ -128,7 +128,7 @@ def test_gradients_and_forward_passes_are_counted(images, labels):
     for goal, factor in (("top-3", 3), (4, 1), ("any", 1)):
         attack = PGD("Linf", 0.2, steps=4, eot=2, restarts=2, goal=goal)
         calls.clear(), rows.clear()
-        with heard(rows.append):
+        with heard(lambda n, each: rows.append(n)):
             found = attack.run(model, images[:4], labels[:4], IDS[:4], 0)
         assert attack.gradients == factor * 2 * 4 * 2
         assert sum(n for n, grad in calls if grad) == sum(rows) == 4 * attack.gradients

@@ -8,13 +8,14 @@ import torch
 from conftest import TinyClassifier, smooth_model
 from torch import nn
 
+import purify
 from purify import DefendedClassifier, diffpure, zoo
-from purify.attacks import APGD, BPDA, PGD, FirstOrderPGD, RandomNoise, StepsPGD, Transfer
+from purify.attacks import APGD, BPDA, PGD, Adaptive, FirstOrderPGD, RandomNoise, StepsPGD, Transfer
 from purify.attacks.norms import BALLS
 from purify.data import load_dataset
 from purify.evaluate import Defence, RunFolder, Samples, evaluate, selfchecks
 from purify.evaluate.metrics import worst_mean
-from purify.evaluate.progress import Progress
+from purify.evaluate.progress import Progress, weight
 from purify.evaluate.selfchecks import (
     Recorded,
     accuracy,
@@ -27,6 +28,7 @@ from purify.evaluate.selfchecks import (
     input_gradient,
     self_checks,
 )
+from purify.purification.calls import calls
 
 
 @pytest.fixture
@@ -286,3 +288,22 @@ def test_the_bar_of_the_checks_counts_their_work(samples, tmp_path, monkeypatch,
     assert max(seen) < total / 5, (seen, total)
     assert sum(n > 0 for n in seen) > 15
     assert checks == self_checks(folder, one, samples, 0, complete)
+
+
+@pytest.mark.parametrize("system", ["gdmp", "agdm", "ssni-l"])
+def test_the_bar_counts_a_shorter_process_and_a_guide_at_their_own_price(system, monkeypatch):
+    """The steps of the adaptive attack's parts add up to the planned work, and no part runs away with it."""
+    model = purify.wrap("digits-standard", dataset="digits", purifier=system)
+    images, labels = (t[:2] for t in load_dataset("digits", "test"))
+    one = Defence("d", model, [Adaptive("Linf", 0.3, calls=2000)], 2, {})
+    amount, seen = len(images) * weight(one, one.attacks[0]), []
+    monkeypatch.setattr(
+        "purify.evaluate.progress.tqdm.update", lambda bar, n: setattr(bar, "n", seen.append(n) or bar.n + n)
+    )
+    bar = Progress(amount, shown=True)
+    with bar.work(one, amount):
+        spent = one.attacks[0](model, images, labels).calls
+    told = sum(seen[:-1])  # the last is what is left
+    judged = len(images) * one.draws * calls(model).forward
+    assert 0.8 * float(spent.sum()) <= told <= amount
+    assert told <= float(spent.sum()) + judged

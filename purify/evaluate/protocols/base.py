@@ -205,7 +205,7 @@ class Counted:
 
     gradients = 0
 
-    def hear(self, rows: int) -> None:
+    def hear(self, rows: int, each: int | None = None) -> None:
         """Add what an attack says it took."""
         self.gradients += rows
 
