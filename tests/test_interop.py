@@ -70,7 +70,7 @@ def test_art_gets_our_loss_gradient(art, data, engine):
     one_hot = torch.eye(CLASSES)[labels].numpy()
     found = torch.as_tensor(art(model).loss_gradient(images.numpy(), one_hot))
     assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # CPUs round differently
     torch.manual_seed(1)
     other = torch.as_tensor(art(model).loss_gradient(images.numpy(), one_hot))
     assert (other - found).norm() > 0.1 * found.norm()  # each call purifies anew
