@@ -59,7 +59,7 @@ def guided():
 def test_the_likeliest_in_turn_find_the_best_of_their_optima(kind, norm, eps, count, images, labels):
     """From y to t a linear model gains eps times the dual norm of w_t - w_y; the best t of the first ones wins."""
     model = Linear()
-    steps = 200 if norm == "L1" else 40  # few pixels move in a step of L1: after 40 a CPU's rounding decides how far it is
+    steps = 200 if norm == "L1" else 40  # few pixels move at once in L1: after 40 steps rounding decides how far it is
     found = kind(norm, eps, steps=steps, eot=1, goal=MostLikely(count), sparsity=None)(model, images, labels)
     logits = model(images)
     order = logits.scatter(1, labels[:, None], -math.inf).argsort(1, descending=True)[:, :count]
