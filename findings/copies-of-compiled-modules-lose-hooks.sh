@@ -3,9 +3,10 @@
 # something else, without a word.
 #
 # Seen with PyTorch 2.14.1, Python 3.11. torch.compile(module) returns a module, on which forward hooks can be registered
-# and run, as on any: one that normalises the input, say. A deep copy of a plain module keeps its hooks, and that of a compiled
-# one keeps its other attributes and its type, but no hook of its own, and so does one that was saved and loaded. Hooks of the
-# module inside, registered before it was compiled, are kept.
+# and run, as on any: one that normalises the input, say. A copy of a plain module keeps its hooks. A copy of a compiled one, deep
+# or saved and loaded, is compiled again and looks the same, attributes included (these are the inner module's), but no hook of
+# the compiled module is left: its __reduce__ tells what was compiled and how, and no state. Hooks of the module inside,
+# registered before it was compiled, are kept.
 # What a library should do: copy the module inside (`_orig_mod`) and compile the copy, or refuse hooks on the outside.
 set -euo pipefail
 work=$(mktemp -d)

@@ -41,8 +41,8 @@ def copied(module: Module) -> Module:
 def check_copies(module: nn.Module) -> None:
     """Raise ValueError if a part is compiled and has hooks of its own, which copies lose (PyTorch 2.14.1)."""
     for part in module.modules():
-        hooks = len(part._forward_pre_hooks) + len(part._forward_hooks)
-        if isinstance(getattr(part, COMPILED, None), nn.Module) and hooks:
+        hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+        if isinstance(getattr(part, COMPILED, None), nn.Module) and any(hooks):
             raise ValueError(
                 "Copies of a compiled network lose the hooks that were registered on it, and its float64 copy is "
                 "needed; register them on the network before torch.compile."
@@ -76,7 +76,8 @@ def compiled_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        kind = type(error)  # TorchRuntimeError is the network's own, of images that it cannot take
+        if kind.__module__.startswith(("torch._dynamo", "torch._inductor")) and kind.__name__ != "TorchRuntimeError":
             reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".")
             raise ValueError(
                 f"The network cannot be compiled here ({reason}); use a precision without +compile, or pass the "

@@ -10,6 +10,8 @@ if [ $# -lt 2 ]; then
 fi
 here=$(dirname "$0")
 export SHARDS=${SHARDS:-16}
-purify "$2" "${@:3}" --shard "1/$SHARDS" --out "$1" --device cpu --dry-run  # wrong options are told here, not by N tasks
+if [ "$2" = attack ]; then  # wrong options are told here, not by N tasks
+    purify attack "${@:3}" --shard "1/$SHARDS" --out "$1" --device cpu --dry-run
+fi
 job=$(sbatch --parsable --array="1-$SHARDS" "$here/shard.sbatch" "$@")
 sbatch --dependency="afterok:$job" "$here/merge.sbatch" "$1" "$2"

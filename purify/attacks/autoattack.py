@@ -269,7 +269,7 @@ class _Library(Attack):
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
             logits = as_logits(output)
             if self.black_box or logits.requires_grad:
-                count(len(logits))
+                count(len(logits), 0 if self.black_box else None)  # queries are seen by themselves
 
         hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
         try:

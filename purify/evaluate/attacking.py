@@ -28,7 +28,7 @@ from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
 from purify.evaluate.runner import Defence, Samples, check_together, evaluate
-from purify.evaluate.selfchecks import health
+from purify.evaluate.selfchecks import health, is_compared
 from purify.machine import set_threads
 from purify.named import check_device
 from purify.purification.defended import DefendedClassifier
@@ -215,7 +215,8 @@ def check_answers(defences: list[Defence], samples: Samples, classes: int) -> No
     that guess."""
     for defence in defences:
         check_gradient(defence, samples.images)
-        check_copies(defence.model)
+        if is_compared(defence):
+            check_copies(defence.model)
         if not isinstance(defence.model, DefendedClassifier):
             check_clean(defence.name, defence.model, samples.images, samples.labels, samples.ids, classes)
 

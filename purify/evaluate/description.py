@@ -179,11 +179,11 @@ class Attacking(Description):
     def attack_names(self) -> tuple[str, ...]:
         """The attacks that were named, or those of the threat model and budget.
 
-        A budget of whose steps or draws something else is said is no demo any more.
+        A budget of whose steps, draws or weights something else is said is no demo any more.
         """
         if self.attacks is not None:
             return self.attacks
-        own = (self.attack_steps, self.eot, self.restarts) != (None, None, 1)
+        own = (self.attack_steps, self.eot, self.restarts, self.norm_weights) != (None, None, 1, (0.3,))
         quick = self.budget == "quick" and self.threat_model in NORMS and not own
         return tuple((QUICK_ATTACKS if quick else USUAL_ATTACKS[self.threat_model]).split(","))
 

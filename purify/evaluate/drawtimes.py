@@ -77,12 +77,20 @@ def estimate(system: System, samples: Samples) -> DrawCost:
 
 
 def fitted(system: System, one: Samples) -> Fit:
-    """A certificate of the image at so many draws that they take long enough to be timed, or at all."""
-    n = fewest(system)
-    while True:
+    """A certificate of the image at so many draws that they take long enough to be timed, or at all.
+
+    The first one is not timed: a device warms up, a compiled network is compiled.
+    """
+
+    def certify(n: int) -> int:
         draws = replace(system.draws, n0=min(system.draws.n0, n), n=n, stop=None)
+        return int(system.certifier.certify(one.images, draws, sample_ids=one.ids).draws[0])
+
+    n = fewest(system)
+    certify(n)
+    while True:
         start = time.perf_counter()
-        made = int(system.certifier.certify(one.images, draws, sample_ids=one.ids).draws[0])
+        made = certify(n)
         spent = time.perf_counter() - start
         if spent > PATIENCE / 2 or n >= system.draws.n:
             break

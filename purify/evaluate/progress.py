@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
-from purify.purification.calls import GRADIENT, Calls, calls
+from purify.purification.calls import Calls, calls
+from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
@@ -27,8 +28,12 @@ def cost(defence: Defence) -> float:
 
 def weight(defence: Defence, attack: Attack | None) -> float:
     """Network calls of one sample in a stage: the attack's, and its judges'."""
-    gradients, forwards = (0, 0) if attack is None else attack.passes(defence.model)
-    return cost(defence) * (GRADIENT * gradients + forwards + defence.draws)
+    if attack is None:
+        return cost(defence) * defence.draws
+    gradients, forwards = attack.passes(defence.model)
+    seen = attack.attacked(defence.model)  # whose gradient may lack a term
+    seen = seen if isinstance(seen, DefendedClassifier) else defence.model
+    return calls(seen).gradient * gradients + cost(defence) * (forwards + defence.draws)
 
 
 class Progress:
@@ -88,7 +93,7 @@ class Progress:
         def on_count(rows: int, each: int | None) -> None:
             """Of gradients through ``model.details``, which has no hooks, only the attack tells."""
             nonlocal hooked
-            done((each or price(defence.model).gradient) * max(rows - hooked, 0))
+            done((price(defence.model).gradient if each is None else each) * max(rows - hooked, 0))
             hooked = 0
 
         hook = defence.model.register_forward_hook(called)

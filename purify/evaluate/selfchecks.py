@@ -20,10 +20,11 @@ from purify.attacks.pgd import DRAWS
 from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.precision import FLOAT32
-from purify.evaluate.progress import GRADIENT, Progress, cost, weight
+from purify.evaluate.progress import Progress, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
 from purify.purification.blackbox import BlackBox
+from purify.purification.calls import calls
 from purify.purification.defended import DefendedClassifier
 from purify.transforms import copied
 
@@ -100,7 +101,7 @@ def asked_of_gradient(defence: Defence, samples: Samples, seed: int, bar: Progre
     if not _has_gradient(defence):
         meaning = "No attack with a gradient was run: the accuracy is an upper bound of what holds."
         return [Check(defence.name, ZEROS, None, 0.1, False, meaning)]
-    if _compared(defence):
+    if is_compared(defence):
         return gradient_checks(defence, samples, seed, bar)
     found = zero_checks(defence, samples, seed)
     if any(isinstance(part, BlackBox) for part in defence.model.modules()):
@@ -113,10 +114,11 @@ def _has_gradient(defence: Defence) -> bool:
     return any(attack.takes_gradient for attack in defence.attacks)
 
 
-def _compared(defence: Defence) -> bool:
-    """Whether the gradient is compared with full backpropagation in float64."""
-    parts = defence.model.modules()
-    return isinstance(defence.model, DefendedClassifier) and not any(isinstance(part, BlackBox) for part in parts)
+def is_compared(defence: Defence) -> bool:
+    """Whether the gradient that attacks follow is compared with full backpropagation in float64."""
+    if not (isinstance(defence.model, DefendedClassifier) and _has_gradient(defence)):
+        return False
+    return not any(isinstance(part, BlackBox) for part in defence.model.modules())
 
 
 def _few(samples: Samples) -> tuple[Samples, Samples]:
@@ -131,7 +133,7 @@ def _few(samples: Samples) -> tuple[Samples, Samples]:
 def checks_work(folder: RunFolder, defence: Defence, samples: Samples, complete: bool = True) -> float:
     """Network calls of :func:`self_checks`, in the units of :func:`purify.evaluate.progress.weight`."""
     few, fewer = _few(samples)
-    gradients = _gradients_work(defence, fewer) if _compared(defence) and _has_gradient(defence) else 0.0
+    gradients = _gradients_work(defence, fewer) if is_compared(defence) else 0.0
     attack = _to_converge(defence, Recorded(folder, defence, samples) if complete else None)
     if attack is None:
         return gradients
@@ -140,7 +142,8 @@ def checks_work(folder: RunFolder, defence: Defence, samples: Samples, complete:
 
 
 def _gradients_work(defence: Defence, samples: Samples) -> float:
-    return 2 * GRADIENT * cost(defence) * len(samples)  # the one in use, and the reference
+    used, whole = (calls(model).gradient for model in (defence.attacked, defence.model))
+    return (used + whole) * len(samples)  # the one in use, and the reference
 
 
 @dataclass(frozen=True)
