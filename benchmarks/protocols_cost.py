@@ -48,7 +48,7 @@ class Meter:
         asked = torch.is_grad_enabled() and output.requires_grad
         self.calls += len(output) * (GRADIENT if asked else 1)
 
-    def hear(self, rows: int) -> None:
+    def hear(self, rows: int, each: int | None = None) -> None:
         """What attacks tell."""
         self.gradients += rows
 
