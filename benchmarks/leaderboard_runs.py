@@ -30,6 +30,7 @@ CALLS = {"digits": 10_000, "fashion_mnist": 6000}
 MORE = {
     ("digits", "agdm", "constant"): 20_000,
     ("digits", "agdm", "ssni-l"): 40_000,
+    ("digits", "gns", "ssni-l"): 20_000,
     ("fashion_mnist", "agdm", "constant"): 10_000,
     ("fashion_mnist", "agdm", "ssni-l"): 12_000,
     ("fashion_mnist", "diffpure", "ssni-l"): 12_000,
