@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         choose(args.dataset, {k: v for k, v in DATASETS.items() if k in zoo.names("score")}, "embedded data set")
-        systems = [
-            choose(name, dict(zip(PURIFIERS, PURIFIERS, strict=True)), "purifier") for name in args.systems.split(",")
-        ]
+        systems = args.systems.split(",")
+        for name in systems:
+            choose(name, PURIFIERS, "purifier")
         for name, least in (("images", 1), ("draws", 2), ("attack_calls", 1), ("max_rows", 1)):
             check_count(getattr(args, name), f"--{name.replace('_', '-')}", least)
         set_threads(args.threads)

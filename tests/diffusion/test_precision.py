@@ -137,7 +137,7 @@ def test_compiled_purifiers_are_the_same_up_to_rounding(precision, backend, monk
             out = purifier(z, sample_ids=torch.arange(n))
             found.append((out.detach(), torch.autograd.grad(out.square().sum(), z)[0]))
         torch.testing.assert_close(*found, rtol=1e-3, atol=5e-3 if "bf16" in precision else 1e-6)
-    assert counts.frame_count <= 2
+    assert 1 <= counts.frame_count <= 2
     assert compiled.score_model.fingerprint() == plain.score_model.fingerprint()
 
 

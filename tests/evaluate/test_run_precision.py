@@ -138,8 +138,14 @@ def test_auto_measures_for_real(samples):
 
 
 def test_a_run_with_a_compiled_network_is_judged_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    runs = {}
+    """The backend doubles what the network says, so that who asks it can be told."""
+
+    def doubling(graph, inputs):
+        return lambda *values: tuple(2 * out for out in graph(*values))
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=doubling))
+    torch._dynamo.reset()
+    runs, losses = {}, {}
     for name in ("float32", "float32+compile"):
         out = tmp_path / name
         arguments = [*TINY, "--n-examples", "4", "--attacks", "pgd-eot", "--out", str(out)]
@@ -147,13 +153,15 @@ def test_a_run_with_a_compiled_network_is_judged_without(tmp_path, monkeypatch):
         assert json.loads((out / "manifest.json").read_text())["config"]["defences"]["diffpure"].get("precision") == (
             None if name == "float32" else name
         )
-        records = map(json.loads, (out / "records.jsonl").read_text().splitlines())
+        records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+        losses[name] = [r["loss"] for r in records if (r["defence"], r["attack"]) == ("diffpure", "pgd-eot")]
         runs[name] = {(r["defence"], r["attack"], r["sample"]): r["predictions"] for r in records}
     plain, compiled = runs.values()
     assert plain.keys() == compiled.keys()
     clean = [k for k in plain if k[1] == "clean"]
     assert clean
     assert all(plain[k] == compiled[k] for k in clean)
+    assert all(a != b for a, b in zip(*losses.values(), strict=True))
 
 
 def test_a_run_keeps_what_auto_chose_when_it_began(tmp_path, monkeypatch, capsys):
