@@ -178,7 +178,7 @@ def input_gradient(model: nn.Module, samples: Samples, dtype: torch.dtype, seed:
 def reference(model: nn.Module) -> nn.Module:
     """The defence in float64, without autocast, with the exact gradient in every part and bounded memory."""
     double: Any = copied(model)
-    double.purifier.score_model = double.purifier.score_model.with_settings(autocast=None).requires_grad_(False).eval()
+    double.purifier.score_model = double.purifier.score_model.with_precision(FLOAT32)
     engine = {"kind": "full", "memory_budget": GRAPHS}
     return double.double().with_gradient(engine, through_level=True, second_order=True)
 
