@@ -76,8 +76,11 @@ def compiled_in_words() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        kind = type(error)  # TorchRuntimeError is the network's own, of images that it cannot take
-        if kind.__module__.startswith(("torch._dynamo", "torch._inductor")) and kind.__name__ != "TorchRuntimeError":
+        kind = type(error)
+        if kind.__name__ == "TorchRuntimeError":  # the network's own
+            advice = "use images of the channels and size that it was trained on"
+            raise ValueError(f"The compiled network cannot take these images; {advice}.") from error
+        if kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).partition("\n\n")[0].split()).rstrip(".")
             raise ValueError(
                 f"The network cannot be compiled here ({reason}); use a precision without +compile, or pass the "

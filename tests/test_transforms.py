@@ -75,6 +75,9 @@ def test_compiled_networks_inside_a_defence(backend):
     assert_close(compiled(X, sample_ids=IDS), plain(X, sample_ids=IDS))
     assert_close(slope(compiled), slope(plain))
     assert compiled.purifier.score_model.fingerprint() == plain.purifier.score_model.fingerprint()
+    anything = ScoreModel(torch.compile(SmoothNet(), backend=backend), ContinuousVP())
+    with pytest.raises(ValueError, match="The compiled network cannot take these images; use images of the channels"):
+        diffpure(anything, 0.1, 2, "ddpm")(torch.rand(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("options", [{}, {"through_score": True}], ids=str)
