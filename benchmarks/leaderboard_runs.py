@@ -32,7 +32,7 @@ MORE = {
     ("digits", "agdm", "ssni-l"): 40_000,
     ("digits", "gns", "ssni-l"): 20_000,
     ("fashion_mnist", "agdm", "constant"): 10_000,
-    ("fashion_mnist", "agdm", "ssni-l"): 12_000,
+    ("fashion_mnist", "agdm", "ssni-l"): 20_000,
     ("fashion_mnist", "diffpure", "ssni-l"): 12_000,
     ("fashion_mnist", "gdmp", "ssni-l"): 12_000,
     ("fashion_mnist", "gns", "constant"): 20_000,
