@@ -34,13 +34,13 @@ from purify.named import check_device
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "gradients, float32": lambda bench: gradients(bench, FLOAT32),
-    "gradients, bfloat16": lambda bench: gradients(bench, BFLOAT16),
+    "gradients, bf16": lambda bench: gradients(bench, BFLOAT16),
     "memory per step": step_memory,
     "waits": waits,
     "certification": certification,
     "dry run": predictions,
     "largest batch": largest_batch,
-    "gradients, bfloat16, compiled": compiled,
+    "gradients, bf16+compile": compiled,
 }
 
 

@@ -23,7 +23,7 @@ ENGINES: dict[str, GradientEngine] = {
     "default (checkpoint, 1 GiB kept)": DEFAULT_ENGINE,
     "bpda (inexact, a yardstick)": BPDA(),
 }
-FLOAT32, BFLOAT16, COMPILED = "float32", "bfloat16", "bfloat16, compiled"
+FLOAT32, BFLOAT16, COMPILED = "float32", "bf16", "bf16+compile"  # of the product
 Row = dict[str, Any]
 
 
@@ -37,7 +37,6 @@ class Size:
         rows: noisy images at once in certification.
         first, largest: batches between which the largest that fits is sought.
         patience: seconds that one gradient of that search may take.
-        backend: of torch.compile.
     """
 
     image: int = 32
@@ -51,10 +50,9 @@ class Size:
     first: int = 32
     largest: int = 8192
     patience: float = 15.0
-    backend: str = "inductor"
 
 
-TOY = Size(8, (32, 64), 1, 4, 2, 1, 2, (16,), 2, 4, 15.0, "aot_eager")
+TOY = Size(8, (32, 64), 1, 4, 2, 1, 2, (16,), 2, 4, 15.0)
 
 
 def score_model(size: Size, schedule: Schedule) -> ScoreModel:
@@ -95,7 +93,7 @@ class Bench:
             x = torch.rand(size.batch, 3, size.image, size.image)
         self.model = score_model(size, DiscreteVP.linear(1000)).requires_grad_(False).to(device)
         self.x, self.y = x.to(device), (torch.arange(size.batch) % 10).to(device)
-        self.models = {FLOAT32: self.model, BFLOAT16: self.model.with_settings(autocast="bfloat16")}
+        self.models = {FLOAT32: self.model, BFLOAT16: self.model.with_precision(BFLOAT16)}
 
     def setting(self, variant: str = FLOAT32, batch: int | None = None, steps: int | None = None) -> Setting:
         """What is differentiated: a batch of so many images, the same ones again if there are too few."""
@@ -106,9 +104,7 @@ class Bench:
     def compile(self) -> None:
         """Add the variant whose score network is compiled."""
         torch._functorch.config.donated_buffer = False  # torchsde goes through a graph twice
-        network = torch.compile(self.model.network, backend=self.size.backend)
-        plain = self.models[BFLOAT16]
-        self.models[COMPILED] = ScoreModel(network, plain.schedule, image_shape=plain.image_shape, autocast="bfloat16")
+        self.models[COMPILED] = self.model.with_precision(COMPILED)
 
     def free(self) -> None:
         """Let go of what the last measurement left."""

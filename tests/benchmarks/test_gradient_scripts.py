@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -94,12 +95,14 @@ def test_engine_overhead(tmp_path, capsys):
 
 
 def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
-    """All sections but the peers' run on the CPU; one that failed stands as an error in gpu.json."""
+    """One that failed stands as an error in gpu.json. What depends on the clock is left out."""
     pytest.importorskip("torchsde")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # the same graphs, at once
     script = load_script("gpu")
-    assert script.main(["--toy", "--out", str(tmp_path), "--only", "memory per step", "waits", "certification"]) == 0
+    only = ["memory per step", "waits", "certification", "gradients, bf16+compile"]
+    assert script.main(["--toy", "--out", str(tmp_path), "--only", *only]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert "error" not in json.dumps(report).lower()
+    assert '"error"' not in json.dumps(report)
     assert "not asked" in (tmp_path / "gpu.md").read_text()
 
 
