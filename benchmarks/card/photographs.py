@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from card.bench import Size, score_model
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from card.bench import Size, score_model
 from purify.diffusion.schedule import DiscreteVP
 from purify.diffusion.score import ScoreModel
 from purify.train.loop import Hyper, train
