@@ -9,7 +9,7 @@ from typing import Any
 from purify.attacks import Attack
 from purify.attacks.threats import stated
 from purify.cli.parsing import Parser, describe_parser, described
-from purify.cli.shell import guarded, note_data, note_shard
+from purify.cli.shell import guarded, note_data, note_part, note_shard
 from purify.diffusion.precision import FLOAT32
 from purify.evaluate import report
 from purify.evaluate.attacking import Prepared, prepare
@@ -76,7 +76,7 @@ def run(args: Any, command: str) -> int:
         if prepared.chosen:
             print(f"precision auto: {prepared.chosen}")
     if args.dry_run:
-        show_dry_run(prepared)
+        note_part(show_dry_run(prepared), asked.part)
         return 0
     with prepared.open(command) as folder:
         if prepared.ranks.first:
@@ -104,6 +104,7 @@ def run_curve(asked: Evaluation, args: Any, command: str) -> int:
     if args.dry_run:
         total = len(curve.eps) * show_dry_run(curve.largest)
         print(f"That is for one eps; all {len(curve.eps)} take about {duration(total)}.")
+        note_part(total, asked.part)
         return 0
     if ranks.first:
         samples = len(curve.largest.samples)

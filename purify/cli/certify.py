@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from purify.cli.parsing import Parser, describe_parser, described, taking
-from purify.cli.shell import guarded, note_data, note_shard
+from purify.cli.shell import guarded, note_data, note_part, note_shard
 from purify.evaluate.budgets import DRAWS
 from purify.evaluate.certification import Summary, estimates
 from purify.evaluate.description import OLD, Certification
@@ -89,6 +89,7 @@ def show_dry_run(ready: Ready) -> None:
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAt most about {duration(total)} in one process: draws that stop early, scales not reached take nothing.")
+    note_part(total, ready.order.asked.part)
 
 
 def check_recompute(command: str) -> None:

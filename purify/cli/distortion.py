@@ -7,7 +7,7 @@ from typing import Any
 
 from purify.cli.attack import describe
 from purify.cli.parsing import Parser, describe_parser, described
-from purify.cli.shell import guarded, note_data, note_shard
+from purify.cli.shell import guarded, note_data, note_part, note_shard
 from purify.evaluate.budgets import reduced
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.distortion import PICTURE, Ready, prepare, table
@@ -79,6 +79,7 @@ def show_dry_run(ready: Ready) -> None:
     seconds = (ready.asked.levels - 1) * sum(cost.seconds for cost in costs.values())
     print(f"{e.dataset}, {len(ready.samples)} samples; files, models and shapes are in order.")
     print(f"At most about {duration(seconds)} in one process.")
+    note_part(seconds, e.part)
 
 
 def main(argv: list[str] | None = None, prog: str = "purify distortion") -> int:

@@ -13,6 +13,7 @@ import torch
 
 from purify.data import DATASETS, Dataset
 from purify.evaluate.description import Description
+from purify.evaluate.dryrun import duration
 from purify.evaluate.ranks import Shard
 from purify.evaluate.records import RunFolder
 
@@ -52,6 +53,12 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
 def note_shard(shard: Shard, folder: RunFolder) -> None:
     """Say what to do with a shard that is finished."""
     print(f"Shard {shard} is finished, {len(folder)} records; once all are: purify merge {folder.path.parent}")
+
+
+def note_part(seconds: float, shard: Shard | None) -> None:
+    """Say what a shard takes of the seconds that a dry run foresees for all samples."""
+    if shard is not None:
+        print(f"Shard {shard} takes about {duration(seconds / shard.count)} of that.")
 
 
 def note_data(asked: Description, data: Dataset) -> None:

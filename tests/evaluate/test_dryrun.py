@@ -1,10 +1,13 @@
 """--dry-run: what attacks say they cost against what they ask for, and the arithmetic."""
 
+import re
+
 import pytest
 import torch
 from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, Purifier, diffpure
+from purify.__main__ import main as purify_main
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.cli.attack import main
 from purify.evaluate import Defence, Samples, dryrun
@@ -203,6 +206,18 @@ def test_the_command_stops_before_any_attack(tmp_path, capsys):
     assert "files, models and shapes are in order" in out
     assert "diffpure ssni-l" in out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["attack", "attack --eps 0.1,0.2", "certify --method cohen", "distortion"])
+def test_a_shard_takes_its_part_of_it(command, tmp_path, monkeypatch, capsys):
+    """The part is that of the time in the line before."""
+    monkeypatch.setattr("purify.cli.shell.duration", lambda seconds: f"<{seconds!r}>")
+    for module in ("attack", "certify", "distortion"):
+        monkeypatch.setattr(f"purify.cli.{module}.duration", lambda seconds: f"<{seconds!r}>")
+    words = f"{command} --n-examples 8 --batch-size 2 --shard 3/4 --dry-run --out {tmp_path / 'run'}"
+    assert purify_main(words.split()) == 0
+    whole, part = re.findall("<(.*?)>", capsys.readouterr().out)[-2:]
+    assert float(part) == float(whole) / 4
 
 
 @pytest.mark.parametrize(("value", "text"), [(7200.0, "2.0 h"), (300.0, "5.0 min"), (1.26, "1.3 s")])
