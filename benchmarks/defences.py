@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         choose(args.dataset, dict.fromkeys(("digits", "fashion_mnist")), "data set")
         known = available(args.dataset)
-        wanted = args.only.split(";") if args.only else list(known)
+        wanted = list(known) if args.only is None else args.only.split(";")
         systems = {name.strip(): choose(name.strip(), known, "system") for name in wanted}
         for what in ("images", "calls", "draws", "threads"):
             check_count(getattr(args, what), f"--{what}")

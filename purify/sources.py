@@ -153,8 +153,10 @@ def read_picture(path: Path) -> Tensor:
         raise ValueError(f"{path} has more than 8 bits per channel; convert it to 8 bits first.")
     if clear:
         raise ValueError(f"{path} has transparent pixels, whose colour nobody sees; put it on a background first.")
-    values = torch.from_numpy(np.array(plain))
-    return values[None] if values.ndim == 2 else values.permute(2, 0, 1).contiguous()
+    values = np.array(plain)
+    if mode == "P" and (values == values[:, :, :1]).all():  # a palette of greys
+        values = values[:, :, 0]
+    return torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1).contiguous()
 
 
 def _transparent(picture: Any, stored: set[str]) -> bool:

@@ -155,6 +155,19 @@ def test_what_pictures_hold_beyond_8_opaque_bits_is_refused(tmp_path):
     assert read_picture(path).tolist() == [[[85, 85], [85, 85]]]
 
 
+def test_a_palette_of_greys_is_grey(tmp_path):
+    """As a picture with a palette of colours is coloured, and one in RGB, whatever its pixels are."""
+    grey = np.array([[0, 40], [90, 255]], dtype=np.uint8)
+    coloured = np.stack([grey, grey, grey], 2)
+    Image.fromarray(grey).convert("P").save(tmp_path / "grey.png")
+    Image.fromarray(coloured).save(tmp_path / "rgb.png")
+    coloured[0, 0, 2] = 255
+    Image.fromarray(coloured).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "blue.png")
+    assert read_picture(tmp_path / "grey.png").tolist() == grey[None].tolist()
+    assert len(read_picture(tmp_path / "rgb.png")) == 3
+    assert read_picture(tmp_path / "blue.png").permute(1, 2, 0).tolist() == coloured.tolist()
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_are_refused_and_opaque_ones_are_as_without_alpha(tmp_path, mode):
     plain = Image.new("RGB" if mode == "RGBA" else "L", (3, 2), 7)
