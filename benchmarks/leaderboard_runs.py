@@ -75,7 +75,7 @@ class Run:
             "dataset": self.dataset, "purifier": self.purifier, "noise-level": self.level,
             "model": f"{self.dataset}-{self.classifier}", "attacks": ATTACKS, "budget": "standard",
             "calls": MORE.get((self.dataset, self.purifier, self.level), CALLS[self.dataset]),
-            "n-examples": IMAGES[self.dataset], "batch-size": 128, "max-rows": 256, "threads": 1, "out": out,
+            "n-examples": IMAGES[self.dataset], "batch-size": 32, "max-rows": 256, "threads": 1, "out": out,
         }  # fmt: skip
         return [sys.executable, "-m", "purify", "attack", *(w for k, v in given.items() for w in (f"--{k}", str(v)))]
 
