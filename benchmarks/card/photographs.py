@@ -17,7 +17,7 @@ from purify.train.losses import CrossEntropy, EpsLoss
 
 SHRUNK = 2  # photographs are 427 x 640; at half of that a crop holds more than a texture
 TRAINED_ON = 0.6  # the left part of each photograph; the right one is attacked
-CLASSIFIER_STEPS = 200
+CLASSIFIER_STEPS = 200  # at most
 
 
 def crops(side: int, count: int, seen: bool) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,8 @@ def trained(size: Size, steps: int, folder: Path) -> tuple[nn.Module, ScoreModel
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier: nn.Module = resnet18(num_classes=2)
-    classifier = train(classifier, CrossEntropy(), images, labels, Hyper(CLASSIFIER_STEPS, 32, 1e-3, warmup=20))
+    hyper = Hyper(min(CLASSIFIER_STEPS, steps), batch_size=32, lr=1e-3, warmup=20)
+    classifier = train(classifier, CrossEntropy(), images, labels, hyper)
     score = score_model(size, DiscreteVP.linear(1000)).train()
     hyper = Hyper(steps, batch_size=8, lr=4e-4, warmup=20)
     score = train(score, EpsLoss(), images, labels, hyper, folder / "score.pt", vars(size), save_every=20)

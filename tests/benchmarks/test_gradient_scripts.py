@@ -106,6 +106,22 @@ def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     assert "not asked" in (tmp_path / "gpu.md").read_text()
 
 
+def test_networks_trained_on_photographs_are_held_against_float64(tmp_path):
+    """A run goes on from its training; what is attacked was not trained on."""
+    script, out = load_script("precision_speed"), tmp_path / "p.json"
+    words = ["--toy", "--systems", "photographs", "--repeats", "1", "--train-steps", "20", "--out", str(out)]
+    assert script.main(words) == 0
+    saved = (tmp_path / "photographs" / "score.pt").stat().st_mtime_ns
+    assert script.main(words) == 0
+    assert (tmp_path / "photographs" / "score.pt").stat().st_mtime_ns == saved
+    assert [row["system"] for row in json.loads(out.read_text())["rows"]] == ["photographs", "photographs"]
+    (seen, _), (unseen, y) = script.crops(8, 6, True), script.crops(8, 6, False)
+    assert unseen.shape == (6, 3, 8, 8)
+    assert torch.equal(y, torch.arange(6) % 2)
+    assert not torch.equal(seen, unseen)
+    assert torch.equal(unseen, script.crops(8, 6, False)[0])
+
+
 def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):
     script, out = load_script("precision_speed"), tmp_path / "p.json"
     assert script.main(["--toy", "--systems", "digits", "--repeats", "1", "--out", str(out)]) == 0
