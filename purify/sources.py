@@ -146,7 +146,7 @@ def read_picture(path: Path) -> Tensor:
             stored = {str(tile[3]) for tile in opened.tile}  # how values are coded, until they are decoded
             picture = ImageOps.exif_transpose(opened)
             mode, clear = picture.mode, _transparent(picture, stored)
-            plain = picture.convert("L" if mode in ("1", "L", "LA") else "RGB")
+            plain = picture.convert("L" if mode in ("1", "L", "LA") or _grey_palette(picture) else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read ({str(error).splitlines()[0]}).") from error
     if mode.startswith(("I", "F")) or any(kind.endswith(";16B") for kind in stored):
@@ -154,9 +154,13 @@ def read_picture(path: Path) -> Tensor:
     if clear:
         raise ValueError(f"{path} has transparent pixels, whose colour nobody sees; put it on a background first.")
     values = np.array(plain)
-    if mode == "P" and (values == values[:, :, :1]).all():  # a palette of greys
-        values = values[:, :, 0]
     return torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1).contiguous()
+
+
+def _grey_palette(picture: Any) -> bool:
+    """Whether a PIL picture has a palette, of greys alone: whatever its pixels take of it."""
+    colours = np.reshape(picture.getpalette("RGB") or [], (-1, 3))
+    return len(colours) > 0 and bool((colours == colours[:, :1]).all())
 
 
 def _transparent(picture: Any, stored: set[str]) -> bool:

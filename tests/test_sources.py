@@ -156,7 +156,7 @@ def test_what_pictures_hold_beyond_8_opaque_bits_is_refused(tmp_path):
 
 
 def test_a_palette_of_greys_is_grey(tmp_path):
-    """As a picture with a palette of colours is coloured, and one in RGB, whatever its pixels are."""
+    """A picture with another palette is coloured, as one in RGB is, whatever its pixels are."""
     grey = np.array([[0, 40], [90, 255]], dtype=np.uint8)
     coloured = np.stack([grey, grey, grey], 2)
     Image.fromarray(grey).convert("P").save(tmp_path / "grey.png")
@@ -166,6 +166,8 @@ def test_a_palette_of_greys_is_grey(tmp_path):
     assert read_picture(tmp_path / "grey.png").tolist() == grey[None].tolist()
     assert len(read_picture(tmp_path / "rgb.png")) == 3
     assert read_picture(tmp_path / "blue.png").permute(1, 2, 0).tolist() == coloured.tolist()
+    Image.new("RGB", (2, 2), "white").convert("P").save(tmp_path / "web.png")  # with colours that it does not take
+    assert read_picture(tmp_path / "web.png").tolist() == torch.full((3, 2, 2), 255).tolist()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

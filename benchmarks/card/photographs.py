@@ -48,7 +48,7 @@ def trained(size: Size, steps: int, folder: Path) -> tuple[nn.Module, ScoreModel
         torch.manual_seed(0)
         classifier: nn.Module = resnet18(num_classes=2)
     hyper = Hyper(min(CLASSIFIER_STEPS, steps), batch_size=32, lr=1e-3, warmup=20)
-    classifier = train(classifier, CrossEntropy(), images, labels, hyper)
+    classifier = train(classifier, CrossEntropy(), images, labels, hyper, folder / "classifier.pt", vars(size), 20)
     score = score_model(size, DiscreteVP.linear(1000)).train()
     hyper = Hyper(steps, batch_size=8, lr=4e-4, warmup=20)
     score = train(score, EpsLoss(), images, labels, hyper, folder / "score.pt", vars(size), save_every=20)

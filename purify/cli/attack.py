@@ -76,7 +76,8 @@ def run(args: Any, command: str) -> int:
         if prepared.chosen:
             print(f"precision auto: {prepared.chosen}")
     if args.dry_run:
-        note_part(show_dry_run(prepared), asked.part)
+        if prepared.ranks.first:
+            show_dry_run(prepared)
         return 0
     with prepared.open(command) as folder:
         if prepared.ranks.first:
@@ -102,9 +103,8 @@ def run_curve(asked: Evaluation, args: Any, command: str) -> int:
     if ranks.first:
         note_data(asked, curve.largest.request.data)
     if args.dry_run:
-        total = len(curve.eps) * show_dry_run(curve.largest)
-        print(f"That is for one eps; all {len(curve.eps)} take about {duration(total)}.")
-        note_part(total, asked.part)
+        if ranks.first:
+            show_dry_run(curve.largest, len(curve.eps))
         return 0
     if ranks.first:
         samples = len(curve.largest.samples)
@@ -148,8 +148,8 @@ def show_curve(found: Curve, asked: Evaluation) -> None:
     print(f"Wrote {found.file}, {found.picture}.")
 
 
-def show_dry_run(prepared: Prepared) -> float:
-    """Print what the run would take; returns its seconds."""
+def show_dry_run(prepared: Prepared, runs: int = 1) -> None:
+    """Print what it would take, and so many runs of its kind; of a shard, too, for which protocols wait."""
     costs = prepared.dry_run()
     asked = prepared.request.asked
     print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
@@ -164,11 +164,15 @@ def show_dry_run(prepared: Prepared) -> float:
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAbout {duration(total)} in one process, attacks and judges; self-checks come on top.")
+    more = 0.0
     if prepared.protocol_names:
         more = protocol_seconds(prepared, costs)
         print(f"Protocols: about {duration(more)} more.")
-        total += more
-    return total
+    if runs > 1:
+        print(f"That is for one eps; all {runs} take about {duration(runs * (total + more))}.")
+    if asked.part:
+        own, samples = len(prepared.own()), len(prepared.samples)
+        note_part(asked.part, own, samples, runs * total * own / samples)
 
 
 def protocol_seconds(prepared: Prepared, costs: Mapping[str, Cost]) -> float:

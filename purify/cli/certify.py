@@ -62,7 +62,8 @@ def run(args: Any, command: str) -> int:
         return show_recomputed(args.recompute, asked)
     ready = prepare(asked)
     if args.dry_run:
-        show_dry_run(ready)
+        if ready.ranks.first:
+            show_dry_run(ready)
         return 0
     draws = ready.order.draws
     with ready.open(command) as folder:
@@ -89,7 +90,9 @@ def show_dry_run(ready: Ready) -> None:
     print(f"\n{dry_run_table(costs).to_string()}")
     total = sum(cost.seconds for cost in costs.values())
     print(f"\nAt most about {duration(total)} in one process: draws that stop early, scales not reached take nothing.")
-    note_part(total, ready.order.asked.part)
+    if part := ready.order.asked.part:
+        own = ready.own()
+        note_part(part, len(own), len(ready.samples), ready.seconds(costs, own))
 
 
 def check_recompute(command: str) -> None:

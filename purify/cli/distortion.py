@@ -12,7 +12,7 @@ from purify.evaluate.budgets import reduced
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.distortion import PICTURE, Ready, prepare, table
 from purify.evaluate.dryrun import dry_run, duration
-from purify.evaluate.ranks import leave
+from purify.evaluate.ranks import Ranks, leave
 
 EXAMPLES = """examples:
   %(prog)s                                     the demo: digits, up to twice the usual radius
@@ -38,7 +38,8 @@ def run(args: Any, command: str) -> int:
     if first:
         note_data(asked, ready.request.data)
     if args.dry_run:
-        show_dry_run(ready)
+        if first:
+            show_dry_run(ready)
         return 0
     with ready.open(command) as folder:
         if first:
@@ -79,7 +80,9 @@ def show_dry_run(ready: Ready) -> None:
     seconds = (ready.asked.levels - 1) * sum(cost.seconds for cost in costs.values())
     print(f"{e.dataset}, {len(ready.samples)} samples; files, models and shapes are in order.")
     print(f"At most about {duration(seconds)} in one process.")
-    note_part(seconds, e.part)
+    if e.part:
+        own, samples = len(ready.own(Ranks())), len(ready.samples)
+        note_part(e.part, own, samples, seconds * own / samples)
 
 
 def main(argv: list[str] | None = None, prog: str = "purify distortion") -> int:

@@ -55,10 +55,9 @@ def note_shard(shard: Shard, folder: RunFolder) -> None:
     print(f"Shard {shard} is finished, {len(folder)} records; once all are: purify merge {folder.path.parent}")
 
 
-def note_part(seconds: float, shard: Shard | None) -> None:
-    """Say what a shard takes of the seconds that a dry run foresees for all samples."""
-    if shard is not None:
-        print(f"Shard {shard} takes about {duration(seconds / shard.count)} of that.")
+def note_part(shard: Shard, own: int, samples: int, seconds: float) -> None:
+    """Say what a shard takes, which has ``own`` of the samples."""
+    print(f"Shard {shard} has {own} of {samples} samples: about {duration(seconds)}.")
 
 
 def note_data(asked: Description, data: Dataset) -> None:

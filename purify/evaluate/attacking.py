@@ -27,7 +27,7 @@ from purify.evaluate.protocols.measure import Measured, check_protocols, measure
 from purify.evaluate.provenance import default_folder, environment
 from purify.evaluate.ranks import Ranks, join
 from purify.evaluate.records import RunFolder, check_folder, check_space, holds_run, writing
-from purify.evaluate.runner import Defence, Samples, check_together, evaluate
+from purify.evaluate.runner import Defence, Samples, check_together, evaluate, share_out, unit_of
 from purify.evaluate.selfchecks import health, is_compared
 from purify.machine import set_threads
 from purify.named import check_device
@@ -156,6 +156,11 @@ class Prepared:
         """Accuracies, self-checks and result.json of a folder that is complete, with what its protocols came to."""
         rows = self.request.max_rows
         return finish(folder, self.defences, self.samples, self.stated, rows, progress, protocols or {})
+
+    def own(self) -> Samples:
+        """The samples of the shard that was asked for, all if none was; warns of shards without any."""
+        e = self.request.asked
+        return share_out(self.samples, unit_of(self.defences, e.batch_size), Ranks(), e.part)
 
     def dry_run(self) -> dict[str, Cost]:
         """What each defence would take.

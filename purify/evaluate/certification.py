@@ -113,7 +113,7 @@ def certify_all(
     check_count(batch_size, "batch size")
     check_unique([s.name for s in systems], "systems", "give each a name of its own")
     own = share_out(samples, batch_size, folder.ranks, shard)
-    parts = {s.name: own[torch.isin(own.ids, attacked(samples, s).ids)] for s in systems}
+    parts = {s.name: both(own, attacked(samples, s)) for s in systems}
     total = sum(len(own) + (len(s.stages()) - 1) * len(parts[s.name]) for s in systems)
     shown = progress and folder.ranks.first
     with tqdm(total=total, unit="sample", disable=not shown, mininterval=0.5) as bar:
@@ -145,6 +145,11 @@ def check_systems(systems: Sequence[System], samples: Samples, classes: int | No
 def attacked(samples: Samples, system: System) -> Samples:
     """The samples that the cross-check attacks."""
     return samples[torch.arange(min(system.attack.samples, len(samples)))]
+
+
+def both(some: Samples, others: Samples) -> Samples:
+    """Those of ``some`` that are among the others."""
+    return some[torch.isin(some.ids, others.ids)]
 
 
 def run(folder: RunFolder, system: System, stage: str, samples: Samples, seed: int, batch_size: int, bar: tqdm) -> None:

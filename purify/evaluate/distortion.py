@@ -131,10 +131,13 @@ class Ready:
         e = self.request.asked
         return open_folder(e, f"{folder_name(e)}-distortion", self.config, session, self.ranks, needed)
 
+    def own(self, ranks: Ranks) -> Samples:
+        """What one of ``ranks`` searches of the shard that was asked for, or of all; warns of shards without any."""
+        return share_out(self.samples, self.request.asked.batch_size, ranks, self.request.asked.part)
+
     def search(self, folder: RunFolder, progress: bool = True) -> int:
         """Probe and confirm what the folder does not hold; returns how many records were added."""
-        e = self.request.asked
-        own = share_out(self.samples, e.batch_size, self.ranks, e.part)
+        own = self.own(self.ranks)
         searches = self.searches(folder)
         before = len(folder)
         with Progress(len(own) * sum(s.total for s in searches), progress and self.ranks.first) as bar:

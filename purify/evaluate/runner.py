@@ -149,8 +149,7 @@ def evaluate(
     check_count(batch_size, "batch size")
     if worst_only is not None:
         choose(worst_only, dict.fromkeys(WORST_ONLY), "criterion")
-    groups = [a.group_size for d in defences for a in d.attacks if a.group_size]
-    samples = share_out(samples, math.lcm(batch_size, *groups), folder.ranks, shard)
+    samples = share_out(samples, unit_of(defences, batch_size), folder.ranks, shard)
     total = sum(weight(d, a) for d in defences for a in d.stages()) * len(samples)
     before = len(folder)
     with Progress(total, progress and folder.ranks.first) as bar:
@@ -318,6 +317,11 @@ def means(traces: Sequence[Trace]) -> dict[str, Tensor]:
     calls = [trace.network_calls.double() for trace in traces if trace.network_calls is not None]
     levels = {"t_star": torch.cat([trace.t_star.mean(1) for trace in traces])}
     return {**levels, "network_calls": torch.cat(calls)} if calls else levels
+
+
+def unit_of(defences: Sequence[Defence], batch_size: int) -> int:
+    """How many ids stay together when samples are shared out: whole batches, and whole groups of attacks with any."""
+    return math.lcm(batch_size, *(a.group_size for d in defences for a in d.attacks if a.group_size))
 
 
 def share_out(samples: Samples, unit: int, ranks: Ranks, shard: Shard | None = None) -> Samples:

@@ -36,6 +36,8 @@ from purify.evaluate.certification import (
     Inside,
     Summary,
     System,
+    attacked,
+    both,
     certify_all,
     check_systems,
     in_linf,
@@ -46,7 +48,7 @@ from purify.evaluate.drawtimes import DrawCost, estimate
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.records import SCHEMA, RunFolder, check_folder, write_json
-from purify.evaluate.runner import Samples
+from purify.evaluate.runner import Samples, share_out
 from purify.named import fingerprint, load_classifier, load_score
 from purify.options import flags, options
 from purify.plugin import is_in_file
@@ -346,6 +348,16 @@ class Ready:
         if c.out is not None:
             check_folder(folder_path(c, "", self.config), self.config)
         return {s.name: estimate(s, self.samples) for s in self.systems}
+
+    def own(self) -> Samples:
+        """The samples of the shard that was asked for, all if none was; warns of shards without any."""
+        c = self.order.asked
+        return share_out(self.samples, c.batch_size, Ranks(), c.part)
+
+    def seconds(self, costs: Mapping[str, DrawCost], own: Samples) -> float:
+        """What certificates and attacks of ``own`` take at most; of all samples only the first ones are attacked."""
+        inside = {s.name: len(both(own, attacked(self.samples, s))) for s in self.systems}
+        return sum(len(own) * costs[name].image + inside[name] * costs[name].attack for name in costs)
 
     def open(self, command: str) -> RunFolder:
         """The run's folder, which says that ``command`` made it."""

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_script
@@ -106,8 +108,8 @@ def test_the_gpu_script_runs_at_toy_size(tmp_path, monkeypatch):
     assert "not asked" in (tmp_path / "gpu.md").read_text()
 
 
-def test_networks_trained_on_photographs_are_held_against_float64(tmp_path):
-    """A run goes on from its training; what is attacked was not trained on."""
+def test_networks_trained_on_photographs_are_held_against_float64(tmp_path, monkeypatch):
+    """A run goes on from its training; what is attacked was not trained on, by the numbers of its columns."""
     script, out = load_script("precision_speed"), tmp_path / "p.json"
     words = ["--toy", "--systems", "photographs", "--repeats", "1", "--train-steps", "20", "--out", str(out)]
     assert script.main(words) == 0
@@ -115,11 +117,13 @@ def test_networks_trained_on_photographs_are_held_against_float64(tmp_path):
     assert script.main(words) == 0
     assert (tmp_path / "photographs" / "score.pt").stat().st_mtime_ns == saved
     assert [row["system"] for row in json.loads(out.read_text())["rows"]] == ["photographs", "photographs"]
-    (seen, _), (unseen, y) = script.crops(8, 6, True), script.crops(8, 6, False)
-    assert unseen.shape == (6, 3, 8, 8)
-    assert torch.equal(y, torch.arange(6) % 2)
-    assert not torch.equal(seen, unseen)
-    assert torch.equal(unseen, script.crops(8, 6, False)[0])
+    columns = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None], (100, 200, 3))
+    monkeypatch.setattr("card.photographs.load_sample_images", lambda: SimpleNamespace(images=[columns, columns]))
+    (seen, _), (unseen, y) = script.crops(8, 60, True), script.crops(8, 60, False)
+    assert unseen.shape == (60, 3, 8, 8)
+    assert torch.equal(y, torch.arange(60) % 2)
+    assert seen.max() < unseen.min()
+    assert torch.equal(unseen, script.crops(8, 60, False)[0])
 
 
 def test_half_precision_is_held_against_float64(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from purify.__main__ import main as purify_main
 from purify.attacks import ATTACKS, PGD, AutoAttackRand, RandomNoise, Square, Transfer
 from purify.cli.attack import main
 from purify.evaluate import Defence, Samples, dryrun
+from purify.evaluate.drawtimes import DrawCost
 from purify.purification.cost import graph_bytes, held_bytes, linear
 from purify.purification.gradients import Adjoint, Checkpoint, Full, Surrogate, saved_bytes
 
@@ -208,16 +209,47 @@ def test_the_command_stops_before_any_attack(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["attack", "attack --eps 0.1,0.2", "certify --method cohen", "distortion"])
-def test_a_shard_takes_its_part_of_it(command, tmp_path, monkeypatch, capsys):
-    """The part is that of the time in the line before."""
-    monkeypatch.setattr("purify.cli.shell.duration", lambda seconds: f"<{seconds!r}>")
-    for module in ("attack", "certify", "distortion"):
-        monkeypatch.setattr(f"purify.cli.{module}.duration", lambda seconds: f"<{seconds!r}>")
-    words = f"{command} --n-examples 8 --batch-size 2 --shard 3/4 --dry-run --out {tmp_path / 'run'}"
+@pytest.fixture
+def in_seconds(monkeypatch):
+    """Durations in full."""
+    for module in ("attack", "certify", "distortion", "shell"):
+        monkeypatch.setattr(f"purify.cli.{module}.duration", repr)
+
+
+@pytest.mark.parametrize(
+    ("command", "runs"),
+    [
+        ("attack --attacks random-noise", 1),
+        ("attack --attacks random-noise --eps 0.1,0.2", 2),
+        ("attack --attacks random-noise --noise-level constant --protocol deterministic", 1),
+        ("distortion", 1),
+    ],
+)
+def test_a_shard_takes_what_its_samples_take(command, runs, tmp_path, capsys, in_seconds):
+    """Whole batches, 4 + 4 + 1 of 9 samples; protocols wait until all are merged."""
+    words = f"{command} --n-examples 9 --batch-size 4 --steps 1 --shard 3/3 --dry-run --out {tmp_path / 'run'}"
     assert purify_main(words.split()) == 0
-    whole, part = re.findall("<(.*?)>", capsys.readouterr().out)[-2:]
-    assert float(part) == float(whole) / 4
+    out = capsys.readouterr().out
+    whole = float(re.search("bout ([0-9.e+-]+) in one process", out)[1])
+    own, samples, part = re.search(r"Shard 3/3 has (\d+) of (\d+) samples: about ([0-9.e+-]+)\.\n", out).groups()
+    assert (own, samples) == ("1", "9")
+    assert float(part) == pytest.approx(runs * whole / 9)
+
+
+@pytest.mark.parametrize(("shard", "own", "seconds"), [("1/3", 4, 240.0), ("2/3", 4, 40.0), ("3/3", 1, 10.0)])
+def test_a_shard_attacks_only_what_is_attacked(shard, own, seconds, monkeypatch, tmp_path, capsys, in_seconds):
+    """The first two samples, at 100 s each beside 10 s for the certificate of each of 9."""
+    monkeypatch.setattr("purify.evaluate.systems.estimate", lambda *given: DrawCost(100, 0.1, 10.0, 100.0, 290.0))
+    words = f"certify --method cohen --sigma 0.25 --n-examples 9 --batch-size 4 --attack-examples 2 --shard {shard}"
+    assert purify_main([*words.split(), "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    assert f"Shard {shard} has {own} of 9 samples: about {seconds}." in capsys.readouterr().out
+
+
+def test_a_dry_run_warns_of_shards_without_samples(tmp_path, capsys):
+    words = f"attack --n-examples 4 --batch-size 4 --steps 1 --shard 2/2 --dry-run --out {tmp_path / 'run'}"
+    with pytest.warns(UserWarning, match="1 of 2 processes have nothing to do"):
+        assert purify_main(words.split()) == 0
+    assert "Shard 2/2 has 0 of 4 samples: about 0.0 s." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("value", "text"), [(7200.0, "2.0 h"), (300.0, "5.0 min"), (1.26, "1.3 s")])
