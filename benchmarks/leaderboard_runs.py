@@ -5,7 +5,9 @@
     purify leaderboard docs/leaderboard/runs/* --out docs/leaderboard
 
 Each run is a ``purify attack`` of its own, one thread each, the cheapest first. When the time is up the processes are
-stopped; what they finished is kept. A run that is complete is moved to --keep without its adversarial images.
+stopped; the batches of 32 that they finished are kept. A run that is complete is moved to --keep without its
+adversarial images. Runs in docs/leaderboard that say --batch-size 128 were made before: another batch changes no more
+than rounding.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of its unclamped result), without the kinks of the clamp and of the classifier, 
 
 The networks: the U-Net of google/ddpm-cifar10-32 (35 million parameters) with random weights and a ResNet-18 behind it,
 batch 8, 20 steps; the embedded Fashion-MNIST and digits behind DiffPure; and, asked for as photographs, the same U-Net
-and ResNet-18 after a short training on natural images (half an hour or more on a core). On a CPU the time is the
+and ResNet-18 after a short training on natural images (half an hour). On a CPU the time is the
 process's CPU seconds, which hardly depend on what else the machine does; on a GPU it is wall time. Runs are
 interleaved. Cosines come first, so that compiled networks are compiled before anything is timed.
 
@@ -56,7 +56,7 @@ TARGETS = {CIFAR: 0.6, TRAINED: 0.6, "fashion_mnist": 0.72}  # of float32's time
 CHECKED = 2  # images whose gradients are held against float64
 EPS = {CIFAR: 8 / 255, TRAINED: 8 / 255, "fashion_mnist": 0.1, "digits": 0.3}
 SYSTEMS = tuple(EPS)
-DEFAULT = [name for name in SYSTEMS if name != TRAINED]  # without an hour of training
+DEFAULT = [name for name in SYSTEMS if name != TRAINED]
 Row = dict[str, Any]
 
 
