@@ -153,8 +153,7 @@ def read_picture(path: Path) -> Tensor:
         raise ValueError(f"{path} has more than 8 bits per channel; convert it to 8 bits first.")
     if clear:
         raise ValueError(f"{path} has transparent pixels, whose colour nobody sees; put it on a background first.")
-    values = np.array(plain)
-    return torch.from_numpy(np.atleast_3d(values)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.atleast_3d(np.array(plain))).permute(2, 0, 1).contiguous()
 
 
 def _grey_palette(picture: Any) -> bool:
