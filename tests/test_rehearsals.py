@@ -192,11 +192,10 @@ def test_memory_of_a_public_combination_at_full_size(combination, tmp_path):
     score = str(tmp_path / "plug.py:score") if network == "edm" else str(path)
     steps, dataset = ("1", "imagenet") if combination in IMAGENET else ("4", "cifar10")
     options = ["--dataset", dataset, "--score-model", score, "--model", str(tmp_path / "plug.py:classifier")]
-    options += [] if dataset == "imagenet" else ["--time"]  # ten gradients more, of two minutes each there
     script = BENCHMARKS / "large.py"
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, script, *options, "--steps", steps, "--threads", "1"],
+        [sys.executable, script, *options, "--steps", steps, "--time", "--threads", "1"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
