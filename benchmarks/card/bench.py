@@ -103,7 +103,6 @@ class Bench:
 
     def compile(self) -> None:
         """Add the variant whose score network is compiled."""
-        torch._functorch.config.donated_buffer = False  # torchsde goes through a graph twice
         self.models[COMPILED] = self.model.with_precision(COMPILED)
 
     def free(self) -> None:

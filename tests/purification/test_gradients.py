@@ -284,7 +284,7 @@ def test_the_measured_step_is_freed(images):
         before = live()
         for _ in range(5):
             purifier(images.clone().requires_grad_(), sample_ids=range(7))
-        assert live() == before
+        assert live() <= before  # fewer where others' are let go of meanwhile
 
 
 # --- approximate engines ------------------------------------------------------------------------------------------
