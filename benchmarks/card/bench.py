@@ -93,17 +93,13 @@ class Bench:
             x = torch.rand(size.batch, 3, size.image, size.image)
         self.model = score_model(size, DiscreteVP.linear(1000)).requires_grad_(False).to(device)
         self.x, self.y = x.to(device), (torch.arange(size.batch) % 10).to(device)
-        self.models = {FLOAT32: self.model, BFLOAT16: self.model.with_precision(BFLOAT16)}
+        self.models = {name: self.model.with_precision(name) for name in (FLOAT32, BFLOAT16, COMPILED)}
 
     def setting(self, variant: str = FLOAT32, batch: int | None = None, steps: int | None = None) -> Setting:
         """What is differentiated: a batch of so many images, the same ones again if there are too few."""
         rows = torch.arange(batch or self.size.batch, device=self.device) % self.size.batch
         x, y = self.x[rows], self.y[rows]
         return Setting(self.models[variant], self.classifier, x, y, T_STAR, steps or self.size.steps)
-
-    def compile(self) -> None:
-        """Add the variant whose score network is compiled."""
-        self.models[COMPILED] = self.model.with_precision(COMPILED)
 
     def free(self) -> None:
         """Let go of what the last measurement left."""

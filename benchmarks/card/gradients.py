@@ -85,7 +85,6 @@ def first_run(bench: Bench, work: Gradient, reference: Tensor, k: int) -> Row:
 
 def compiled(bench: Bench) -> list[Row]:
     with torch._functorch.config.patch(donated_buffer=False):  # torchsde goes through a graph twice
-        bench.compile()
         return gradients(bench, COMPILED)
 
 
