@@ -2,8 +2,8 @@
 """What purify takes on one card: exact gradients against DiffPure's adjoint and a plain loop, certification, the
 largest batch, the dry run's predictions, and how often the host waits for the device.
 
-The networks have random weights: a U-Net of the size of ddpm-cifar10-32 and a ResNet-18. gpu.json and gpu.md are
-written after every section, so that one that fails loses no other.
+The networks, a U-Net of the size of ddpm-cifar10-32 and a ResNet-18, have seen natural images in a short training.
+gpu.json and gpu.md are written after every section, so that one that fails loses no other.
 
 examples:
   benchmarks/gpu.sh
@@ -25,6 +25,7 @@ from card.batches import largest_batch
 from card.bench import BFLOAT16, FLOAT32, TOY, Bench, Row, Size, word
 from card.certification import certification
 from card.gradients import compiled, gradients, step_memory
+from card.photographs import crops, trained
 from card.predictions import predictions
 from card.waits import waits
 
@@ -49,6 +50,7 @@ def machine(bench: Bench) -> Row:
     return {
         "device": torch.cuda.get_device_name(bench.device) if cuda else "CPU",
         "torch": torch.__version__,
+        "convolutions of float32 in": torch.backends.cudnn.conv.fp32_precision if cuda else "float32",
         "parameters": sum(p.numel() for p in bench.model.parameters()),
         "batch": bench.size.batch,
         "image": bench.size.image,
@@ -110,7 +112,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    bench = Bench(TOY if args.toy else Size(), device)
+    size = TOY if args.toy else Size()
+    networks = trained(size, size.training, args.out / "trained", device)
+    bench = Bench(size, device, *networks, *crops(size.image, size.batch, seen=False))
+    print(f"training: {time.perf_counter() - start:.0f} s since the start", flush=True)
     report: Row = {"machine": machine(bench), "sections": {}}
     for name in args.only:
         late = time.perf_counter() - start > 60 * args.minutes

@@ -15,6 +15,7 @@ from purify.diffusion.score import ScoreModel
 from purify.train.loop import Hyper, train
 from purify.train.losses import CrossEntropy, EpsLoss
 
+CPU = torch.device("cpu")
 SHRUNK = 2  # photographs are 427 x 640; at half of that a crop holds more than a texture
 TRAINED_ON = 0.6  # the left part of each photograph; the right one is attacked
 CLASSIFIER_STEPS = 200  # at most
@@ -40,16 +41,16 @@ def crops(side: int, count: int, seen: bool) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.arange(count) % 2
 
 
-def trained(size: Size, steps: int, folder: Path) -> tuple[nn.Module, ScoreModel]:
+def trained(size: Size, steps: int, folder: Path, device: torch.device = CPU) -> tuple[nn.Module, ScoreModel]:
     """The classifier and the score model after training; a run that was stopped goes on from ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    images, labels = crops(size.image, 2000, True)
+    images, labels = (part.to(device) for part in crops(size.image, 2000, True))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        classifier: nn.Module = resnet18(num_classes=2)
+        classifier: nn.Module = resnet18(num_classes=2).to(device)
     hyper = Hyper(min(CLASSIFIER_STEPS, steps), batch_size=32, lr=1e-3, warmup=20)
     classifier = train(classifier, CrossEntropy(), images, labels, hyper, folder / "classifier.pt", vars(size), 20)
-    score = score_model(size, DiscreteVP.linear(1000)).train()
+    score = score_model(size, DiscreteVP.linear(1000)).to(device).train()
     hyper = Hyper(steps, batch_size=8, lr=4e-4, warmup=20)
     score = train(score, EpsLoss(), images, labels, hyper, folder / "score.pt", vars(size), save_every=20)
     assert isinstance(score, ScoreModel)
