@@ -80,8 +80,9 @@ def test_compiled_networks_inside_a_defence(backend):
         diffpure(anything, 0.1, 2, "ddpm")(torch.rand(2, 3, 4, 4))
 
 
+@pytest.mark.parametrize("donated", [True, False])  # torch refuses at the first derivative, or at the second
 @pytest.mark.parametrize("options", [{}, {"through_score": True}], ids=str)
-def test_guidance_of_compiled_networks(options):
+def test_guidance_of_compiled_networks(options, donated):
     """Their values; second derivatives they do not have."""
     torch._dynamo.reset()
     parts = [torch.compile(part, backend="aot_eager") for part in (SmoothNet(), TinyClassifier())]
@@ -91,7 +92,7 @@ def test_guidance_of_compiled_networks(options):
     )
     assert_close(compiled(X, sample_ids=IDS), plain(X, sample_ids=IDS))
     sentence = "second derivatives, which networks inside torch.compile do not have; pass"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=sentence), torch._functorch.config.patch(donated_buffer=donated):
         torch.autograd.grad(compiled(z := X.clone().requires_grad_(), sample_ids=IDS).sum(), z)
 
 

@@ -67,9 +67,10 @@ class Rebuilt(torch.autograd.Function):
         wanted = [i for i, n in enumerate(needed) if n]
         if pairs:
             ends, starts = zip(*pairs, strict=True)
-            gradients = torch.autograd.grad(
-                ends, [inputs[i] for i in wanted], starts, create_graph=again, allow_unused=True
-            )
+            with compiled_in_words():
+                gradients = torch.autograd.grad(
+                    ends, [inputs[i] for i in wanted], starts, create_graph=again, allow_unused=True
+                )
             for i, gradient in zip(wanted, gradients, strict=True):
                 found[i] = gradient
         return None, *found
