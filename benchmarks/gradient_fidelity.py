@@ -224,7 +224,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(gradient: Gradient, device: torch.device) -> int:
-    """Peak memory of one gradient above what lived before."""
+    """Peak memory of one gradient above what lived before.
+
+    On a CPU it is counted in a dispatch mode, after which PyTorch before 2.14 runs compiled networks layer by layer.
+    """
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
