@@ -36,12 +36,12 @@ from purify.named import check_device
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     "gradients, float32": lambda bench: gradients(bench, FLOAT32),
     "gradients, bf16": lambda bench: gradients(bench, BFLOAT16),
+    "gradients, bf16+compile": compiled,
     "memory per step": step_memory,
     "waits": waits,
     "certification": certification,
     "dry run": predictions,
     "largest batch": largest_batch,
-    "gradients, bf16+compile": compiled,
 }
 
 
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--toy", action="store_true", help="tiny networks and few steps: does it run at all?")
     p.add_argument("--device", help="cpu or cuda (default: cuda, for a toy cpu)")
     p.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", default=list(SECTIONS))
-    p.add_argument("--minutes", type=float, default=7.0, help="no section begins later (default: %(default)s)")
+    p.add_argument("--minutes", type=float, default=6.0, help="no section begins later (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder (default: %(default)s)")
     return p
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = TOY if args.toy else Size()
-    networks = trained(size, size.training, args.out / "trained", device)
+    networks = trained(size, size.training, args.out / "trained", device, save_every=size.training)
     bench = Bench(size, device, *networks, *crops(size.image, size.batch, seen=False))
     print(f"training: {time.perf_counter() - start:.0f} s since the start", flush=True)
     report: Row = {"machine": machine(bench), "sections": {}}

@@ -133,12 +133,13 @@ NO_GRADIENT = (
 
 # What torch says of a batch that a network cannot take. Of other failures (memory, say) it keeps its own words.
 _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multipl|elements", re.IGNORECASE)
+_NO_MEMORY = re.compile("allocat|out of memory|ALLOC_FAILED")
 _KINDS = re.compile("same device|dtype|input type|scalar type|same type|to be on", re.IGNORECASE)
 
 
 def ran_out(error: RuntimeError) -> bool:
     """Whether this is torch's word for no memory left: on CPUs it has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocat" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 @contextmanager

@@ -122,7 +122,11 @@ def build_purifier(
         settings["t_star"] = build_level(rule, given, level_options or {})
     elif level or named or level_options:
         raise ValueError(f"t_star is a noise level already; leave {rule} out, or give a number.")
-    arguments = _networks(settings, dataset, threat_model)
+    device = next((p.device for p in network.parameters()), None)
+    arguments = {
+        name: value.to(device) if isinstance(value, nn.Module) else value  # a guide compares images where they are
+        for name, value in _networks(settings, dataset, threat_model).items()
+    }
     with said(split(purifier)[0]) if is_in_file(purifier) else nullcontext():
         built = preset(network, **arguments)
     if not isinstance(built, Purifier):

@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_halved():
     try:
         parts = Parts(64)
         work = lambda rows: torch.ones(len(rows), 2**24, device=CUDA).sum(1)  # noqa: E731 - 64 MiB a row
-        found = torch.cat([value for _, value in parts.of(torch.arange(64), work)])
+        found = torch.cat([value for _, value in parts.of(torch.arange(64, device=CUDA), work)])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(found.cpu(), torch.full((64,), 2.0**24))
@@ -112,20 +112,36 @@ def test_no_step_makes_the_host_wait():
                 gradient(defended, x, y)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("synchroniz" in str(w.message) for w in caught))
+        counts.append(sum("called a synchronizing" in str(w.message) for w in caught))
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("launch", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "1"]])
-def test_the_command_runs(tmp_path: Path, launch: list[str]):
-    """By nccl, too; ``auto`` chooses a precision and the records say it."""
-    words = "--dataset digits --purifier diffpure --attacks pgd-eot --steps 4 --attack-steps 3 --eot 2 --n-examples 8"
-    command = [sys.executable, *launch, "-m", "purify", "attack", *words.split(), "--out", str(tmp_path)]
-    command += ["--device", "cuda", "--precision", "auto"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+def run(arguments: str, out: Path, *launch: str) -> str:
+    """What the command prints; it must end well."""
+    command = [sys.executable, *launch, "-m", "purify", *arguments.split(), "--device", "cuda", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "attacks in " in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+ATTACK = "attack --dataset digits --steps 4 --attack-steps 3 --eot 2 --n-examples 8"
+
+
+@pytest.mark.parametrize("launch", [(), ("-m", "torch.distributed.run", "--nproc-per-node", "1")])
+def test_the_command_chooses_a_precision(tmp_path: Path, launch: tuple[str, ...]):
+    """By nccl, too."""
+    said = run(f"{ATTACK} --purifier diffpure --attacks pgd-eot --precision auto", tmp_path, *launch)
+    assert "attacks in " in said
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) >= 8
+
+
+def test_guided_purifiers_from_the_command_line(tmp_path: Path):
+    """Their guide is a network of its own."""
+    run(f"{ATTACK} --purifier agdm,heterogeneous --attacks pgd-eot,adaptive --calls 600", tmp_path)
+
+
+def test_distortions_from_the_command_line(tmp_path: Path):
+    run("distortion --dataset digits --purifier diffpure --steps 4 --attack-steps 3 --eot 2 --n-examples 4", tmp_path)
 
 
 def test_a_certificate_counts_what_the_cpu_counts():

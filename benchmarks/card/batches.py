@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import time
 
-import torch
 from gradient_fidelity import engine_gradient, peak_bytes
 
 from card.bench import BFLOAT16, ENGINES, FLOAT32, GIB, Bench, Row, word
+from purify.checks import ran_out
 from purify.diffusion.reverse import EulerMaruyama
-
-
-def full_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)
 
 
 def largest_batch(bench: Bench) -> list[Row]:
@@ -30,8 +26,8 @@ def fitting(bench: Bench, variant: str, engine: str, steps: int) -> Row:
         start = time.perf_counter()
         try:
             peak, fits = peak_bytes(work, bench.device), batch
-        except RuntimeError as failure:
-            end = f"{batch} do not fit" if full_memory(failure) else word(failure)
+        except (RuntimeError, ValueError) as failure:
+            end = f"{batch} do not fit" if ran_out(failure) else word(failure)
             break
         finally:
             bench.free()

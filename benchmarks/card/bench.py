@@ -50,11 +50,11 @@ class Size:
     rows: tuple[int, ...] = (1024, 8192)
     first: int = 32
     largest: int = 8192
-    patience: float = 15.0
+    patience: float = 30.0
     training: int = 300
 
 
-TOY = Size(8, (32, 64), 1, 4, 2, 1, 2, (16,), 2, 4, 15.0, 2)
+TOY = Size(8, (32, 64), 1, 4, 2, 1, 2, (16,), 2, 4, 30.0, 2)
 
 
 def score_model(size: Size, schedule: Schedule) -> ScoreModel:

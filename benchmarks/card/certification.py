@@ -38,7 +38,7 @@ def certified(bench: Bench, variant: str, rows: int) -> Row:
     try:
         peak = peak_bytes(works["ours"], bench.device)
         taken = seconds(works, bench.size.repeats, bench.device)
-    except RuntimeError as failure:
+    except (RuntimeError, ValueError) as failure:
         return {**row, "error": word(failure)}
     finally:
         bench.free()

@@ -78,7 +78,7 @@ def first_run(bench: Bench, work: Gradient, reference: Tensor, k: int) -> Row:
         a, b = work()[:k].double().flatten(), reference.flatten()
         error, cosine = (a - b).norm() / b.norm(), torch.dot(a, b) / (a.norm() * b.norm())
         peak = peak_bytes(work, bench.device)
-    except RuntimeError as failure:
+    except (RuntimeError, ValueError) as failure:
         return {"error": word(failure)}
     return {"cosine to float64": cosine.item(), "relative error": error.item(), "peak GiB": peak / GIB}
 

@@ -41,7 +41,9 @@ def crops(side: int, count: int, seen: bool) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.arange(count) % 2
 
 
-def trained(size: Size, steps: int, folder: Path, device: torch.device = CPU) -> tuple[nn.Module, ScoreModel]:
+def trained(
+    size: Size, steps: int, folder: Path, device: torch.device = CPU, save_every: int = 20
+) -> tuple[nn.Module, ScoreModel]:
     """The classifier and the score model after training; a run that was stopped goes on from ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = (part.to(device) for part in crops(size.image, 2000, True))
@@ -49,9 +51,11 @@ def trained(size: Size, steps: int, folder: Path, device: torch.device = CPU) ->
         torch.manual_seed(0)
         classifier: nn.Module = resnet18(num_classes=2).to(device)
     hyper = Hyper(min(CLASSIFIER_STEPS, steps), batch_size=32, lr=1e-3, warmup=20)
-    classifier = train(classifier, CrossEntropy(), images, labels, hyper, folder / "classifier.pt", vars(size), 20)
+    classifier = train(
+        classifier, CrossEntropy(), images, labels, hyper, folder / "classifier.pt", vars(size), save_every
+    )
     score = score_model(size, DiscreteVP.linear(1000)).to(device).train()
     hyper = Hyper(steps, batch_size=8, lr=4e-4, warmup=20)
-    score = train(score, EpsLoss(), images, labels, hyper, folder / "score.pt", vars(size), save_every=20)
+    score = train(score, EpsLoss(), images, labels, hyper, folder / "score.pt", vars(size), save_every)
     assert isinstance(score, ScoreModel)
     return classifier, score

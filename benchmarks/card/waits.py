@@ -42,7 +42,7 @@ def waiting(work: Gradient) -> Counter[str]:
     found: Counter[str] = Counter()
 
     def note(message: Warning | str, *args: Any, **options: Any) -> None:
-        if "synchroniz" in str(message):
+        if "called a synchronizing" in str(message):
             found[place()] += 1
 
     work()

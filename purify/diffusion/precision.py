@@ -99,6 +99,12 @@ def check_autocast(network: nn.Module, autocast: str) -> None:
         raise ValueError(f"A float64 network does not run in {autocast}; convert it to float32, or leave autocast out.")
 
 
+def rounds_to_tf32(device: torch.device) -> bool:
+    """Whether convolutions of float32 on this device are TF32, with 10 bits of the 23: PyTorch's default on GPUs."""
+    conv: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009 - untyped
+    return device.type == "cuda" and conv.fp32_precision == "tf32"
+
+
 @contextmanager
 def float32_proper() -> Iterator[None]:
     """Convolutions and matrix products of float32 without TF32, to which PyTorch's convolutions default on GPUs."""

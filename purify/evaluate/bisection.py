@@ -108,7 +108,7 @@ class Tried:
         """Another attempt at some of the samples."""
         wrong = (predictions != labels[rows, None]).sum(1)
         better = wrong > self.wrong[rows]
-        at = rows[better]
+        at = rows[better.cpu()]
         self.images[at], self.predictions[at], self.wrong[at] = images[better], predictions[better], wrong[better]
         for i in at.tolist():
             self.by[i] = by

@@ -93,7 +93,8 @@ def purified_times(
 ) -> tuple[float, float]:
     """Seconds per row of a forward pass and of a gradient: those of one step and of three, extended to all.
 
-    A few steps fit into a memory budget that all of them may not: those that are recomputed cost a forward pass more.
+    Steps that do not fit into a memory budget are recomputed and cost a forward pass more: of all steps that is another
+    share than of the few that are timed.
     """
     purifier = model.purifier
     steps, rounds = cost.most_steps(purifier), len(purifier.rounds)
@@ -101,11 +102,13 @@ def purified_times(
     if steps <= rounds:
         return short
     longer = times(_shortened(model, 3), samples, rows, with_gradient)
-    more = min(3 * rounds, steps) - rounds
-    forward, gradient = (max(b - a, 0.0) / more for a, b in zip(short, longer, strict=True))
-    left = steps - rounds
-    again = with_gradient and _budgeted(purifier)
-    recomputed = steps - cost.kept_steps(purifier, samples.images[:1], rows) if again else 0
+    timed = min(3 * rounds, steps)
+    forward, gradient = (max(b - a, 0.0) / (timed - rounds) for a, b in zip(short, longer, strict=True))
+    left, recomputed = steps - rounds, 0.0
+    if with_gradient and _budgeted(purifier):
+        kept = cost.kept_steps(purifier, samples.images[:1], rows)
+        first, then, whole = (max(0, n - kept) for n in (rounds, timed, steps))
+        recomputed = whole - first - (then - first) * left / (timed - rounds)
     return short[0] + forward * left, short[1] + gradient * left + recomputed * forward
 
 

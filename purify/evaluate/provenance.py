@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import purify
+from purify.diffusion.precision import rounds_to_tf32
 from purify.evaluate.ranks import Ranks
 from purify.evaluate.runner import Samples
 
@@ -34,6 +35,7 @@ def environment(device: torch.device, command: str, ranks: Ranks) -> dict[str, A
         "python": platform.python_version(),
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        **({"convolutions": "TF32"} if rounds_to_tf32(device) else {}),
         "threads": torch.get_num_threads(),
         "processes": ranks.world,
     }

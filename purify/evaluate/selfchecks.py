@@ -19,7 +19,7 @@ from purify.attacks.noise import RandomNoise
 from purify.attacks.pgd import DRAWS
 from purify.diffusion.health import LIMIT, MARGIN, Health
 from purify.diffusion.noise import derive_seed
-from purify.diffusion.precision import FLOAT32
+from purify.diffusion.precision import FLOAT32, rounds_to_tf32
 from purify.evaluate.progress import Progress, weight
 from purify.evaluate.records import RunFolder
 from purify.evaluate.runner import Defence, Samples, judge, predictions, stage_name
@@ -200,18 +200,20 @@ def gradient_checks(defence: Defence, samples: Samples, seed: int, bar: Progress
             cosine,
             0.99,
             at_most(0.99, cosine),
-            inexact(defence),
+            inexact(defence, samples.images.device),
         ),
         zero_check(defence.name, used),
     ]
 
 
-def inexact(defence: Defence) -> str:
+def inexact(defence: Defence, device: torch.device) -> str:
     """What a gradient in use that is not the defence's means, and what to do."""
     if defence.precision != FLOAT32:
         return (
             f"In {defence.precision} the attacks follow a gradient that is not the defence's; use --precision float32."
         )
+    if rounds_to_tf32(device):
+        return "Convolutions in TF32 turn this defence's gradient; set the environment variable NVIDIA_TF32_OVERRIDE=0."
     return "The attacks follow a gradient that is not the defence's; use the gradient checkpoint or full."
 
 

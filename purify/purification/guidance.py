@@ -109,6 +109,11 @@ class Guidance(Conditioning):
                 "The guidance has no gradient: its network ignores the image, or switches gradients off.", stacklevel=3
             )
 
+    @property
+    def always(self) -> bool:
+        """Whether every step is guided, whatever its time."""
+        return self.scale != 0 and self.t_min <= 0 and self.t_max >= 1
+
     def strength(self, model: ScoreModel, t: Tensor) -> Tensor:
         """s_t at times t: float64 (N,)."""
         strength = self.scale * GROWTHS[self.growth](model.schedule.alpha(t), model.schedule.sigma(t))
@@ -137,7 +142,7 @@ class Guide:
     def __call__(self, model: ScoreModel, u: Tensor, t: Tensor) -> tuple[Prediction, Tensor | None]:
         """The score model's prediction at (u_t, t) and s_t grad_{u_t} D, or None where nothing is guided."""
         strength = self.guidance.strength(model, t)
-        if not bool((strength != 0).any()):
+        if not self.guidance.always and not bool((strength != 0).any()):  # the host waits for the device there
             return model.predict(u, t), None
         through = self.guidance.point == "u0_hat" and self.guidance.through_score
         check_frozen((model.network, self.guidance.network), u)

@@ -136,7 +136,7 @@ def _restore(
     path: Path, identity: dict[str, Any], module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         stored = state["identity"]
     except Exception as error:
         raise ValueError(f"{path} is not a readable training checkpoint; remove it to start over.") from error

@@ -31,8 +31,8 @@ def training_times(n: int, generator: torch.Generator) -> Tensor:
 
 def noised(module: ScoreModel, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images in [0, 1] at :func:`training_times` of the schedule: u_t, t (N,), u0 in [-1, 1], and the noise."""
-    t = training_times(len(images), generator)
-    z = torch.randn(images.shape, generator=generator)
+    t = training_times(len(images), generator).to(images.device)
+    z = torch.randn(images.shape, generator=generator).to(images)
     u = 2 * images - 1
     return per_sample(module.schedule.alpha(t), u) * u + per_sample(module.schedule.sigma(t), u) * z, t, u, z
 
@@ -65,7 +65,7 @@ class ClassEpsLoss:
         entries = classes_of(module.network)
         assert entries is not None
         dropped = torch.rand(len(images), generator=generator) < self.drop
-        told = one_hot(torch.where(dropped, entries - 1, labels), entries).to(images)
+        told = one_hot(torch.where(dropped.to(labels.device), entries - 1, labels), entries).to(images)
         return EpsLoss()(module.told(told), images, labels, generator)
 
 
@@ -145,7 +145,7 @@ def ascend(
     """Images (N, C, H, W) in [0, 1], at most ``eps`` from x, that raise ``objective``; PGD, ``module`` in eval mode."""
     module.eval().requires_grad_(False)
     low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
-    adversarial = low + (high - low) * torch.rand(x.shape, generator=generator)
+    adversarial = low + (high - low) * torch.rand(x.shape, generator=generator).to(x)
     for _ in range(steps):
         adversarial.requires_grad_()
         (gradient,) = torch.autograd.grad(objective(adversarial), adversarial)
@@ -189,7 +189,8 @@ class SplittingLoss:
         """Images (N, C, H, W), each under a random draw."""
         seed = int(torch.randint(2**62, (), generator=generator))
         draws = torch.randint(SplittingLevels(self.lam).levels, (len(images),), generator=generator)
-        return self.perturb(images, Noise.keyed(seed, torch.arange(len(images)), draws))
+        ids = torch.arange(len(images), device=images.device)
+        return self.perturb(images, Noise.keyed(seed, ids, draws.to(images.device)))
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         images = shifted(images, self.shift, generator)
@@ -248,9 +249,10 @@ class DiffusionCalibration:
     def log_shares(self, module: ScoreModel, images: Tensor, choice: Tensor, generator: torch.Generator) -> Tensor:
         """log F, (N, K), under fresh noise."""
         times = torch.tensor([module.schedule.time_of_sigma(2 * s) for s in self.sigmas], dtype=torch.float64)
-        sigma = torch.tensor(self.sigmas)[choice].reshape(-1, 1, 1, 1)
-        noisy = images + sigma * torch.randn(images.shape, generator=generator)
-        return log_softmax(self.frozen(denoise(module, noisy, times[choice])), 1)
+        sigma = torch.tensor(self.sigmas)[choice].reshape(-1, 1, 1, 1).to(images)
+        noisy = images + sigma * torch.randn(images.shape, generator=generator).to(images)
+        frozen = self.frozen.to(images.device)
+        return log_softmax(frozen(denoise(module, noisy, times[choice].to(images.device))), 1)
 
     @cached_property
     def frozen(self) -> nn.Module:
@@ -291,14 +293,15 @@ class BridgeLoss:
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         assert isinstance(module, ScoreModel)
-        share, within = torch.rand(2, len(images), generator=generator, dtype=torch.float64)
+        share, within = torch.rand(2, len(images), generator=generator, dtype=torch.float64).to(images.device)
         top = self.t_star * (1 + share) / 2
         t = T_MIN + (top - T_MIN) * within
-        z = torch.randn(images.shape, generator=generator)
+        z = torch.randn(images.shape, generator=generator).to(images)
+        frozen = self.frozen.to(images.device)
 
         def misled(adversarial: Tensor) -> Tensor:
             u_t, _ = self.bridge(module, images, adversarial, t, top, z)
-            return cross_entropy(self.frozen((module.denoise(u_t, t) + 1) / 2), labels)
+            return cross_entropy(frozen((module.denoise(u_t, t) + 1) / 2), labels)
 
         adversarial = ascend(module, images, self.eps, self.attack_steps, generator, misled)
         u_t, target = self.bridge(module, images, adversarial, t, top, z)

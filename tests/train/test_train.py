@@ -15,7 +15,9 @@ from purify.networks.embedded import SmallCNN, build_network
 from purify.train.__main__ import build, main, recipe_name
 from purify.train.loop import Hyper, learning_rate, train, update_ema
 from purify.train.losses import (
+    AdversarialCrossEntropy,
     BridgeLoss,
+    ClassEpsLoss,
     CrossEntropy,
     DiffusionCalibration,
     EpsLoss,
@@ -166,6 +168,30 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(0, hyper) == pytest.approx(0.2)
     assert learning_rate(50, hyper) == pytest.approx(1.0)
     assert learning_rate(99, hyper) == pytest.approx(1 + math.cos(math.pi * 0.99))
+
+
+META_LOSSES = {
+    "eps": (EpsLoss(), "digits"),
+    "class": (ClassEpsLoss(), "digits-classes"),
+    "flow": (FlowMatching(), "digits-flow"),
+    "shifted": (CrossEntropy(shift=1), None),
+    "adversarial": (AdversarialCrossEntropy(0.1, 2, 1), None),
+    "trades": (Trades(0.1, attack_steps=2), None),
+    "calibration": (DiffusionCalibration("digits-standard"), "digits"),
+    "bridge": (BridgeLoss("digits-standard", 0.1), "digits"),
+}
+
+
+@pytest.mark.parametrize("name", META_LOSSES)
+def test_losses_work_where_the_images_are(name):
+    """Meta tensors stand for a GPU's: torch refuses to mix them with those of a CPU."""
+    loss, score = META_LOSSES[name]
+    module = zoo.classifier("digits-standard") if score is None else zoo.score_model(score)
+    images, labels = torch.rand(4, 1, 8, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    value = loss(module.to("meta").requires_grad_(True), images, labels, torch.Generator().manual_seed(0))
+    value.backward()
+    assert value.device.type == "meta"
+    assert any(p.grad is not None for p in module.parameters())
 
 
 def test_losses_fall():
