@@ -30,6 +30,7 @@ from card.predictions import predictions
 from card.waits import waits
 
 from purify.checks import check_writable
+from purify.diffusion.precision import rounds_to_tf32
 from purify.evaluate.records import write_json
 from purify.named import check_device
 
@@ -50,7 +51,7 @@ def machine(bench: Bench) -> Row:
     return {
         "device": torch.cuda.get_device_name(bench.device) if cuda else "CPU",
         "torch": torch.__version__,
-        "convolutions of float32 in": torch.backends.cudnn.conv.fp32_precision if cuda else "float32",
+        "convolutions of float32 in": "TF32" if rounds_to_tf32(bench.device) else "float32",
         "parameters": sum(p.numel() for p in bench.model.parameters()),
         "batch": bench.size.batch,
         "image": bench.size.image,
@@ -109,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = check_device(args.device or ("cpu" if args.toy else "cuda"))
         check_writable(args.out / "gpu.json")
+        size = TOY if args.toy else Size()
+        networks = trained(size, size.training, args.out / "trained", device, save_every=size.training)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    size = TOY if args.toy else Size()
-    networks = trained(size, size.training, args.out / "trained", device, save_every=size.training)
     bench = Bench(size, device, *networks, *crops(size.image, size.batch, seen=False))
     print(f"training: {time.perf_counter() - start:.0f} s since the start", flush=True)
     report: Row = {"machine": machine(bench), "sections": {}}

@@ -133,8 +133,8 @@ NO_GRADIENT = (
 
 # What torch says of a batch that a network cannot take. Of other failures (memory, say) it keeps its own words.
 _SHAPES = re.compile("shape|size|channel|dimension|reshape|expected input|multipl|elements", re.IGNORECASE)
-_NO_MEMORY = re.compile("allocat|out of memory|ALLOC_FAILED")
 _KINDS = re.compile("same device|dtype|input type|scalar type|same type|to be on", re.IGNORECASE)
+_NO_MEMORY = re.compile("allocat|out of memory|ALLOC_FAILED")  # CPUs, CUDA, its libraries
 
 
 def ran_out(error: RuntimeError) -> bool:

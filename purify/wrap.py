@@ -102,7 +102,8 @@ def build_purifier(
         shape: (C, H, W) of the images, where they are not those of the data set.
         options: of the purifier; ``t_star`` may be a rule, and then is the noise level.
 
-    It resizes where images of the data set are smaller or larger than the score model's.
+    It resizes where images of the data set are smaller or larger than the score model's, and moves networks among the
+    options to its device.
 
     Raises:
         ValueError: unknown names and options; a score model that cannot take the images; as the purifier.

@@ -23,6 +23,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest_plugins = ["boards"]  # fixtures of one folder: a conftest.py there would be imported instead of this one
 
 
+def loss_gradient(defended: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Of the summed cross-entropy, with keyed noise; (N, C, H, W)."""
+    x = x.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(defended(x, sample_ids=torch.arange(len(x))), y, reduction="sum")
+    return torch.autograd.grad(loss, x)[0]
+
+
 def assert_second_derivative(f, x: Tensor, h: float, tolerance: float) -> None:
     """The gradient of the squared gradient of ``f`` at ``x``, against finite differences of step ``h``."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import loss_gradient
 from pretended import NAME
-from torch import Tensor, nn
 
 import purify
 from purify.__main__ import main
@@ -21,7 +21,6 @@ from purify.data import load_dataset
 from purify.purification.defended import DefendedClassifier
 
 X, Y = (t[:3] for t in load_dataset("digits", "test"))
-IDS = torch.arange(3)
 PURIFIERS = [name for name in purify.PURIFIERS if name != "freqpure"]  # its Fourier transform has no kernel there
 
 
@@ -29,10 +28,11 @@ def wrapped(purifier: str = "diffpure", **options: object) -> DefendedClassifier
     return purify.wrap("digits-standard", dataset="digits", purifier=purifier, steps=3, **options)
 
 
-def gradient(defended: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    x = x.clone().requires_grad_()
-    loss = nn.functional.cross_entropy(defended(x, sample_ids=IDS), y, reduction="sum")
-    return torch.autograd.grad(loss, x)[0].cpu()
+def assert_the_same_there(defended: DefendedClassifier) -> None:
+    """The gradient."""
+    here = loss_gradient(defended, X, Y)
+    there = loss_gradient(defended.to(NAME), X.to(NAME), Y.to(NAME)).cpu()
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * here.abs().max().item())
 
 
 def test_devices_do_not_mix():
@@ -46,21 +46,17 @@ def test_devices_do_not_mix():
 
 @pytest.mark.parametrize("purifier", PURIFIERS)
 def test_purifiers(purifier: str):
-    defended = wrapped(purifier)
-    here = gradient(defended, X, Y)
-    there = gradient(defended.to(NAME), X.to(NAME), Y.to(NAME))
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * here.abs().max().item())
+    assert_the_same_there(wrapped(purifier))
 
 
 @pytest.mark.parametrize("options", [{"gradient": "full"}, {"gradient": "adjoint"}, {"reverse": "ddim"}], ids=str)
-@pytest.mark.parametrize("purifier", ["diffpure", "ssni-l"])
-def test_engines_and_rules(purifier: str, options: dict[str, str]):
-    if purifier == "ssni-l" and options == {"gradient": "adjoint"}:
-        pytest.skip("the adjoint has no gradient through t*")
-    defended = wrapped(purifier, **options)
-    here = gradient(defended, X, Y)
-    there = gradient(defended.to(NAME), X.to(NAME), Y.to(NAME))
-    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-4 * here.abs().max().item())
+def test_engines_and_rules(options: dict[str, str]):
+    assert_the_same_there(wrapped(**options))
+
+
+@pytest.mark.parametrize("engine", ["full", "checkpoint"])
+def test_levels(engine: str):
+    assert_the_same_there(wrapped("ssni-l", gradient=engine))
 
 
 @pytest.mark.parametrize("purifier", ["agdm", "mimicdiffusion", "heterogeneous"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_script, loss_gradient
 from torch import Tensor
 
 import purify
@@ -30,12 +31,6 @@ def digits(n: int) -> tuple[Tensor, Tensor]:
     return x[:n], y[:n]
 
 
-def gradient(defended: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    x = x.clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(defended(x, sample_ids=torch.arange(len(x))), y, reduction="sum")
-    return torch.autograd.grad(loss, x)[0]
-
-
 def cosine(a: Tensor, b: Tensor) -> float:
     return torch.cosine_similarity(a.flatten(1).double().cpu(), b.flatten(1).double().cpu(), dim=1).min().item()
 
@@ -54,12 +49,12 @@ def test_values_and_gradients_are_those_of_the_cpu(purifier: str, engine: Gradie
     ids = torch.arange(len(x))
     with torch.no_grad():
         here = defended(x, sample_ids=ids)
-    exact = gradient(defended, x, y)
+    exact = loss_gradient(defended, x, y)
     with float32_proper():
         defended = defended.to(CUDA)
         with torch.no_grad():
             there = defended(x.to(CUDA), sample_ids=ids)
-        found = gradient(defended, x.to(CUDA), y.to(CUDA))
+        found = loss_gradient(defended, x.to(CUDA), y.to(CUDA))
     torch.testing.assert_close(there.cpu(), here, rtol=1e-2, atol=1e-2)
     assert cosine(found, exact) > 0.999
 
@@ -68,9 +63,9 @@ def test_values_and_gradients_are_those_of_the_cpu(purifier: str, engine: Gradie
 def test_precisions_keep_the_direction(precision: str):
     x, y = (t.to(CUDA) for t in digits(6))
     defended = purify.wrap("digits-standard", dataset="digits", purifier="diffpure", t_star=0.1, steps=4).to(CUDA)
-    exact = gradient(defended, x, y)
+    exact = loss_gradient(defended, x, y)
     for batch in (6, 5, 1):  # one graph for all sizes above 1
-        found = gradient(defended.with_precision(precision), x[:batch], y[:batch])
+        found = loss_gradient(defended.with_precision(precision), x[:batch], y[:batch])
         assert cosine(found, exact[:batch]) > 0.99
 
 
@@ -100,19 +95,13 @@ def test_what_does_not_fit_is_halved():
 def test_no_step_makes_the_host_wait():
     """After a first pass, which may settle plans."""
     x, y = (t.to(CUDA) for t in digits(4))
+    load_script("gpu")
+    from card.waits import waiting
+
     counts = []
     for steps in (4, 8):
         defended = purify.wrap("digits-standard", dataset="digits", purifier="diffpure", t_star=0.1, steps=steps)
-        defended = defended.to(CUDA)
-        gradient(defended, x, y)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                gradient(defended, x, y)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("called a synchronizing" in str(w.message) for w in caught))
+        counts.append(waiting(partial(loss_gradient, defended.to(CUDA), x, y)).total())
     assert counts[0] == counts[1]
 
 

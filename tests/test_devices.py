@@ -17,6 +17,6 @@ HERE = Path(__file__).parent
 )
 @pytest.mark.parametrize("which", ["commands", "not commands"])
 def test_nothing_is_left_on_the_cpu(which: str):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", which]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which]
     done = subprocess.run([*command, str(HERE / "devices.py")], capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
