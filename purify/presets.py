@@ -65,6 +65,12 @@ def diffpure(
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, **options)
 
 
+def _guidance(settings: Mapping[str, Any], known: Mapping[str, Any], name: str, preset: Callable[..., Purifier]) -> Any:
+    """Misspelt options of the preset itself, which end among the guidance's, are named, too."""
+    own = set(inspect.signature(preset).parameters) - {"score_model", "options"}
+    return registry.build(settings, known, f"guidance of {name}", own)
+
+
 GDMP_SCALES = {"mse": 6e4, "ssim": 1e3}
 
 
@@ -96,7 +102,7 @@ def gdmp(
     choose(distance, known, "distance of GDMP")
     scale = GDMP_SCALES[distance] if scale is None else scale
     settings = {"kind": distance, "scale": scale, "second_order": second_order, **options}
-    guidance = registry.build(settings, known, "guidance of GDMP")
+    guidance = _guidance(settings, known, "GDMP", gdmp)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance, rounds=rounds)
 
 
@@ -124,7 +130,7 @@ def agdm(
     """
     network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
     settings = {"kind": "adversarial", "scale": scale, "second_order": second_order, "auxiliary": network, **options}
-    guidance = registry.build(settings, GUIDANCES, "guidance of AGDM")
+    guidance = _guidance(settings, GUIDANCES, "AGDM", agdm)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
@@ -173,7 +179,7 @@ def freqpure(
             ``delta``, ``reference``, ``reference_t``, ``t_min``, ``t_max``).
     """
     settings = {"kind": "frequency", "scale": scale, "second_order": second_order, **options}
-    guidance = registry.build(settings, GUIDANCES, "guidance of FreqPure")
+    guidance = _guidance(settings, GUIDANCES, "FreqPure", freqpure)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
@@ -199,7 +205,7 @@ def diffap(
         options: of :class:`~purify.purification.pulled.MediatorPull` (``t_min``, ``t_max``).
     """
     settings = {"kind": "mediator", "scale": scale, "second_order": second_order, **options}
-    guidance = registry.build(settings, GUIDANCES, "guidance of DiffAP")
+    guidance = _guidance(settings, GUIDANCES, "DiffAP", diffap)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
@@ -229,7 +235,7 @@ def mimicdiffusion(
     """
     window = {"t_min": t_min, "t_max": t_max}
     settings = {"kind": "manhattan", "scale": scale, "second_order": second_order, **window, **options}
-    guidance = registry.build(settings, GUIDANCES, "guidance of MimicDiffusion")
+    guidance = _guidance(settings, GUIDANCES, "MimicDiffusion", mimicdiffusion)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 
@@ -255,7 +261,7 @@ def heterogeneous(
     """
     network = zoo.classifier(auxiliary) if isinstance(auxiliary, str) else auxiliary
     settings = {"kind": "heterogeneous", "second_order": second_order, "auxiliary": network, **options}
-    guidance = registry.build(settings, GUIDANCES, "guidance of heterogeneous noise")
+    guidance = _guidance(settings, GUIDANCES, "heterogeneous noise", heterogeneous)
     return Purifier(score_model, t_star, reverse, steps, gradient=gradient, guidance=guidance)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -31,13 +31,17 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what: str) -> T:
-    """The part that ``describe`` described; a bare name stands for the part with its defaults."""
+def build(config: Mapping[str, Any] | str, registry: Mapping[str, type[T]], what: str, beside: Iterable[str] = ()) -> T:
+    """The part that ``describe`` described; a bare name stands for the part with its defaults.
+
+    ``beside``: what may be meant by an unknown parameter, too, as the caller takes it itself.
+    """
     fields = {"kind": config} if isinstance(config, str) else dict(config)
     kind = choose(fields.pop("kind", ""), registry, what)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - known)
     if unknown:
+        known |= set(beside)
         hint = nearest(unknown[0], known)
         raise ValueError(f"Unknown {what} parameter {', '.join(unknown)}{hint}; known: {', '.join(sorted(known))}.")
     missing = [

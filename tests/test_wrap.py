@@ -169,6 +169,9 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, images):
         ),
         "There is no file nowhere.py": lambda: wrap("nowhere.py:model"),
         "There is no file nothing.py": lambda: wrap(TinyClassifier(), score_model="nothing.py:score"),
+        "Unknown guidance of GDMP parameter tstar .did you mean 't_star'.*; known: .*t_star": lambda: wrap(
+            TinyClassifier(), "digits", purifier="gdmp", tstar=0.1
+        ),
         "Unknown option of ssni-n 'tua'.*; known: bias, calibration, gradient": lambda: wrap(
             TinyClassifier(), "digits", purifier="ssni-n", tua=2
         ),
