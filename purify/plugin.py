@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -38,12 +39,17 @@ def split(name: str) -> tuple[Path, str]:
 def load_function(name: str) -> Callable[..., Any]:
     """The function, or class, of ``file.py:function``. The file may import modules that stand beside it.
 
+    A file that was edited since is loaded again, with these.
+
     Raises:
         ValueError: there is no such file or function, or the file fails; names the error and its line.
     """
     path, function = split(name)
-    unique = f"{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    place = f"{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}_"
+    unique = f"{place}{digest(path)[:8]}"
     if unique not in sys.modules:
+        if any(loaded.startswith(place) for loaded in sys.modules):
+            _forget(beside(path))
         spec = importlib.util.spec_from_file_location(unique, path)
         assert spec is not None
         assert spec.loader is not None
@@ -90,6 +96,52 @@ def call(name: str, *args: Any, **options: Any) -> Any:
     function, (path, _) = load_function(name), split(name)
     with siblings(path), said(path):
         return function(*args, **options)
+
+
+def code_of(names: Iterable[str]) -> dict[str, str]:
+    """What tells the code of parts ``file.py:function`` from other code: a hash by file name."""
+    found: dict[str, str] = {}
+    for path in sorted({split(name)[0].resolve() for name in names}):
+        found[path.name] = found.get(path.name, "") + digest(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """sha256 over the bytes of a file and of what it imports from beside it."""
+    hashed = sha256(path.read_bytes())
+    for file in beside(path):
+        hashed.update(file.read_bytes())
+    return hashed.hexdigest()
+
+
+def beside(path: Path) -> list[Path]:
+    """The modules, and files of packages, that a file and these import from its folder."""
+    folder, found, left = path.resolve().parent, set[Path](), [path]
+    while left:
+        for name in _imported(left.pop()):
+            file, package = folder / f"{name}.py", folder / name
+            files = [file] if file.is_file() else list(package.rglob("*.py")) if package.is_dir() else []
+            left += (new := set(files) - found)
+            found |= new
+    return sorted(found - {path.resolve()})
+
+
+def _imported(path: Path) -> set[str]:
+    """First names of the modules that a file imports, but this library; none where it is no Python."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # which loading it tells
+        return set()
+    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names} - {"", "purify"}
+
+
+def _forget(files: list[Path]) -> None:
+    """Have these modules imported again."""
+    for name, module in list(sys.modules.items()):
+        if (file := getattr(module, "__file__", None)) and Path(file).resolve() in files:
+            del sys.modules[name]
 
 
 @contextmanager

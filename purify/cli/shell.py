@@ -42,7 +42,7 @@ def guarded(parser: argparse.ArgumentParser, run: Run, argv: list[str] | None) -
         print(f"error: {what}; what was finished is on disk.", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        advice = "lower --batch-size or --max-rows, or set a smaller memory budget; what was finished is on disk"
+        advice = "lower --max-rows or --memory-budget and go on with the same --out; what was finished is on disk"
         print(f"error: out of memory ({str(error).splitlines()[0]}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -228,7 +228,8 @@ def check_answers(defences: list[Defence], samples: Samples, classes: int) -> No
 
 def configured(asked: Evaluation, defences: list[Defence], samples: Samples) -> dict[str, Any]:
     """What decides the results."""
-    return run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
+    config = run_config(defences, samples, asked.dataset, asked.seed, asked.batch_size, asked.worst_only)
+    return config | asked.code()
 
 
 def in_precision(defences: list[Defence], name: str) -> list[Defence]:

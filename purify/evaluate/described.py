@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from purify.checks import check_count, choose, nearest
 from purify.data import DATASETS, Dataset
 from purify.evaluate.ranks import Shard
 from purify.options import PATH, SHARD, TEXT, WHOLE, convert, flags, option, options, plain
+from purify.plugin import code_of, is_in_file
 
 DATA = (
     f"{', '.join(DATASETS)}; or your own: a folder with a folder of pictures for each class, a .npz or .safetensors "
@@ -90,6 +91,12 @@ class Description:
         """The options that are set, as :meth:`from_yaml` takes them."""
         return yaml.safe_dump(plain(self), sort_keys=False, width=120)
 
+    def code(self) -> dict[str, Any]:
+        """What a run's config says of the code of models and parts in files of the user's own; nothing without any."""
+        given = {name: value for name, value in plain(self).items() if name != "dataset"}  # its images are known
+        found = code_of(filter(is_in_file, _texts(given)))
+        return {"code": found} if found else {}
+
     @property
     def part(self) -> Shard | None:
         """The shard that was asked for."""
@@ -120,3 +127,12 @@ class Description:
         value = getattr(self, name)
         if value is not None:
             choose(value, dict.fromkeys(known), flags(field)[0])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain data."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inside in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inside)

@@ -121,6 +121,7 @@ class Ready:
             "distortion": asdict(self.asked),
             "defences": {d.name: d.described() for d in self.defences},
             "tried": tried,
+            **e.code(),
         }
 
     def open(self, command: str) -> RunFolder:

@@ -336,6 +336,7 @@ class Ready:
             "systems": {
                 s.name: {**s.config, "draws": asdict(s.draws), "attack": asdict(s.attack)} for s in self.systems
             },
+            **c.code(),
         }
 
     def dry_run(self) -> dict[str, DrawCost]:

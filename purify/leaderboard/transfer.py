@@ -158,7 +158,8 @@ def rebuild(run: Path, device: str | None) -> Prepared:
     changes: dict[str, Any] = {"out": run, "shard": None, **({} if device is None else {"device": device})}
     prepared = prepare(Evaluation.from_yaml(file).replace(**changes))
     own = json.loads(json.dumps(prepared.config))
-    other = [name for name in ("data", "defences") for name in differences(config[name], own[name], name)]
+    stated = [name for name in ("data", "defences", "code") if name in config]
+    other = [found for name in stated for found in differences(config[name], own.get(name), name)]
     if other:
         raise ValueError(f"{run} was made with other models than its run.yaml names today: {', '.join(other[:4])}.")
     return prepared

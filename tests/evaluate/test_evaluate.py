@@ -148,7 +148,7 @@ def test_results_are_on_disk_before_the_self_checks(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(sys.modules["purify.evaluate.finish"], "self_checks", fail)
     assert main([*TINY, "--attacks", "random-noise", "--out", str(tmp_path / "run")]) == 2
-    assert "out of memory (no room); lower --batch-size" in capsys.readouterr().err
+    assert "out of memory (no room); lower --max-rows" in capsys.readouterr().err
     assert "diffpure" in json.loads((tmp_path / "run" / "result.json").read_text())["results"]
     with pytest.raises(ValueError, match="run its command again"):
         read_run(tmp_path / "run")  # a leaderboard wants the checks

@@ -1,0 +1,69 @@
+"""Parts in files of one's own: their code is part of what a run is, and an edited file is loaded again."""
+
+import os
+import sys
+
+import pytest
+
+from purify.cli.attack import main
+from purify.plugin import beside, code_of, load_function
+
+TINY = ["--n-examples", "2", "--attack-steps", "1", "--eot", "1", "--judge-draws", "2", "--steps", "2"]
+TINY += ["--attacks", "pgd-eot", "--noise-level", "constant"]
+
+
+def write(path, text):
+    """A file that is newer than what was compiled of an older one."""
+    path.parent.mkdir(exist_ok=True)
+    later = path.stat().st_mtime + 2 if path.exists() else None
+    path.write_text(text)
+    if later:
+        os.utime(path, (later, later))
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A classifier in a file that imports a module, which imports another, and a package, from beside it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("helping", "deeper", "parts", "parts.more"):  # of another test's folder
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    write(tmp_path / "parts/more.py", "SHIFT = 0.0\n")
+    write(tmp_path / "helping.py", "import deeper\n\nFACTOR = deeper.FACTOR\n")
+    write(tmp_path / "deeper.py", "FACTOR = 1.0\n")
+    write(tmp_path / "other.py", "nobody = 'imports this'\n")
+    write(
+        tmp_path / "own.py",
+        "import helping\nfrom parts.more import SHIFT\nfrom torch import nn\n\nfrom purify import zoo\n\n\n"
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.net = zoo.classifier('digits-standard')\n\n"
+        "    def forward(self, x):\n        return self.net(x * helping.FACTOR - SHIFT)\n\n\n"
+        "def model():\n    return Net().eval()\n\n\ndef values():\n    return helping.FACTOR, SHIFT\n",
+    )
+    return tmp_path
+
+
+def test_files_beside_are_those_that_are_imported(own):
+    names = [str(path.relative_to(own.resolve())) for path in beside(own / "own.py")]
+    assert names == ["deeper.py", "helping.py", "parts/more.py"]
+
+
+@pytest.mark.parametrize("file", ["own.py", "deeper.py", "parts/more.py"])
+def test_a_run_whose_code_was_edited_since_is_another(own, file, capsys):
+    run = [*TINY, "--model", "own.py:model", "--out", "run"]
+    assert main(run) == 0
+    assert main([*run, "--memory-budget", "64K"]) == 0  # changes no result, and is what helps where memory ends
+    capsys.readouterr()
+    write(own / file, (own / file).read_text() + "# edited\n")
+    assert main(run) == 2
+    assert "holds another run, which differs in code.own.py; choose another --out" in capsys.readouterr().err
+
+
+def test_an_edited_file_is_loaded_again_with_what_stands_beside_it(own):
+    before, values = code_of(["own.py:values", "own.py:model"]), load_function("own.py:values")
+    assert load_function("own.py:values") is values
+    assert values() == (1.0, 0.0)
+    write(own / "deeper.py", "FACTOR = 3.0\n")
+    write(own / "parts/more.py", "SHIFT = 2.0\n")
+    assert load_function("own.py:values")() == (3.0, 2.0)
+    assert before.keys() == {"own.py"}
+    assert before != code_of(["own.py:values"])
