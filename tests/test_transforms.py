@@ -19,7 +19,7 @@ from purify import (
     diffpure,
     gdmp,
 )
-from purify.attacks import PGD
+from purify.attacks import PGD, Adaptive, GuidePGD, LowLevelPGD, NormAutoAttackRand, NormPGD, StepsPGD
 from purify.fingerprint import weights_digest
 from purify.purification.plans import FixedDt
 from purify.transforms import copied
@@ -94,6 +94,32 @@ def test_guidance_of_compiled_networks(options, donated):
     sentence = "second derivatives, which networks inside torch.compile do not have; pass"
     with pytest.raises(ValueError, match=sentence), torch._functorch.config.patch(donated_buffer=donated):
         torch.autograd.grad(compiled(z := X.clone().requires_grad_(), sample_ids=IDS).sum(), z)
+
+
+TWO_GRADIENTS = {
+    "norm": NormPGD("Linf", 0.1, 2, 2),
+    "low level": LowLevelPGD("Linf", 0.1, 2, 2),
+    "steps": StepsPGD("Linf", 0.1, 2, 2),
+    "autoattack": NormAutoAttackRand("Linf", 0.1, steps=2, eot=1),
+    "adaptive": Adaptive("Linf", 0.1, calls=400),
+    "guide": GuidePGD("Linf", 0.1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", TWO_GRADIENTS)
+def test_attacks_that_take_two_gradients_of_one_graph_meet_compiled_networks(name):
+    """Graphs of torch.compile go when they are gone back through, unless donated_buffer is off."""
+    torch._dynamo.reset()
+    found = []
+    for network in (SmoothNet(), torch.compile(SmoothNet(), backend="aot_eager")):
+        score_model = ScoreModel(network, ContinuousVP(), image_shape=(1, 4, 4))
+        if name == "guide":
+            purifier = agdm(score_model, 0.1, 2, auxiliary=TinyClassifier())
+        else:
+            purifier = diffpure(score_model, SSNISigmoid(0.4, calibrate(score_model, X)), 2, "ddpm")
+        model = DefendedClassifier(TinyClassifier(), purifier)
+        found.append(TWO_GRADIENTS[name](model, X, Y, sample_ids=IDS).images)
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])

@@ -17,6 +17,7 @@ from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import VARYING_LEVEL, Feature
 from purify.attacks.threats import NORMS
 from purify.checks import is_number
+from purify.transforms import run_plainly
 
 
 class Weighted(Attack):
@@ -80,6 +81,7 @@ class NormPGD(Weighted, PGD):
     norm_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-norm"
+    terms: ClassVar[int] = 2
     threats: ClassVar[tuple[str, ...]] = NORMS  # its steps have an L2 length of the ball's
     needs: ClassVar[Feature[Any] | str | None] = VARYING_LEVEL
 
@@ -118,7 +120,8 @@ class Lowering(nn.Module):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.model(x)
         z = x.clone()
-        details = VARYING_LEVEL.of(self.model).details(z)
+        with run_plainly():  # graphs of torch.compile are gone back through once
+            details = VARYING_LEVEL.of(self.model).details(z)
         (statistic,) = torch.autograd.grad(details.statistic.sum(), z, retain_graph=True)
 
         def mix(gradient: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from purify.memory import Parts
 from purify.purification.calls import GRADIENT, calls, own_calls
 from purify.purification.defended import DefendedClassifier
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
-from purify.transforms import compiled_in_words
+from purify.transforms import compiled_in_words, run_plainly
 
 # Images, what the objective takes (labels), sample ids, draws (R rows each) -> terms (R,); the first chooses the best
 # iterate.
@@ -116,6 +117,7 @@ class PGD(Attack):
 
     name: ClassVar[str] = "pgd-eot"
     threats: ClassVar[tuple[str, ...]] = (*NORMS, *PERCEPTUAL)
+    terms: ClassVar[int] = 1  # what the evaluator returns, the loss first; where more, networks run uncompiled
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -312,7 +314,8 @@ class PGD(Attack):
 
         def ask(part: Tensor) -> tuple[Tensor, Tensor]:
             r = part // self.eot
-            with torch.set_grad_enabled(with_gradient):
+            twice = with_gradient and self.terms > 1  # back through one graph, which those of torch.compile refuse
+            with torch.set_grad_enabled(with_gradient), run_plainly() if twice else nullcontext():
                 images = z[r].requires_grad_(with_gradient)
                 terms = target.evaluate(images, y[r], ids[r], first_draw + part % self.eot)
             if not with_gradient:

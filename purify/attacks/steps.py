@@ -25,6 +25,7 @@ class StepsPGD(PGD):
     step_weight: float = 0.3
 
     name: ClassVar[str] = "pgd-eot-steps"
+    terms: ClassVar[int] = 2
     needs: ClassVar[Feature[Any] | str | None] = IN_STEP
 
     def __post_init__(self) -> None:

@@ -90,6 +90,7 @@ class GuidePGD(PGD):
     guide_weight: float = 1.0
 
     name: ClassVar[str] = "pgd-eot-guide"
+    terms: ClassVar[int] = 2
     needs: ClassVar[Feature[Any] | str | None] = AUXILIARY
 
     def __post_init__(self) -> None:
