@@ -161,6 +161,10 @@ class Attack(ABC):
         """The model that is differentiated; its forward values are those of ``model``."""
         return model
 
+    def climbs(self, model: nn.Module) -> list[tuple[nn.Module, int]]:
+        """Models that are differentiated, each with the draws of an image that go through it at once."""
+        return [(self.attacked(model), getattr(self, "eot", 1))]
+
     @property
     def gradients(self) -> int:
         """Gradients of the judged model that the attack takes per image."""

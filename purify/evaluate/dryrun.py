@@ -41,8 +41,10 @@ class Cost:
     memory: int
 
 
-def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
+def estimate(defence: Defence, samples: Samples, rows: int, images: int | None = None) -> Cost:
     """Time a few rows and steps and add up what all stages of the defence need.
+
+    ``images``: of which ``rows`` are draws, where attacks take fewer draws of some models than of others.
 
     Raises:
         ValueError: the model cannot take the images, or a batch of ``rows`` rows does not fit into memory.
@@ -52,7 +54,7 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
         asked = any(attack.takes_gradient for attack in defence.attacks)
         forward, gradient = seconds_per_row(model, samples, rows, asked)
         judged = forward if model is defence.model else seconds_per_row(defence.model, samples, rows, False)[0]
-        memory = most_held(defence, samples.images[:1], rows)
+        memory = most_held(defence, samples.images[:1], rows, rows if images is None else images)
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         advice = "lower --max-rows or --memory-budget" if ran_out(error) else "check its networks"
@@ -71,14 +73,21 @@ def estimate(defence: Defence, samples: Samples, rows: int) -> Cost:
     return Cost(rows, gradient, forward, total, memory)
 
 
-def most_held(defence: Defence, x: Tensor, rows: int) -> int:
-    """Bytes of graphs for ``rows`` images like x (1, C, H, W): the most of the model's and of its attacks'."""
-    own = defence.attacked
-    attacked = [attack.attacked(own) for attack in defence.attacks if attack.applies_to(own)]
-    parts = [part for model in (own, *attacked) for part in model.modules()]
-    purified = [part for part in parts if isinstance(part, DefendedClassifier)]
-    held = (cost.held_bytes(part.purifier, x, rows * part.purifications, part.classifier) for part in purified)
+def most_held(defence: Defence, x: Tensor, rows: int, images: int) -> int:
+    """Bytes of graphs for ``images`` images like x (1, C, H, W), ``rows`` rows at most: the most of all attacks'."""
+    held = [
+        cost.held_bytes(part.purifier, x, min(rows, images * draws) * part.purifications, part.classifier)
+        for model, draws in _climbs(defence)
+        for part in model.modules()
+        if isinstance(part, DefendedClassifier)
+    ]
     return max(held, default=0)
+
+
+def _climbs(defence: Defence) -> list[tuple[nn.Module, int]]:
+    """The defence and what its attacks differentiate, each with the draws of an image at once."""
+    own = defence.attacked
+    return [(own, 1), *(climb for a in defence.attacks if a.applies_to(own) for climb in a.climbs(own))]
 
 
 def seconds_per_row(model: nn.Module, samples: Samples, rows: int, with_gradient: bool) -> tuple[float, float]:
@@ -171,10 +180,10 @@ def duration(seconds: float) -> str:
 def dry_run(defences: Sequence[Defence], samples: Samples, batch_size: int, max_rows: int) -> dict[str, Cost]:
     """The cost of each defence."""
     rows = {d.name: rows_at_once(d, len(samples), batch_size, max_rows) for d in defences}
-    return {d.name: estimate(d, samples, rows[d.name]) for d in defences}
+    return {d.name: estimate(d, samples, rows[d.name], min(batch_size, len(samples))) for d in defences}
 
 
 def rows_at_once(defence: Defence, samples: int, batch_size: int, max_rows: int) -> int:
     """Images times draws in the model at once, of the attack that has most."""
-    eot = max((getattr(a, "eot", 1) for a in defence.attacks), default=1)
-    return min(max_rows, min(batch_size, samples) * eot)
+    draws = max((draws for _, draws in _climbs(defence)), default=1)
+    return min(max_rows, min(batch_size, samples) * draws)

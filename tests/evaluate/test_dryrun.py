@@ -165,6 +165,28 @@ def test_memory_is_that_of_the_attack_that_takes_most(images):
     assert held_bytes(diffpure(score, 0.2, 9, gradient="bpda"), images[:1], 4) == 0
 
 
+def test_rows_and_memory_of_the_adaptive_attack_are_those_of_its_climbs(images, monkeypatch):
+    """As its gradients meet the purifiers: fewer draws go through the whole process than through the shorter one."""
+    samples = Samples(images, torch.zeros(7).long(), torch.arange(7))
+    model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 8, "ddpm", "full"))
+    attack = ATTACKS["adaptive"]("Linf", 0.1, calls=20_000)
+    seen, details = {}, DefendedClassifier.details
+
+    def noted(defended, x, **keys):
+        if torch.is_grad_enabled() and x.requires_grad:
+            held = held_bytes(defended.purifier, images[:1], len(x), model.classifier)
+            seen[len(x)] = max(held, seen.get(len(x), 0))
+        return details(defended, x, **keys)
+
+    monkeypatch.setattr(DefendedClassifier, "details", noted)
+    attack(model, images, samples.labels, sample_ids=samples.ids)
+    defence = Defence("d", model, [attack], 1, {})
+    rows = dryrun.rows_at_once(defence, 7, 64, 2048)
+    assert rows == max(seen) > 7
+    assert dryrun.estimate(defence, samples, rows, 7).memory == max(seen.values())
+    assert dryrun.rows_at_once(defence, 7, 64, 20) == 20
+
+
 def test_memory_is_that_of_a_classifier_that_takes_more_than_a_step(images):
     class Wide(TinyClassifier):
         def forward(self, x):

@@ -134,6 +134,14 @@ class Adaptive(Attack):
         """The stages of an image that takes most calls."""
         return self.plan(model).longest
 
+    def climbs(self, model: nn.Module) -> list[tuple[nn.Module, int]]:
+        if not isinstance(model, DefendedClassifier):
+            return super().climbs(model)
+        plan = self.plan(model)
+        phases = [phase for stage in (*plan.stages, *plan.fallen) for phase in stage.phases]
+        phases += [] if plan.probe is None else [plan.probe]
+        return [(phase.model, phase.climb.eot) for phase in phases]
+
     @property
     def _climb(self) -> Climb:
         return Climb(self.norm, self.eps, max_rows=self.max_rows)
