@@ -115,6 +115,34 @@ def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(na
         replace(attack, calls=least - 1)(model, images, labels)
 
 
+class Counted(TinyClassifier):
+    """Counts its calls, forward and backward as gradients are counted; draws noise if asked to."""
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.noise, self.total = noise, 0
+
+    def forward(self, x):
+        self.total += len(x) * (GRADIENT if x.requires_grad else 1)
+        return super().forward(x + self.noise * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("budget", [10, 13, 30, 100])
+def test_a_budget_is_kept_on_models_without_a_purifier(noise, budget, images, labels):
+    model = Counted(noise).eval()
+    found = Adaptive("Linf", 0.1, calls=budget).run(model, images, labels, IDS, 0)
+    assert model.total == found.calls.sum() <= budget * len(images)
+
+
+def test_fewer_calls_than_a_step_are_refused_on_models_without_a_purifier(images, labels):
+    model, attack = Counted().eval(), Adaptive("Linf", 0.1, calls=9)
+    with pytest.raises(ValueError, match="at least 10 network calls for an image of any model, got 9; give as many"):
+        attack.run(model, images, labels, IDS, 0)
+    with pytest.warns(UserWarning, match=r"takes at least 10 network calls .* in place of 9\."):
+        assert attack.fitted(model).calls == 10
+
+
 def test_several_purifications_cost_as_many(images, labels, monkeypatch):
     model = DefendedClassifier(TinyClassifier(), diffpure(smooth_model(), 0.3, 4, "ddpm"), purifications=3)
     meter = Meter(model, monkeypatch)

@@ -25,6 +25,8 @@ from purify.purification.defended import DefendedClassifier
 
 ASKED = 2  # answers that tell whether a model has randomness
 DRAWS = 5  # per gradient on one that has, of which nothing else is known
+EACH = 2 * (GRADIENT + 1)  # calls of one step of PGD and of APGD there, and of its answer
+STEP = ASKED + EACH
 ALONE = 604  # calls on a model without randomness: 100 steps of PGD and of APGD are enough there
 
 
@@ -51,7 +53,8 @@ class Adaptive(Attack):
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
             purifier answers, however many calls one of them takes. Every climb has a step at least, which takes 45 on
-            DiffPure with 10 steps, 252 on GNS and 264 on AGDM: fewer are refused, and raised by :meth:`fitted`.
+            DiffPure with 10 steps, 252 on GNS, 264 on AGDM and 10 on a model without a purifier: fewer are refused, and
+            raised by :meth:`fitted`.
         max_rows: images times draws that go through the model at once.
     """
 
@@ -116,17 +119,17 @@ class Adaptive(Attack):
         return plan(model, self._climb, self.calls - self.warm(model))
 
     def least(self, model: Any) -> int:
-        """Calls of a step of every climb on a purified model."""
-        return self.warm(model) + needed(model, self._climb)
+        """Calls of a step of every climb."""
+        return self.warm(model) + needed(model, self._climb) if isinstance(model, DefendedClassifier) else STEP
 
     @staticmethod
     def _takes(least: int, name: str) -> str:
         return f"The adaptive attack takes at least {least} network calls for an image of {name}"
 
     def fitted(self, model: nn.Module, name: str = "this purifier") -> Attack:
-        if not isinstance(model, DefendedClassifier) or self.calls >= self.least(model):
-            return self
         least = self.least(model)
+        if self.calls >= least:
+            return self
         warnings.warn(f"{self._takes(least, name)}; it gets these in place of {self.calls}.", stacklevel=2)
         return replace(self, calls=least)
 
@@ -220,10 +223,12 @@ class Adaptive(Attack):
 
     def _plain(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         """PGD and APGD on any other model, with draws where it answers the same question differently."""
+        if self.calls < STEP:
+            raise ValueError(f"{self._takes(STEP, 'any model')}, got {self.calls}; give as many.")
         call = keyed(model, derive_seed(seed, "asked"))
         with torch.no_grad():
             first, again = (call(x, ids, torch.full_like(ids, draw)) for draw in range(ASKED))
-        attacks = self._alone(1 if torch.equal(first, again) else DRAWS)
+        attacks = self._alone(1 if torch.equal(first, again) else min(DRAWS, (self.calls - ASKED) // EACH))
         one, other = (attack.run(model, x, y, ids, derive_seed(seed, attack.name)) for attack in attacks)
         better = (other.loss > one.loss).reshape(-1, 1, 1, 1)
         spent = ASKED + sum(GRADIENT * attack.gradients + attack.forwards for attack in attacks)
