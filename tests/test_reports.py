@@ -13,6 +13,7 @@ from purify.attacks import APGD, PGD, Adaptive, AutoAttack, Square
 from purify.certify import Draws, Smooth
 from purify.data import load_dataset
 from purify.evaluate.attacking import prepare
+from purify.evaluate.plausible import check_clean
 
 X = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = TinyClassifier()(X).argmax(1)
@@ -125,6 +126,20 @@ def test_a_classifier_that_guesses_is_remarked_on(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(Evaluation(model=f"{tmp_path}/net.py:own", **few))
+
+
+@pytest.mark.parametrize(
+    ("classes", "right", "images", "guesses"),
+    [(2, 21, 24, False), (2, 32, 64, True), (10, 12, 12, False), (10, 8, 64, False), (10, 6, 64, True)],
+)
+def test_guessing_is_by_the_classes_that_the_model_answers_with(classes, right, images, guesses):
+    """Not by those among the labels: here there is one."""
+    answers = torch.eye(classes)[(torch.arange(images) >= right).long()]  # class 0 as often as it is right
+    x, y, ids = torch.zeros(images, 1, 4, 4), torch.zeros(images).long(), torch.arange(images)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check_clean("net", lambda x: answers, x, y, ids)
+    assert bool(said) == guesses
 
 
 def test_a_noise_level_in_steps_is_named():

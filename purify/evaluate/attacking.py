@@ -194,7 +194,7 @@ def prepare(asked: Evaluation) -> Prepared:
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = assemble(request, attacks, samples)
     check_protocols(asked.protocol, defences, samples.images, asked.averages or AVERAGES)
-    check_answers(defences, samples, data.num_classes)
+    check_answers(defences, samples)
     chosen = None
     if asked.precision == AUTO:
         name, chosen = settle_precision(request, defences, samples, ranks)
@@ -215,7 +215,7 @@ def assemble(request: Request[Any], attacks: list[Attack], samples: Samples) -> 
     return defences
 
 
-def check_answers(defences: list[Defence], samples: Samples, classes: int) -> None:
+def check_answers(defences: list[Defence], samples: Samples) -> None:
     """Raise ValueError where gradients that attacks take are not to be had, or not to be checked; warn of classifiers
     that guess."""
     for defence in defences:
@@ -223,7 +223,7 @@ def check_answers(defences: list[Defence], samples: Samples, classes: int) -> No
         if is_compared(defence):
             check_copies(defence.model)
         if not isinstance(defence.model, DefendedClassifier):
-            check_clean(defence.name, defence.model, samples.images, samples.labels, samples.ids, classes)
+            check_clean(defence.name, defence.model, samples.images, samples.labels, samples.ids)
 
 
 def configured(asked: Evaluation, defences: list[Defence], samples: Samples) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def prepare(asked: MinimumDistortion) -> Ready:
         raise ValueError(f"{grouped} attacks fixed groups of images, which need different radii here; {advice}.")
     samples = load_samples(asked, data, request.budget.n_examples, device)
     defences = assemble(request, attacks, samples)
-    check_answers(defences, samples, data.num_classes)
+    check_answers(defences, samples)
     bisection = Bisection(asked.threat_model, request.eps, asked.rate, asked.halvings)
     return Ready(request, bisection, defences, samples, ranks)
 

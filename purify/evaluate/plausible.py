@@ -24,11 +24,12 @@ def check_classes(name: str, found: int | None, classes: int | None) -> None:
 
 
 @torch.no_grad()
-def check_clean(name: str, model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor, classes: int) -> None:
+def check_clean(name: str, model: nn.Module, images: Tensor, labels: Tensor, ids: Tensor) -> None:
     """Warn if a model without randomness is hardly better than guessing on the first images (N, C, H, W)."""
     x, y, ids = images[:MOST], labels[:MOST], ids[:MOST].to(images.device)
-    right = int((keyed(model, 0, name)(x, ids, torch.zeros_like(ids)).argmax(1) == y).sum())
-    if wilson(right, len(x)).high < 2 / classes:
+    logits = keyed(model, 0, name)(x, ids, torch.zeros_like(ids))
+    right, chance = int((logits.argmax(1) == y).sum()), 1 / logits.shape[1]
+    if wilson(right, len(x)).high < 1 - (1 - chance) ** 2:  # fewer than two guesses get right
         warnings.warn(
             f"{name} is right on {right} of {len(x)} clean images, hardly more than guessing: does it expect images "
             "that are normalised, or other classes? It gets them in [0, 1].",
