@@ -14,7 +14,7 @@ import argparse
 
 from purify.cli.parsing import Parser, taking
 from purify.cli.shell import guarded
-from purify.evaluate.merge import Merged, merge
+from purify.evaluate.merge import Merged, end_curve, merge
 from purify.evaluate.records import curve_folders
 from purify.options import PATH
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for runs in [[part] for part in parts] or [args.runs]:
         show(merge(runs, args.out))
     if parts:
-        print("The curve: the command that made it, without --shard.")
+        print(f"The curve: {end_curve(parts)}")
     return 0
 
 

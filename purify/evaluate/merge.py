@@ -153,9 +153,21 @@ def _run_yaml(parts: Sequence[Path], whole: Path) -> str:
     source = next((p / "run.yaml" for p in parts if (p / "run.yaml").is_file()), None)
     if source is not None and not (whole / "run.yaml").exists():
         options = {name: v for name, v in yaml.safe_load(source.read_text()).items() if name != "shard"}
-        with writing(whole / "run.yaml") as partial:
-            partial.write_text(yaml.safe_dump({**options, "out": str(whole)}, sort_keys=False, width=120))
+        _write_yaml(whole, options)
     return f"purify {kind} --config {whole / 'run.yaml'}"
+
+
+def end_curve(radii: Sequence[Path]) -> str:
+    """Give a curve the options of its merged radii, which are below it; returns the command that ends it."""
+    whole, options = radii[0].parent, [yaml.safe_load((radius / "run.yaml").read_text()) for radius in radii]
+    eps = [0.0, *(own["eps"] for own in options)]  # 0, clean images, tells a curve of one radius from a run
+    _write_yaml(whole, {**options[0], "eps": eps})
+    return f"purify attack --config {whole / 'run.yaml'}"
+
+
+def _write_yaml(folder: Path, options: dict[str, Any]) -> None:
+    with writing(folder / "run.yaml") as partial:
+        partial.write_text(yaml.safe_dump({**options, "out": str(folder)}, sort_keys=False, width=120))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -85,13 +85,25 @@ def test_shards_of_a_curve_are_merged(drawn, tmp_path, capsys):
         assert main([*command, "--shard", shard]) == 0
         assert f"Shard {shard} is finished at every eps" in capsys.readouterr().out
     assert merge_command([str(out)]) == 0
-    assert "It lacks" not in capsys.readouterr().out
-    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "It lacks" not in said
+    assert said.splitlines()[-1] == f"The curve: purify attack --config {out / 'run.yaml'}"
+    assert main(["--config", str(out / "run.yaml")]) == 0
     for eps in ("eps-0.1", "eps-0.3"):
         assert lines(out / eps) == lines(path / eps)
     assert json.loads((out / "result.json").read_text())["curve"] == json.loads(
         (path / "result.json").read_text()
     )["curve"]  # fmt: skip
+    assert (out / "curve.png").is_file()
+
+
+def test_one_radius_of_a_curve_ends_as_a_curve(tmp_path, capsys):
+    """A shard is merged before it has begun the second radius."""
+    out = tmp_path / "curve"
+    assert main([*WORDS, "--eps", "0,0.1", "--shard", "1/1", "--out", str(out)]) == 0
+    assert merge_command([str(out)]) == 0
+    asked = Evaluation.from_yaml(out / "run.yaml")
+    assert (asked.eps, asked.out, asked.shard) == ((0, 0.1), out, None)
 
 
 WEAK = """

@@ -219,6 +219,19 @@ def test_an_array_of_shards_and_its_merging_job(tmp_path):
     assert (run / "result.json").is_file()
 
 
+@pytest.mark.slow
+def test_the_merging_job_of_a_curve(tmp_path):
+    run = tmp_path / "run"
+    options = [*TINY, "--batch-size", "4", "--eps", "0.05,0.2"]
+    for task in ("1", "2"):
+        found = script("shard.sbatch", run, "attack", *options, SLURM_ARRAY_TASK_ID=task, SHARDS="2")
+        assert found.returncode == 0, found.stderr
+    done = script("merge.sbatch", run, "attack")
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((run / "result.json").read_text())["runs"]) == ["0.05", "0.2"]
+    assert (run / "curve.png").is_file()
+
+
 def test_submitting_checks_the_options_and_hands_them_on(tmp_path):
     (tmp_path / "bin").mkdir()
     for name, text in (("sbatch", 'echo "$@" >> "$LOG"; echo 77'), ("purify", 'echo "purify $@" >> "$LOG"')):
