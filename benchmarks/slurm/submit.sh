@@ -10,8 +10,8 @@ if [ $# -lt 2 ]; then
 fi
 here=$(dirname "$0")
 export SHARDS=${SHARDS:-16}
-if [ "$2" = attack ]; then  # wrong options are told here, not by N tasks
-    purify attack "${@:3}" --shard "1/$SHARDS" --out "$1" --device cpu --dry-run
+if [ "$2" = attack ]; then  # wrong options are told here, not by N tasks; what fits on a node, this machine cannot know
+    purify attack "${@:3}" --shard "1/$SHARDS" --out "$1" --device cpu --check
 fi
 job=$(sbatch --parsable --array="1-$SHARDS" "$here/shard.sbatch" "$@")
 sbatch --dependency="afterok:$job" "$here/merge.sbatch" "$1" "$2"

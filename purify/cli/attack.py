@@ -54,6 +54,11 @@ def parser(prog: str = "purify attack") -> Parser:
     p.add_argument("--recipe", metavar="NAME", help=f"a paper's evaluation; other options change parts of it: {known}")
     p.recipes = {name: recipe.options for name, recipe in RECIPES.items()}
     p.add_argument(
+        "--check",
+        action="store_true",
+        help="check options, files, models and shapes, and stop; neither memory nor speed of this machine matters",
+    )
+    p.add_argument(
         "--dry-run", action="store_true", help="check everything, estimate time and memory, and stop before any attack"
     )
     return p
@@ -75,9 +80,7 @@ def run(args: Any, command: str) -> int:
         note_data(asked, request.data)
         if prepared.chosen:
             print(f"precision auto: {prepared.chosen}")
-    if args.dry_run:
-        if prepared.ranks.first:
-            show_dry_run(prepared)
+    if ends_before(args, prepared):
         return 0
     with prepared.open(command) as folder:
         if prepared.ranks.first:
@@ -102,9 +105,7 @@ def run_curve(asked: Evaluation, args: Any, command: str) -> int:
     ranks, eps = curve.largest.ranks, ", ".join(f"{e:g}" for e in curve.eps)
     if ranks.first:
         note_data(asked, curve.largest.request.data)
-    if args.dry_run:
-        if ranks.first:
-            show_dry_run(curve.largest, len(curve.eps))
+    if ends_before(args, curve.largest, len(curve.eps)):
         return 0
     if ranks.first:
         samples = len(curve.largest.samples)
@@ -148,17 +149,32 @@ def show_curve(found: Curve, asked: Evaluation) -> None:
     print(f"Wrote {found.file}, {found.picture}.")
 
 
-def show_dry_run(prepared: Prepared, runs: int = 1) -> None:
-    """Print what it would take, and so many runs of its kind; of a shard, too, for which protocols wait."""
-    costs = prepared.dry_run()
-    asked = prepared.request.asked
-    print(f"{asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
+def ends_before(args: Any, prepared: Prepared, runs: int = 1) -> bool:
+    """Whether a check or a dry run was asked for, which end before any attack; the first process shows it."""
+    if prepared.ranks.first and args.dry_run:
+        show_dry_run(prepared, runs)
+    elif prepared.ranks.first and args.check:
+        prepared.check_out()
+        show_checked(prepared)
+    return bool(args.dry_run or args.check)
+
+
+def show_checked(prepared: Prepared) -> None:
+    """Say what was looked at when it was prepared."""
+    print(f"{prepared.request.asked.dataset}, {len(prepared.samples)} samples; files, models and shapes are in order.")
     for d in prepared.defences:
         if isinstance(d.model, DefendedClassifier) and d.model.purifier.resize:
             height, width = prepared.samples.images.shape[2:]
             shape = d.model.purifier.score_model.image_shape
             assert shape is not None
             print(f"{d.name}: images of {height}x{width} are resized to the score model's {shape[1]}x{shape[2]}.")
+
+
+def show_dry_run(prepared: Prepared, runs: int = 1) -> None:
+    """Print what it would take, and so many runs of its kind; of a shard, too, for which protocols wait."""
+    costs = prepared.dry_run()
+    asked = prepared.request.asked
+    show_checked(prepared)
     for name, found in prepared.health().items():
         print(f"{name}: {found.sentence}" if found.passed else f"WARNING: {name}: {found.sentence}")
     print(f"\n{dry_run_table(costs).to_string()}")

@@ -162,15 +162,16 @@ class Prepared:
         e = self.request.asked
         return share_out(self.samples, unit_of(self.defences, e.batch_size), Ranks(), e.part)
 
-    def dry_run(self) -> dict[str, Cost]:
-        """What each defence would take.
-
-        Raises:
-            ValueError: the folder holds another run.
-        """
+    def check_out(self) -> None:
+        """Raise ValueError if the folder that was named holds another run."""
         e = self.request.asked
         if e.out is not None:
             check_folder(folder_path(e, "", self.config), self.config)
+
+    def dry_run(self) -> dict[str, Cost]:
+        """What each defence would take; raises as :meth:`check_out`."""
+        e = self.request.asked
+        self.check_out()
         return dry_run(self.defences, self.samples, e.batch_size, self.request.max_rows)
 
     def health(self) -> dict[str, Health]:

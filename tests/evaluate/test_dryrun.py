@@ -232,6 +232,31 @@ def test_the_command_stops_before_any_attack(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["attack", "attack --eps 0.1,0.2"])
+def test_a_check_asks_neither_for_memory_nor_for_time(command, tmp_path, capsys, monkeypatch):
+    """As on the login node of a cluster, which may have a small part of what the nodes have."""
+
+    def refuse(*given):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(dryrun, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(dryrun, "seconds", refuse)
+    words = f"{command} --n-examples 4 --shard 1/2 --out {tmp_path / 'run'}".split()
+    assert purify_main([*words, "--check"]) == 0
+    assert capsys.readouterr().out == "digits, 4 samples; files, models and shapes are in order.\n"
+    assert not (tmp_path / "run").exists()
+    assert purify_main([*words, "--check", "--seed", "-1"]) == 2
+
+
+def test_a_check_looks_at_the_folder(tmp_path, capsys):
+    words = "attack --n-examples 1 --steps 1 --judge-draws 2 --attacks random-noise --noise-level constant"
+    words = f"{words} --out {tmp_path / 'run'}"
+    assert purify_main(words.split()) == 0
+    assert purify_main(f"{words} --check".split()) == 0
+    assert purify_main(f"{words} --check --seed 1".split()) == 2
+    assert "seed" in capsys.readouterr().err
+
+
 @pytest.fixture
 def in_seconds(monkeypatch):
     """Durations in full."""

@@ -241,7 +241,7 @@ def test_submitting_checks_the_options_and_hands_them_on(tmp_path):
     environment = {"PATH": str(tmp_path / "bin"), "LOG": str(log), "SHARDS": "4"}
     assert script("submit.sh", "runs/A", "attack", "--eot", "2", **environment).returncode == 0
     assert log.read_text().replace(f"{SLURM}/", "").splitlines() == [
-        "purify attack --eot 2 --shard 1/4 --out runs/A --device cpu --dry-run",
+        "purify attack --eot 2 --shard 1/4 --out runs/A --device cpu --check",
         "--parsable --array=1-4 shard.sbatch runs/A attack --eot 2",
         "--dependency=afterok:77 merge.sbatch runs/A attack",
     ]
