@@ -221,9 +221,15 @@ def check_shape(value: Any) -> tuple[int, int, int]:
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """``(did you mean 'x'?)``, or nothing where no known name resembles it."""
-    plain = {re.sub(r"[^a-z0-9]", "", k.lower()): k for k in known}
-    found = get_close_matches(re.sub(r"[^a-z0-9]", "", str(name).lower()), plain, n=1, cutoff=0.6)
+    plain = {_plain(k): k for k in known}
+    found = get_close_matches(_plain(name), plain, n=1, cutoff=0.6)
     return f" (did you mean {plain[found[0]]!r}?)" if found else ""
+
+
+def _plain(name: object) -> str:
+    """Letters and digits; float16 is fp16, whose letters resemble it less than they do float32's."""
+    found = re.sub(r"[^a-z0-9]", "", str(name).lower())
+    return found.replace("bfloat16", "bf16").replace("float16", "fp16")
 
 
 def choose(name: str, registry: Mapping[str, T], what: str) -> T:

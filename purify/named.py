@@ -87,7 +87,8 @@ def check_dataset(name: str, dataset: str) -> None:
     if saved or name in zoo.names():
         trained = zoo.describe(name).get("dataset", dataset)
         if trained != dataset:
-            raise ValueError(f"{name} was trained on {trained}; take a network of {dataset}, or --dataset {trained}.")
+            wanted = f"take a network of {dataset}" if dataset else "for images of another shape take one of your own"
+            raise ValueError(f"{name} was trained on {trained}; {wanted}, or --dataset {trained}.")
 
 
 def load_calibration(path: Path | None, score_model: str) -> Calibration:

@@ -64,6 +64,17 @@ def test_nan_in_a_gradient_is_an_error_and_not_zero():
         PGD("Linf", 0.1, steps=2, eot=1)(Root(), X, Y)
 
 
+def test_a_label_that_is_ruled_out_is_named_among_the_causes():
+    """Minus infinity is an answer, but the loss of its label is no number; no purifier is here to be blamed."""
+
+    class Ruled(TinyClassifier):
+        def forward(self, x):
+            return super().forward(x).index_fill(1, Y[:1], -torch.inf)
+
+    with pytest.raises(ValueError, match="not finite for sample 0; check that the logit of its label is finite, and"):
+        PGD("Linf", 0.1, steps=2, eot=1)(Ruled(), X, Y)
+
+
 def test_no_attack_changes_the_mode_of_a_model():
     """One that trains in between is refused, and left as it is."""
     model = defended()

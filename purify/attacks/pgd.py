@@ -406,6 +406,6 @@ def _finite(values: Tensor, ids: Tensor) -> Tensor:
     if bool(bad.any()):
         raise ValueError(
             f"The model gave a loss or gradient that is not finite for sample {int(ids[bad][0])}; "
-            "check its precision and its purifier."
+            "check that the logit of its label is finite, and the precision of the networks."
         )
     return values

@@ -25,6 +25,7 @@ def here(tmp_path, monkeypatch):
     Path("flat").mkdir()
     Image.new("L", (8, 8)).save("flat/a.png")
     np.savez("nolabels.npz", images=np.zeros((2, 1, 8, 8), np.float32))
+    np.savez("oblong.npz", images=np.zeros((2, 1, 8, 10), np.float32), labels=np.zeros(2, np.int64))
     np.savez("long.npz", images=np.zeros((2, 1, 8, 8), np.float32), labels=np.zeros(3, np.int64))
     np.savez("bright.npz", images=np.full((2, 1, 8, 8), 3.0, np.float32), labels=np.zeros(2, np.int64))
     np.savez("float.npz", images=np.zeros((2, 1, 8, 8), np.float32), labels=np.zeros(2, np.float32))
@@ -65,6 +66,9 @@ CASES = {
     "attack --budget standart": "Unknown --budget 'standart' (did you mean 'standard'?)",
     "attack --gradient ful": "(did you mean 'full'?)",
     "attack --precision bf8": "Unknown --precision 'bf8'; known: auto, bf16, bf16+compile, float32",
+    "attack --precision float16": "(did you mean 'fp16'?)",
+    "attack --precision bfloat16": "(did you mean 'bf16'?)",
+    "certify --precision float16+compile": "(did you mean 'fp16+compile'?)",
     "attack --step 5": "Unknown option --step (did you mean '--steps'?)",
     "certify --method cohn": "Unknown method 'cohn' (did you mean 'cohen'?)",
     "certify --mode lax": "Unknown --mode 'lax'",
@@ -125,6 +129,8 @@ CASES = {
     "attack --calibration none.json": "none.json",
     "attack --calibration calibration.json": "calibration.json",
     "attack --data nolabels.npz --model digits-standard": "nolabels.npz lacks labels",
+    "attack --data oblong.npz --model digits-standard --t-star 0.15 --eps 0.3": "was trained on digits; "
+    "for images of another shape take one of your own, or --dataset digits.",
     "attack --data long.npz --model digits-standard": "There are 2 images but labels of shape (3,)",
     "attack --data bright.npz --model digits-standard": "must lie in [0, 1]",
     "attack --data float.npz --model digits-standard": "abels",
