@@ -21,7 +21,7 @@ from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
 from purify.evaluate.plausible import check_clean
-from purify.evaluate.precision import AUTO, choose_precision
+from purify.evaluate.precision import AUTO, check_compiler, choose_precision
 from purify.evaluate.protocols import AVERAGES, Effort, Fresh
 from purify.evaluate.protocols.measure import Measured, check_protocols, measure_protocols
 from purify.evaluate.provenance import default_folder, environment
@@ -121,7 +121,12 @@ class Prepared:
         return len(self.samples) * sum(records) // (part.count if part else 1)
 
     def open(self, command: str) -> RunFolder:
-        """The run's folder, which says that ``command`` made it."""
+        """The run's folder, which says that ``command`` made it.
+
+        Raises:
+            ValueError: the folder holds another run or has no room, or networks cannot be compiled here.
+        """
+        check_compiler(self.request.asked.precision, self.request.device)
         e = self.request.asked
         session = environment(self.request.device, command, self.ranks)
         return open_folder(e, folder_name(e), self.config, session, self.ranks, self.bytes)

@@ -19,6 +19,7 @@ from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.metrics import LEVEL, Estimate, estimate, wilson
 from purify.evaluate.pictures import BARE, COLOURS, panels, save
+from purify.evaluate.precision import check_compiler
 from purify.evaluate.progress import Progress
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
@@ -125,7 +126,12 @@ class Ready:
         }
 
     def open(self, command: str) -> RunFolder:
-        """The run's folder, which says that ``command`` made it."""
+        """The run's folder, which says that ``command`` made it.
+
+        Raises:
+            ValueError: the folder holds another run or has no room, or networks cannot be compiled here.
+        """
+        check_compiler(self.request.asked.precision, self.request.device)
         image = 4 * self.samples.images[0].numel() + 128 + RECORD
         needed = image * len(self.samples) * len(self.defences) * self.asked.levels
         session = environment(self.request.device, command, self.ranks)

@@ -58,6 +58,13 @@ class Choice:
         return f"attacks in {self.name} ({found}; a cosine of {COSINE} is asked for)"
 
 
+def check_compiler(name: str, device: torch.device) -> None:
+    """Raise ValueError where a compiled precision finds no compiler: the undefended classifier would not miss it."""
+    if name.endswith(COMPILE):
+        with compiled_in_words():
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+
+
 def choose_precision(
     defences: Sequence[Defence], samples: Samples, batch_size: int, max_rows: int, seed: int = 0
 ) -> Choice:

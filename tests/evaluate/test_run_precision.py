@@ -10,6 +10,7 @@ from conftest import TinyClassifier, smooth_model
 from test_resume import TINY
 
 from purify import DefendedClassifier, diffpure, gdmp
+from purify.__main__ import main as purify_main
 from purify.attacks import PGD
 from purify.cli.attack import main
 from purify.evaluate import attacking, precision, selfchecks
@@ -162,6 +163,21 @@ def test_a_run_with_a_compiled_network_is_judged_without(tmp_path, monkeypatch):
     assert clean
     assert all(plain[k] == compiled[k] for k in clean)
     assert all(a != b for a, b in zip(*losses.values(), strict=True))
+
+
+@pytest.mark.parametrize("command", ["attack", "attack --eps 0.1,0.2", "distortion"])
+def test_a_run_without_a_compiler_ends_before_it_begins(command, tmp_path, monkeypatch, capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch._dynamo.reset()
+    words = f"{command} --n-examples 2 --precision float32+compile --out {tmp_path / 'run'}".split()
+    if command != "distortion":
+        assert purify_main([*words, "--check"]) == 0  # the machine where it runs may have one
+    assert purify_main(words) == 2
+    assert re.search(r"^error: The network cannot be compiled here .*no compiler", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_keeps_what_auto_chose_when_it_began(tmp_path, monkeypatch, capsys):
