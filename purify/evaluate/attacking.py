@@ -16,7 +16,7 @@ from purify.data import DATASETS, Dataset
 from purify.diffusion.health import Health
 from purify.diffusion.precision import PRECISIONS
 from purify.evaluate.build import Request, build_attacks, build_defences
-from purify.evaluate.description import Attacking, Description, Evaluation
+from purify.evaluate.description import Attacking, Certification, Description, Evaluation
 from purify.evaluate.differentiable import check_gradient
 from purify.evaluate.dryrun import Cost, dry_run
 from purify.evaluate.finish import Finished, finish, run_config
@@ -65,12 +65,23 @@ def known_classes(asked: Description, data: Dataset) -> int | None:
 
 
 def open_folder(
-    asked: Description, name: str, config: dict[str, Any], session: dict[str, Any], ranks: Ranks, needed: int
+    asked: Attacking | Certification,
+    name: str,
+    config: dict[str, Any],
+    session: dict[str, Any],
+    ranks: Ranks,
+    needed: int,
 ) -> RunFolder:
-    """The run's folder, which may grow by ``needed`` bytes, with the ``run.yaml`` that repeats it."""
+    """The run's folder, which may grow by ``needed`` bytes, with the ``run.yaml`` that repeats it.
+
+    Raises:
+        ValueError: the folder holds another run or has no room, or a new one's networks cannot be compiled here.
+    """
     path = folder_path(asked, name, config)
     if ranks.first:
         check_folder(path, config)
+        if not holds_run(path, config):  # one that ends elsewhere may be put together here
+            check_compiler(asked.precision, torch.device(asked.device))
         check_space(path, needed)
     folder = RunFolder(path, config, session, ranks)
     if ranks.first:
@@ -121,12 +132,7 @@ class Prepared:
         return len(self.samples) * sum(records) // (part.count if part else 1)
 
     def open(self, command: str) -> RunFolder:
-        """The run's folder, which says that ``command`` made it.
-
-        Raises:
-            ValueError: the folder holds another run or has no room, or networks cannot be compiled here.
-        """
-        check_compiler(self.request.asked.precision, self.request.device)
+        """The run's folder, which says that ``command`` made it; raises as :func:`open_folder`."""
         e = self.request.asked
         session = environment(self.request.device, command, self.ranks)
         return open_folder(e, folder_name(e), self.config, session, self.ranks, self.bytes)

@@ -19,7 +19,6 @@ from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.description import MinimumDistortion
 from purify.evaluate.metrics import LEVEL, Estimate, estimate, wilson
 from purify.evaluate.pictures import BARE, COLOURS, panels, save
-from purify.evaluate.precision import check_compiler
 from purify.evaluate.progress import Progress
 from purify.evaluate.provenance import environment, fingerprint_of_samples
 from purify.evaluate.ranks import Ranks
@@ -126,12 +125,7 @@ class Ready:
         }
 
     def open(self, command: str) -> RunFolder:
-        """The run's folder, which says that ``command`` made it.
-
-        Raises:
-            ValueError: the folder holds another run or has no room, or networks cannot be compiled here.
-        """
-        check_compiler(self.request.asked.precision, self.request.device)
+        """The run's folder, which says that ``command`` made it; raises as :func:`open_folder`."""
         image = 4 * self.samples.images[0].numel() + 128 + RECORD
         needed = image * len(self.samples) * len(self.defences) * self.asked.levels
         session = environment(self.request.device, command, self.ranks)
