@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 
 MARK = "__purify_file__"  # what modules loaded from here carry
+LOADED = "__purify_loaded__"  # what those carry that they import from beside them
 
 
 def is_in_file(name: str) -> bool:
@@ -48,8 +50,9 @@ def load_function(name: str) -> Callable[..., Any]:
     place = f"{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}_"
     unique = f"{place}{digest(path)[:8]}"
     if unique not in sys.modules:
-        if any(loaded.startswith(place) for loaded in sys.modules):
-            _forget(beside(path))
+        for older in [loaded for loaded in sys.modules if loaded.startswith(place)]:
+            del sys.modules[older]
+        _forget(path)
         spec = importlib.util.spec_from_file_location(unique, path)
         assert spec is not None
         assert spec.loader is not None
@@ -62,6 +65,8 @@ def load_function(name: str) -> Callable[..., Any]:
         except ValueError:
             del sys.modules[unique]
             raise
+        finally:
+            _note(path)
     found = getattr(sys.modules[unique], function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}.")
@@ -115,44 +120,82 @@ def digest(path: Path) -> str:
 
 
 def beside(path: Path) -> list[Path]:
-    """The modules, and files of packages, that a file and these import from its folder."""
-    folder, found, left = path.resolve().parent, set[Path](), [path]
+    """The files that a file and these import from its folder."""
+    return sorted({file.resolve() for file in _modules(path).values()} - {path.resolve()})
+
+
+def _modules(path: Path) -> dict[str, Path]:
+    """The modules and packages in its folder that a file and these import, by the text of their import statements."""
+    folder, found, left = path.resolve().parent, dict[str, Path](), [(path, "")]
     while left:
-        for name in _imported(left.pop()):
-            file, package = folder / f"{name}.py", folder / name
-            files = [file] if file.is_file() else list(package.rglob("*.py")) if package.is_dir() else []
-            left += (new := set(files) - found)
-            found |= new
-    return sorted(found - {path.resolve()})
+        for name in _imported(*left.pop()):
+            parts = name.split(".")
+            for dotted in (".".join(parts[:n]) for n in range(1, len(parts) + 1)):
+                if dotted not in found and (file := _module(folder, dotted)):
+                    found[dotted] = file
+                    left.append((file, dotted if file.name == "__init__.py" else dotted.rpartition(".")[0]))
+    return found
 
 
-def _imported(path: Path) -> set[str]:
-    """First names of the modules that a file imports, but this library; none where it is no Python."""
+def _module(folder: Path, dotted: str) -> Path | None:
+    """The file of a module that is looked up in ``folder`` first; a package goes before a module."""
+    place = folder.joinpath(*dotted.split("."))
+    return next((f for f in (place / "__init__.py", place.parent / f"{place.name}.py") if f.is_file()), None)
+
+
+def _imported(path: Path, package: str) -> set[str]:
+    """What a file of a package ("" outside) imports, but this library; nothing where it is no Python."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # which loading it tells
         return set()
-    names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-    return {name.split(".")[0] for name in names} - {"", "purify"}
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            start = ".".join(filter(None, [*above, node.module]))
+            names |= {start, *(f"{start}.{alias.name}" if start else alias.name for alias in node.names)}
+    return {name for name in names - {""} if name.split(".")[0] != "purify"}
 
 
-def _forget(files: list[Path]) -> None:
-    """Have these modules imported again."""
-    for name, module in list(sys.modules.items()):
-        if (file := getattr(module, "__file__", None)) and Path(file).resolve() in files:
+def _note(path: Path) -> None:
+    """Mark the modules beside a file with what they were when they were loaded."""
+    for name, file in _modules(path).items():
+        module = sys.modules.get(name)
+        if module is not None and _file_of(module) == file.resolve() and not hasattr(module, LOADED):
+            setattr(module, LOADED, sha256(file.read_bytes()).hexdigest())
+
+
+def _forget(path: Path) -> None:
+    """Have modules imported again that stand beside a file and were loaded from other text, or beside another file."""
+    files = {file: sha256(file.read_bytes()).hexdigest() for file in beside(path)}
+    tops = {name.partition(".")[0] for name in _modules(path)}
+    known = {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops}
+    noted = [module for module in known.values() if hasattr(module, LOADED)]
+    if any(files.get(_file_of(module) or path) != getattr(module, LOADED) for module in noted):
+        for name in known:
             del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+def _file_of(module: Any) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve() if isinstance(file, str) else None
 
 
 @contextmanager
 def siblings(path: Path) -> Iterator[None]:
     """Modules beside the file can be imported."""
-    folder = str(path.resolve().parent)
+    folder, written = str(path.resolve().parent), sys.dont_write_bytecode
     sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True  # of two edits within a second Python would not notice the second
     try:
         yield
     finally:
         sys.path.remove(folder)
+        sys.dont_write_bytecode = written
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from purify import Evaluation
 from purify.cli.attack import main
 from purify.plugin import beside, code_of, load_function
 
@@ -67,3 +68,61 @@ def test_an_edited_file_is_loaded_again_with_what_stands_beside_it(own):
     assert load_function("own.py:values")() == (3.0, 2.0)
     assert before.keys() == {"own.py"}
     assert before != code_of(["own.py:values"])
+
+
+def test_what_is_beside_is_what_would_be_imported(tmp_path):
+    """Of a package and a module the package, of folders without __init__ the modules, of packages what is asked for."""
+    for name, text in {
+        "own.py": "import both, spaces.inner, linked\nfrom pack import used as other\nimport purify.zoo, absent\n",
+        "both.py": "",
+        "both/__init__.py": "from . import near\nfrom .deep.leaf import x\n",
+        "both/near.py": "from .. import beyond\nimport own\n",
+        "both/deep/__init__.py": "",
+        "both/deep/leaf.py": "from ..near import y\n",
+        "spaces/inner.py": "this is no Python",
+        "spaces/outer.py": "",
+        "pack/__init__.py": "",
+        "pack/used.py": "",
+        "pack/plots.py": "",
+        "elsewhere/real.py": "",
+        "purify/zoo.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pack" / ".#used.py").symlink_to("nowhere")  # an editor's lock
+    (tmp_path / "linked.py").symlink_to(tmp_path / "elsewhere" / "real.py")
+    names = [path.relative_to(tmp_path.resolve()).as_posix() for path in beside(tmp_path / "own.py")]
+    assert names == [
+        *("both/__init__.py", "both/deep/__init__.py", "both/deep/leaf.py", "both/near.py"),
+        *("elsewhere/real.py", "pack/__init__.py", "pack/used.py", "spaces/inner.py"),
+    ]
+
+
+def values_of(folder, factor):
+    """A file that returns the factor of a module beside it, whose name other folders have, too."""
+    write(folder / "own.py", "import scaling\n\ndef value():\n    return scaling.FACTOR\n")
+    write(folder / "scaling.py", f"FACTOR = {factor}\n")
+    return f"{folder}/own.py:value"
+
+
+def test_modules_of_one_name_beside_two_files_are_two(tmp_path):
+    one, two = (values_of(tmp_path / name, factor) for name, factor in (("a", 1), ("b", 2)))
+    assert [load_function(name)() for name in (one, two, one)] == [1, 2, 1]
+
+
+def test_edits_within_a_second_reverts_and_failures_are_seen(tmp_path):
+    name = values_of(tmp_path / "a", 1)
+    for factor in (1, 2, 1, 3):
+        (tmp_path / "a/scaling.py").write_text(f"FACTOR = {factor}\n")
+        assert load_function(name)() == factor
+    (tmp_path / "a/scaling.py").write_text("FACTOR = 4\nraise RuntimeError\n")
+    with pytest.raises(ValueError, match="failed with RuntimeError"):
+        load_function(name)
+    (tmp_path / "a/scaling.py").write_text("FACTOR = 5\n")
+    assert load_function(name)() == 5
+
+
+def test_code_is_that_of_parts_and_of_attacks_and_no_path_is_a_part(own):
+    asked = Evaluation(model="own.py:model", attacks=("pgd-eot", "own.py:Mine@3"), out="runs/own.py:model")
+    assert asked.code() == {"attack_code": code_of(["own.py:Mine"]), "code": code_of(["own.py:model"])}
+    assert Evaluation(attacks="pgd-eot", dataset="own.py:images", out="runs/a.py:1").code() == {}

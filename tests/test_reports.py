@@ -153,6 +153,12 @@ def test_guessing_is_by_the_classes_that_the_model_answers_with(classes, right, 
     assert bool(said) == guesses
 
 
+def test_a_classifier_of_many_classes_that_is_never_right_is_remarked_on():
+    x, y, ids = torch.zeros(64, 1, 4, 4), torch.arange(64) % 10, torch.arange(64)
+    with pytest.warns(UserWarning, match="right on 0 of 64 clean images, hardly more than guessing"):
+        check_clean("net", lambda x: torch.eye(1000)[ids + 500], x, y, ids)
+
+
 def test_a_noise_level_in_steps_is_named():
     with pytest.raises(ValueError, match=re.escape("(0, 1], got 100.0; of 1000 diffusion steps, 100 are 0.1.")):
         diffpure(smooth_model(), 100)

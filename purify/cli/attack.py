@@ -105,7 +105,7 @@ def run_curve(asked: Evaluation, args: Any, command: str) -> int:
     ranks, eps = curve.largest.ranks, ", ".join(f"{e:g}" for e in curve.eps)
     if ranks.first:
         note_data(asked, curve.largest.request.data)
-    if ends_before(args, curve.largest, len(curve.eps)):
+    if ends_before(args, curve.at(curve.eps[-1]), len(curve.eps)):
         return 0
     if ranks.first:
         samples = len(curve.largest.samples)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     for runs in [[part] for part in parts] or [args.runs]:
         show(merge(runs, args.out))
     if parts:
-        print(f"The curve: {end_curve(parts)}")
+        print(f"The curve {end_curve(parts)}")
     return 0
 
 

@@ -303,7 +303,7 @@ def build_defences(request: Request, attacks: Sequence[Attack]) -> list[Defence]
     classes = Predicted(bare) if e.score_classes == "predicted" else e.score_classes
     score_model = load_score(e.score_model or default_score_model(known), known, classes).to(request.device)
     purified = [build_purified(p, n, bare, score_model, request, attacks, given) for p, n in pairs]
-    once = [a.on_deterministic() for a in attacks if a.applies_to(bare)]
+    once = [a.on_deterministic().fitted(bare, UNDEFENDED) for a in attacks if a.applies_to(bare)]
     if e.model_gradient != "none" and not any(isinstance(a, PGD | Adaptive) for a in once):
         kind = next(k for k in ATTACKS.values() if issubclass(k, PGD) and e.threat_model in k.threats)
         once.append(kind(e.threat_model, request.eps, steps=request.budget.steps, eot=1))

@@ -92,10 +92,14 @@ class Description:
         return yaml.safe_dump(plain(self), sort_keys=False, width=120)
 
     def code(self) -> dict[str, Any]:
-        """What a run's config says of the code of models and parts in files of the user's own; nothing without any."""
-        given = {name: value for name, value in plain(self).items() if name != "dataset"}  # its images are known
-        found = code_of(filter(is_in_file, _texts(given)))
-        return {"code": found} if found else {}
+        """What a run's config says of models' and attacks' code in files of the user's own; nothing without any."""
+        given = {f.name: getattr(self, f.name) for f in options(type(self))}
+        del given["dataset"]  # its images are known
+        found = {
+            "attack_code": code_of(filter(is_in_file, _texts(given.pop("attacks", None)))),
+            "code": code_of(filter(is_in_file, _texts(given))),
+        }
+        return {name: files for name, files in found.items() if files}
 
     @property
     def part(self) -> Shard | None:
@@ -130,9 +134,9 @@ class Description:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in plain data."""
+    """Every text among options; paths are none."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list):
+    elif isinstance(value, Mapping | list | tuple):
         for inside in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(inside)

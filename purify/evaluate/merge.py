@@ -158,11 +158,14 @@ def _run_yaml(parts: Sequence[Path], whole: Path) -> str:
 
 
 def end_curve(radii: Sequence[Path]) -> str:
-    """Give a curve the options of its merged radii, which are below it; returns the command that ends it."""
-    whole, options = radii[0].parent, [yaml.safe_load((radius / "run.yaml").read_text()) for radius in radii]
-    eps = [0.0, *(own["eps"] for own in options)]  # 0, clean images, tells a curve of one radius from a run
-    _write_yaml(whole, {**options[0], "eps": eps})
-    return f"purify attack --config {whole / 'run.yaml'}"
+    """Give a curve the options of its radii, which are below it; returns these radii, and the command that ends it."""
+    whole = radii[0].parent
+    files = [file for file in (whole / "run.yaml", *(radius / "run.yaml" for radius in radii)) if file.is_file()]
+    options = [yaml.safe_load(file.read_text()) for file in files]
+    # 0, clean images, tells a curve of one radius from a run
+    eps = sorted({0.0}.union(*(own["eps"] if isinstance(own["eps"], list) else [own["eps"]] for own in options)))
+    _write_yaml(whole, {**options[-1], "eps": eps})
+    return f"of eps {', '.join(f'{e:g}' for e in eps[1:])}: purify attack --config {whole / 'run.yaml'}"
 
 
 def _write_yaml(folder: Path, options: dict[str, Any]) -> None:

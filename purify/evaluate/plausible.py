@@ -28,7 +28,9 @@ def check_clean(name: str, model: nn.Module, images: Tensor, labels: Tensor, ids
     """Warn if a model without randomness is hardly better than guessing on the first images (N, C, H, W)."""
     x, y, ids = images[:MOST], labels[:MOST], ids[:MOST].to(images.device)
     logits = keyed(model, 0, name)(x, ids, torch.zeros_like(ids))
-    right, chance = int((logits.argmax(1) == y).sum()), 1 / logits.shape[1]
+    right = int((logits.argmax(1) == y).sum())
+    known = len(y.unique())  # own data may hold images of some classes only
+    chance = 1 / (logits.shape[1] if known == 1 else min(known, logits.shape[1]))
     if wilson(right, len(x)).high < 1 - (1 - chance) ** 2:  # fewer than two guesses get right
         warnings.warn(
             f"{name} is right on {right} of {len(x)} clean images, hardly more than guessing: does it expect images "

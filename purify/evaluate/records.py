@@ -22,7 +22,7 @@ import numpy as np
 from purify.evaluate.ranks import Ranks
 
 LOCK = ".lock"
-FREE = {"memory_budget"}  # in a config, and changes no result
+FREE = {"memory_budget"}  # in the config of a gradient engine, and changes no result
 MERGED = "records.jsonl"
 SHARD = re.compile(r"shard-(\d+)-of-(\d+)")
 CURVE = re.compile(r"eps-[\d.e+-]+")
@@ -400,7 +400,7 @@ def check_space(path: Path, needed: int) -> None:
 def differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
     """Dotted names of the keys in which two plain structures differ, beyond what changes no result."""
     if isinstance(a, dict) and isinstance(b, dict):
-        for name in sorted({*a, *b} - FREE):
+        for name in sorted({*a, *b} - (FREE if where.endswith("gradient") else set())):
             yield from differences(a.get(name), b.get(name), f"{where}.{name}" if where else name)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for index, (left, right) in enumerate(zip(a, b, strict=True)):

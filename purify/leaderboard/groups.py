@@ -53,7 +53,7 @@ def lowest(row: Row) -> float:
 
 
 def system(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a defence's entry in a manifest decides its answers, not how it is named, differentiated or judged."""
+    """What of a defence's row decides its answers, not how it is named, differentiated or judged."""
     part = without(config, "model", "draws", "exact", "model_surrogate", "precision")
     if "purifier" in part:
         part["purifier"] = without(part["purifier"], "gradient", "through_level")

@@ -229,7 +229,7 @@ def _row(
         reduced=reduced(result["budget"], config["dataset"]),
         failed_checks=_failed(name, result["self_checks"], attacks, defence.get("exact", True)),
         exact=defence.get("exact", True),  # there is no gradient to miss without a purifier
-        config=defence,
+        config=defence | ({"code": config["code"]} if "code" in config else {}),
         command=made_by(sessions),
         run=str(folder),
         git=", ".join(dict.fromkeys(str(session["git"]) for session in sessions if session["git"])) or None,

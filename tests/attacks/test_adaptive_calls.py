@@ -7,12 +7,13 @@ import torch
 from climbed import IDS, MODELS
 from conftest import TinyClassifier, smooth_model
 
-from purify import DefendedClassifier, diffpure
+from purify import DefendedClassifier, Evaluation, diffpure
 from purify.attacks import Adaptive
 from purify.attacks.adaptive import phases
 from purify.attacks.adaptive.phases import Stage
 from purify.attacks.adaptive.select import ENOUGH, Race
 from purify.evaluate import Defence, Samples
+from purify.evaluate.attacking import prepare
 from purify.evaluate.progress import cost, weight
 from purify.evaluate.runner import judge
 from purify.evaluate.selfchecks import convergence_checks
@@ -193,3 +194,11 @@ def test_answers_of_the_whole_process_are_counted(name, images, labels):
     assert found.asked.tolist() == seen[:, 0].tolist()
     assert found.wrong.tolist() == seen[:, 1].tolist()
     assert 0 < found.asked.max() <= attack.answers(model)
+
+
+def test_a_run_fits_the_calls_of_every_defence(recwarn):
+    asked = Evaluation(attacks="adaptive", calls=5, noise_level="constant", steps=2, n_examples=2, judge_draws=2)
+    found = {d.name: [a.calls for a in d.attacks] for d in prepare(asked).defences}
+    assert found == {"undefended": [10], "diffpure": [18], "adversarial training": [10]}
+    said = [str(w.message) for w in recwarn]
+    assert any("an image of undefended; it gets these in place of 5" in text for text in said)

@@ -87,8 +87,10 @@ def test_shards_of_a_curve_are_merged(drawn, tmp_path, capsys):
     assert merge_command([str(out)]) == 0
     said = capsys.readouterr().out
     assert "It lacks" not in said
-    assert said.splitlines()[-1] == f"The curve: purify attack --config {out / 'run.yaml'}"
-    assert main(["--config", str(out / "run.yaml")]) == 0
+    assert said.splitlines()[-1] == f"The curve of eps 0.1, 0.3: purify attack --config {out / 'run.yaml'}"
+    for _ in range(2):  # there is no folder yet, and there is one
+        assert main(["--config", str(out / "run.yaml"), "--check"]) == 0
+        assert main(["--config", str(out / "run.yaml")]) == 0
     for eps in ("eps-0.1", "eps-0.3"):
         assert lines(out / eps) == lines(path / eps)
     assert json.loads((out / "result.json").read_text())["curve"] == json.loads(
