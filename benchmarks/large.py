@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     samples = Samples(x, torch.zeros(len(x), dtype=torch.int64), torch.arange(len(x)))
     attack = PGD("Linf", 4 / 255, steps=1, eot=1)
     defence = Defence("d", model, [attack], 1, {})
-    said = dryrun.most_held(defence, x[:1], len(x))
+    said = dryrun.most_held(defence, x[:1], len(x), len(x))
     seconds: list[float] = []
     restart()
     peak = peak_bytes(lambda: seconds.append(spent(lambda: attack(model, x, samples.labels), x.device)), x.device)
