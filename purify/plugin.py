@@ -125,7 +125,10 @@ def beside(path: Path) -> list[Path]:
 
 
 def _modules(path: Path) -> dict[str, Path]:
-    """The modules and packages in its folder that a file and these import, by the text of their import statements."""
+    """The modules and packages in its folder that a file and these import, by the text of their import statements.
+
+    Python's modulefinder ends in an error where a folder of data is called like a module.
+    """
     folder, found, left = path.resolve().parent, dict[str, Path](), [(path, "")]
     while left:
         for name in _imported(*left.pop()):
