@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter
 
 import purify
 from purify.attacks import (
@@ -282,6 +283,7 @@ def draw(curves: dict[str, dict[str, Any]], path: Path, title: str) -> None:
                 spent = [rows[n]["calls"] for n in names]
                 ax.errorbar(spent, middle, bars, fmt=mark, capsize=2, label=kind.strip() or "others, and together")
         ax.set(xscale="log", xlabel="network calls per image", title=system, ylim=(0, None))
+        ax.xaxis.set_minor_formatter(NullFormatter())  # of a short axis they overlap
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy left, %")
     axes[0, -1].legend(fontsize=7)
