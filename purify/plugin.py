@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,7 +53,6 @@ def load_function(name: str) -> Callable[..., Any]:
     if unique not in sys.modules:
         for older in [loaded for loaded in sys.modules if loaded.startswith(place)]:
             del sys.modules[older]
-        _forget(path)
         spec = importlib.util.spec_from_file_location(unique, path)
         assert spec is not None
         assert spec.loader is not None
@@ -65,8 +65,6 @@ def load_function(name: str) -> Callable[..., Any]:
         except ValueError:
             del sys.modules[unique]
             raise
-        finally:
-            _note(path)
     found = getattr(sys.modules[unique], function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}.")
@@ -172,15 +170,33 @@ def _note(path: Path) -> None:
 
 
 def _forget(path: Path) -> None:
-    """Have modules imported again that stand beside a file and were loaded from other text, or beside another file."""
+    """Have modules imported again that stand beside a file and were loaded from other text."""
     files = {file: sha256(file.read_bytes()).hexdigest() for file in beside(path)}
-    tops = {name.partition(".")[0] for name in _modules(path)}
-    known = {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops}
+    known = _below(name for name in _modules(path))
     noted = [module for module in known.values() if hasattr(module, LOADED)]
     if any(files.get(_file_of(module) or path) != getattr(module, LOADED) for module in noted):
         for name in known:
             del sys.modules[name]
     importlib.invalidate_caches()
+
+
+def _others(path: Path) -> dict[str, ModuleType]:
+    """The modules loaded from elsewhere, but Python's own, that are called like one beside a file."""
+    folder, modules = path.resolve().parent, _modules(path)
+    own = {name.partition(".")[0]: _module(folder, name.partition(".")[0]) for name in modules} | modules
+    return _below(
+        name
+        for name, file in own.items()
+        if name in sys.modules
+        and _file_of(sys.modules[name]) != (file and file.resolve())
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    )
+
+
+def _below(names: Iterable[str]) -> dict[str, ModuleType]:
+    """All that is loaded of the packages of these modules."""
+    tops = {name.partition(".")[0] for name in names}
+    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops}
 
 
 def _file_of(module: Any) -> Path | None:
@@ -190,8 +206,11 @@ def _file_of(module: Any) -> Path | None:
 
 @contextmanager
 def siblings(path: Path) -> Iterator[None]:
-    """Modules beside the file can be imported."""
-    folder, written = str(path.resolve().parent), sys.dont_write_bytecode
+    """Modules beside the file can be imported, and go before others that are called like them, which then are back."""
+    folder, written, others = str(path.resolve().parent), sys.dont_write_bytecode, _others(path)
+    for name in others:
+        del sys.modules[name]
+    _forget(path)
     sys.path.insert(0, folder)
     sys.dont_write_bytecode = True  # of two edits within a second Python would not notice the second
     try:
@@ -199,6 +218,10 @@ def siblings(path: Path) -> Iterator[None]:
     finally:
         sys.path.remove(folder)
         sys.dont_write_bytecode = written
+        _note(path)
+        for name in _below(others):
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 import os
 import sys
+from types import ModuleType
 
 import pytest
 
 from purify import Evaluation
 from purify.cli.attack import main
-from purify.plugin import beside, code_of, load_function
+from purify.plugin import beside, call, code_of, load_function
 
 TINY = ["--n-examples", "2", "--attack-steps", "1", "--eot", "1", "--judge-draws", "2", "--steps", "2"]
 TINY += ["--attacks", "pgd-eot", "--noise-level", "constant"]
@@ -108,6 +109,22 @@ def values_of(folder, factor):
 def test_modules_of_one_name_beside_two_files_are_two(tmp_path):
     one, two = (values_of(tmp_path / name, factor) for name, factor in (("a", 1), ("b", 2)))
     assert [load_function(name)() for name in (one, two, one)] == [1, 2, 1]
+
+
+def test_what_is_beside_goes_before_what_is_loaded_under_its_name(tmp_path, monkeypatch):
+    """And what was loaded stays where whoever loaded it finds it; Python's own modules are never replaced."""
+    others = {name: ModuleType(name) for name in ("scaling", "scaling.part", "scalingfree")}
+    for name, module in others.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    name = values_of(tmp_path / "a", 1)
+    write(tmp_path / "a/random.py", "raise RuntimeError\n")
+    with (tmp_path / "a/own.py").open("a") as f:
+        f.write("import random\n\ndef late(add):\n    from scaling import FACTOR\n    return FACTOR + add\n")
+    for factor in (1, 2):
+        write(tmp_path / "a/scaling.py", f"FACTOR = {factor}\n")
+        assert load_function(name)() == factor
+        assert call(name.replace("value", "late"), 3) == factor + 3
+        assert {name: sys.modules[name] for name in others} == others
 
 
 def test_edits_within_a_second_reverts_and_failures_are_seen(tmp_path):
