@@ -1,25 +1,35 @@
-"""A user's own part by name: ``file.py:function``."""
+"""A user's own part by name: ``file.py:function``.
+
+The file and what it imports from beside it are loaded as modules of a package of their own, named after its path and
+their text. So an edited file is another package, files whose neighbours are called alike do not meet, and nothing that
+was imported elsewhere is replaced.
+"""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-MARK = "__purify_file__"  # what modules loaded from here carry
-LOADED = "__purify_loaded__"  # what those carry that they import from beside them
+MARK = "__purify_file__"  # what such a package carries: its file
+PACKAGE = re.compile(r"\b\w+_[0-9a-f]{8}_[0-9a-f]{8}\.")
 
 
 def is_in_file(name: str) -> bool:
@@ -48,24 +58,10 @@ def load_function(name: str) -> Callable[..., Any]:
         ValueError: there is no such file or function, or the file fails; names the error and its line.
     """
     path, function = split(name)
-    place = f"{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}_"
-    unique = f"{place}{digest(path)[:8]}"
-    if unique not in sys.modules:
-        for older in [loaded for loaded in sys.modules if loaded.startswith(place)]:
-            del sys.modules[older]
-        spec = importlib.util.spec_from_file_location(unique, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        module.__dict__[MARK] = path.name
-        sys.modules[unique] = module  # dataclasses look their module up
-        try:
-            with siblings(path), said(path):
-                spec.loader.exec_module(module)
-        except ValueError:
-            del sys.modules[unique]
-            raise
-    found = getattr(sys.modules[unique], function, None)
+    package = _package(path.resolve())
+    with beside_on_path(path), said(path):
+        module = importlib.import_module(f"{package}.{_main(path)}")
+    found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"{path} has no function {function!r}.")
     return found
@@ -86,8 +82,9 @@ def load_class(name: str, base: type[T], what: str) -> type[T]:
 
 def name_of(kind: type) -> str | None:
     """``file.py:Class`` of a class that came from a file of the user's own; None for any other."""
-    file = getattr(sys.modules.get(kind.__module__), MARK, None)
-    return f"{file}:{kind.__qualname__}" if file else None
+    main = getattr(sys.modules.get(kind.__module__.partition(".")[0]), MARK, None)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return f"{Path(file).relative_to(main.parent).as_posix()}:{kind.__qualname__}" if main and file else None
 
 
 def call(name: str, *args: Any, **options: Any) -> Any:
@@ -97,7 +94,7 @@ def call(name: str, *args: Any, **options: Any) -> Any:
         ValueError: as :func:`load_function`; the function fails.
     """
     function, (path, _) = load_function(name), split(name)
-    with siblings(path), said(path):
+    with beside_on_path(path), said(path):
         return function(*args, **options)
 
 
@@ -113,7 +110,7 @@ def digest(path: Path) -> str:
     """sha256 over the bytes of a file and of what it imports from beside it."""
     hashed = sha256(path.read_bytes())
     for file in beside(path):
-        hashed.update(file.read_bytes())
+        hashed.update(sha256(file.read_bytes()).digest())  # lines that move from one to the next are seen
     return hashed.hexdigest()
 
 
@@ -129,7 +126,8 @@ def _modules(path: Path) -> dict[str, Path]:
     """
     folder, found, left = path.resolve().parent, dict[str, Path](), [(path, "")]
     while left:
-        for name in _imported(*left.pop()):
+        importer, package = left.pop()
+        for name in _imported(importer.read_bytes(), package):
             parts = name.split(".")
             for dotted in (".".join(parts[:n]) for n in range(1, len(parts) + 1)):
                 if dotted not in found and (file := _module(folder, dotted)):
@@ -144,12 +142,15 @@ def _module(folder: Path, dotted: str) -> Path | None:
     return next((f for f in (place / "__init__.py", place.parent / f"{place.name}.py") if f.is_file()), None)
 
 
-def _imported(path: Path, package: str) -> set[str]:
-    """What a file of a package ("" outside) imports, but this library; nothing where it is no Python."""
+@functools.lru_cache(maxsize=1024)
+def _imported(text: bytes, package: str) -> frozenset[str]:
+    """What the text of a package ("" outside) imports, but this library; nothing where it is no Python."""
     try:
-        tree = ast.parse(path.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # loading says them, too
+            tree = ast.parse(text)
     except (SyntaxError, ValueError):  # which loading it tells
-        return set()
+        return frozenset()
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -158,81 +159,93 @@ def _imported(path: Path, package: str) -> set[str]:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             start = ".".join(filter(None, [*above, node.module]))
             names |= {start, *(f"{start}.{alias.name}" if start else alias.name for alias in node.names)}
-    return {name for name in names - {""} if name.split(".")[0] != "purify"}
+    return frozenset(name for name in names - {""} if name.split(".")[0] != "purify")
 
 
-def _note(path: Path) -> None:
-    """Mark the modules beside a file with what they were when they were loaded."""
-    for name, file in _modules(path).items():
-        module = sys.modules.get(name)
-        if module is not None and _file_of(module) == file.resolve() and not hasattr(module, LOADED):
-            setattr(module, LOADED, sha256(file.read_bytes()).hexdigest())
+def _main(path: Path) -> str:
+    return path.stem.replace(".", "_")
 
 
-def _forget(path: Path) -> None:
-    """Have modules imported again that stand beside a file and were loaded from other text."""
-    files = {file: sha256(file.read_bytes()).hexdigest() for file in beside(path)}
-    known = _below(name for name in _modules(path))
-    noted = [module for module in known.values() if hasattr(module, LOADED)]
-    if any(files.get(_file_of(module) or path) != getattr(module, LOADED) for module in noted):
-        for name in known:
-            del sys.modules[name]
-    importlib.invalidate_caches()
+def _package(path: Path) -> str:
+    """The name of the package that a file and what it imports from beside it are loaded into."""
+    name = f"{_main(path)}_{sha256(str(path).encode()).hexdigest()[:8]}_{digest(path)[:8]}"
+    if name not in sys.modules:
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+        package = ModuleType(name)
+        package.__path__ = [str(path.parent)]
+        own = {imported.partition(".")[0] for imported in _modules(path)} - sys.stdlib_module_names
+        package.__dict__.update({MARK: path, "__builtins__": vars(builtins) | {"__import__": _importing(name, own)}})
+        importlib.invalidate_caches()
+        sys.modules.setdefault(name, package)
+    return name
 
 
-def _others(path: Path) -> dict[str, ModuleType]:
-    """The modules loaded from elsewhere, but Python's own, that are called like one beside a file."""
-    folder, modules = path.resolve().parent, _modules(path)
-    own = {name.partition(".")[0]: _module(folder, name.partition(".")[0]) for name in modules} | modules
-    return _below(
-        name
-        for name, file in own.items()
-        if name in sys.modules
-        and _file_of(sys.modules[name]) != (file and file.resolve())
-        and name.partition(".")[0] not in sys.stdlib_module_names
-    )
+def _importing(package: str, own: set[str]) -> Callable[..., Any]:
+    """The import statement of the modules in such a package: what stands beside the file comes from the package."""
+
+    def importing(
+        name: str, globals: Any = None, locals: Any = None, fromlist: Sequence[str] | None = (), level: int = 0
+    ) -> Any:
+        top = name.partition(".")[0]
+        if level or top not in own:
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        found = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or (), 0)
+        return found if fromlist else sys.modules[f"{package}.{top}"]
+
+    return importing
 
 
-def _below(names: Iterable[str]) -> dict[str, ModuleType]:
-    """All that is loaded of the packages of these modules."""
-    tops = {name.partition(".")[0] for name in names}
-    return {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops}
+class _Finder:
+    """Finds what is in such packages; has no state: they are in ``sys.modules``."""
+
+    @staticmethod
+    def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        file = getattr(sys.modules.get(package), MARK, None)
+        if file is None:
+            return None
+        if name == _main(file):
+            return importlib.util.spec_from_file_location(fullname, file, loader=_Loader(fullname, str(file)))
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.loader.path)
+        return spec
 
 
-def _file_of(module: Any) -> Path | None:
-    file = getattr(module, "__file__", None)
-    return Path(file).resolve() if isinstance(file, str) else None
+class _Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        """From the text, always: two edits within a second of one length look alike to what was compiled."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+    def exec_module(self, module: ModuleType) -> None:
+        package = sys.modules[module.__name__.partition(".")[0]]
+        module.__dict__["__builtins__"] = package.__dict__["__builtins__"]
+        super().exec_module(module)
 
 
 @contextmanager
-def siblings(path: Path) -> Iterator[None]:
-    """Modules beside the file can be imported, and go before others that are called like them, which then are back."""
-    folder, written, others = str(path.resolve().parent), sys.dont_write_bytecode, _others(path)
-    for name in others:
-        del sys.modules[name]
-    _forget(path)
+def beside_on_path(path: Path) -> Iterator[None]:
+    """What a file imports by a name that its text does not tell is looked for beside it, too."""
+    folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
-    sys.dont_write_bytecode = True  # of two edits within a second Python would not notice the second
     try:
         yield
     finally:
-        sys.path.remove(folder)
-        sys.dont_write_bytecode = written
-        _note(path)
-        for name in _below(others):
-            del sys.modules[name]
-        sys.modules.update(others)
+        if folder in sys.path:  # which the file may have rebuilt
+            sys.path.remove(folder)
 
 
 @contextmanager
 def said(path: Path) -> Iterator[None]:
     """Any error of the user's code as one sentence, with its kind and the line of their file."""
+    whole = path.resolve()  # the file may change the working directory
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
+        lines = [f.lineno for f in frames if Path(f.filename).resolve() == whole]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        text = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+        text = (PACKAGE.sub("", str(error)).strip() or "no message").splitlines()[0].rstrip(".")
         where = f", line {line}" if line else ""
         raise ValueError(f"{path}{where}, failed with {type(error).__name__}: {text}.") from error
