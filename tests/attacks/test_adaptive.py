@@ -74,7 +74,10 @@ def test_images_stay_in_the_ball(name, norm, eps, images, labels):
 
 
 @pytest.mark.parametrize("name", ["plain", "network", "level"])
-def test_an_image_does_not_depend_on_its_batch(name, images, labels):
+@pytest.mark.parametrize("gradients", [170, 1])
+def test_an_image_does_not_depend_on_its_batch(name, gradients, images, labels, monkeypatch):
+    """In several tries, too."""
+    monkeypatch.setattr(phases, "TRY", gradients)
     model, attack = DefendedClassifier(TinyClassifier(), MODELS[name]()), Adaptive("Linf", 0.2, calls=500)
     whole = attack(model, images, labels, sample_ids=IDS)
     again = attack(model, images, labels, sample_ids=IDS)

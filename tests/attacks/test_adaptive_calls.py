@@ -9,9 +9,12 @@ from conftest import TinyClassifier, smooth_model
 
 from purify import DefendedClassifier, Evaluation, diffpure
 from purify.attacks import Adaptive
-from purify.attacks.adaptive import phases
+from purify.attacks.adaptive import State, phases
 from purify.attacks.adaptive.phases import Stage
 from purify.attacks.adaptive.select import ENOUGH, Race
+from purify.attacks.base import keyed
+from purify.attacks.losses import margin_loss
+from purify.diffusion.noise import derive_seed
 from purify.evaluate import Defence, Samples
 from purify.evaluate.attacking import prepare
 from purify.evaluate.progress import cost, weight
@@ -114,6 +117,40 @@ def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(na
     assert all(phase.climb.steps == phase.climb.eot == 1 for stage in attack.stages(model) for phase in stage.phases)
     with pytest.raises(ValueError, match=f"at least {least} network calls .* got {least - 1}; give as many"):
         replace(attack, calls=least - 1)(model, images, labels)
+
+
+def test_the_best_of_several_tries_is_kept_and_all_are_counted(images, labels, monkeypatch):
+    """Behind a guide; on draws that all tries are judged by, and within the calls that are allowed."""
+    model, attack = DefendedClassifier(TinyClassifier(), MODELS["network"]()), Adaptive("Linf", 0.1, calls=2500)
+    monkeypatch.setattr(phases, "TRY", 2500 / calls(model).gradient / 3.5)
+    taken, take = [], State.take
+    monkeypatch.setattr(State, "take", lambda self, other, rows: [taken.append((other, rows)), take(self, other, rows)])
+    meter = Meter(model, monkeypatch)
+    found = attack.run(model, images, labels, IDS, 0)
+    assert found.calls.sum() == meter.total
+    assert (found.calls <= 2500).all()
+    assert attack.tries(model) == len(taken) == 3
+    gradients, forwards = attack.passes(model)
+    assert gradients * calls(model).gradient + forwards * calls(model).forward == pytest.approx(
+        found.calls.max().item()
+    )
+    scores = torch.stack([other.score for other, _ in taken]).nan_to_num(-1)
+    assert len(scores.argmax(0).unique()) > 1
+    for i, best in enumerate(scores.argmax(0)):
+        assert torch.equal(found.images[i], taken[best][0].best[i])
+        assert found.loss[i] == taken[best][0].loss[i]
+    call, race = keyed(model, derive_seed(0, "select")), attack.stages(model)[-1].race
+    for other, rows in taken:
+        draws = [call(other.best[rows], IDS[rows], torch.full_like(rows, race.first + d)) for d in range(race.draws)]
+        margins = torch.stack([margin_loss(answer, labels[rows]) for answer in draws])
+        torch.testing.assert_close(margins.mean(0), other.loss[rows])
+
+
+def test_tries_are_for_guides_and_for_many_calls():
+    guided, plain = (DefendedClassifier(TinyClassifier(), MODELS[name]()) for name in ("network", "plain"))
+    gradient = calls(guided).gradient
+    assert [phases.tries(guided, int(n * phases.TRY * gradient) + 1) for n in (0.1, 1, 1.9, 2, 3.5)] == [1, 1, 1, 2, 3]
+    assert phases.tries(plain, 10**9) == 1
 
 
 class Counted(TinyClassifier):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, network_guided, plan
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, network_guided, plan, tries
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -31,13 +31,29 @@ ALONE = 604  # calls on a model without randomness: 100 steps of PGD and of APGD
 
 
 class State:
-    """What is known of N images so far; the arguments are those of an attack, and the calls spent on each before."""
+    """What is known of N images so far; the arguments are those of an attack, the calls spent on each before, and the
+    seed of the draws by which winners are chosen."""
 
-    def __init__(self, x: Tensor, y: Tensor, ids: Tensor, spent: int) -> None:
-        self.x, self.y, self.ids = x, y, ids
-        self.best, self.loss = torch.empty_like(x), torch.full((len(x),), torch.nan, device=x.device)
+    def __init__(self, x: Tensor, y: Tensor, ids: Tensor, spent: int, select: int) -> None:
+        self.x, self.y, self.ids, self.select = x, y, ids, select
+        self.best = torch.empty_like(x)
+        self.loss, self.score = torch.full((2, len(x)), torch.nan, device=x.device)
         self.used = torch.full_like(y, spent)
         self.submitted = Submitted(len(x), x.device)
+
+    def again(self) -> State:
+        """Of another try: calls and answers go on, what it finds is kept apart."""
+        other = State(self.x, self.y, self.ids, 0, self.select)
+        other.used, other.submitted = self.used, self.submitted
+        return other
+
+    def keep(self, rows: Tensor, images: Tensor, loss: Tensor, score: Tensor) -> None:
+        self.best[rows], self.loss[rows], self.score[rows] = images, loss, score
+
+    def take(self, other: State, rows: Tensor) -> None:
+        """What another try found for the images ``rows``, where that is better."""
+        better = rows[~(other.score[rows] <= self.score[rows])]  # anything is, than nothing yet
+        self.keep(better, other.best[better], other.loss[better], other.score[better])
 
 
 @dataclass(frozen=True)
@@ -46,9 +62,10 @@ class Adaptive(Attack):
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Purifiers
-    guided by a network are also climbed with the guidance held constant, from where it is deceived; where t* varies,
-    images whose t* a probe lowers are climbed towards a smaller one. On a model without randomness: the better of PGD
-    and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
+    guided by a network are also climbed with the guidance held constant, from where it is deceived, and in several
+    tries where there are calls for them; where t* varies, images whose t* a probe lowers are climbed towards a smaller
+    one. On a model without randomness: the better of PGD and APGD on the margin, with draws where answers differ. See
+    docs/adaptive.md.
 
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
@@ -72,20 +89,30 @@ class Adaptive(Attack):
         if not isinstance(model, DefendedClassifier):
             return self._plain(model, x, y, ids, seed)
         start, found = self._start(model, x, y, ids, seed)
-        state = State(x, y, ids, self.warm(model))
+        state = State(x, y, ids, self.warm(model), derive_seed(seed, "select"))
         left = torch.arange(len(x), device=x.device)
-        plan = self.plan(model)
+        for number in range(self.tries(model)):
+            own, again = derive_seed(seed, f"try {number}") if number else seed, state.again()
+            going = self._try(model, again, left, start, found, own) if len(left) else left
+            state.take(again, left)
+            left = going
+        return AttackResult(state.best, state.loss, state.used, state.submitted)
+
+    def _try(self, model: Any, state: State, left: Tensor, start: Tensor, found: list[Tensor], seed: int) -> Tensor:
+        """All stages of the images ``left``: those not broken after them."""
+        plan, going = self.plan(model), []
         fallen = torch.zeros_like(left, dtype=torch.bool)
         if plan.probe is not None:
-            fallen, extra = self._probe(plan.probe, x, y, ids, seed)
-            state.used += plan.probing + extra
-        for stages, mine in ((plan.stages, ~fallen), (plan.fallen, fallen)):
-            rows, here, known = left[mine], start[mine], [z[mine] for z in found]
+            fallen, extra = self._probe(plan.probe, state.x[left], state.y[left], state.ids[left], seed)
+            state.used[left] += plan.probing + extra
+        for stages, rows in ((plan.stages, left[~fallen]), (plan.fallen, left[fallen])):
+            here, known = start[rows], [z[rows] for z in found]
             for stage in stages:
                 if len(rows):
                     rows, here = self._stage(model, stage, state, rows, here, known, seed)
                     known = [here]
-        return AttackResult(state.best, state.loss, state.used, state.submitted)
+            going.append(rows)
+        return torch.cat(going).sort().values
 
     def _stage(
         self, model: Any, stage: Stage, state: State, rows: Tensor, start: Tensor, found: list[Tensor], seed: int
@@ -93,9 +120,8 @@ class Adaptive(Attack):
         """One stage of the images ``rows``: those not broken after it, and where they are."""
         own = (state.x[rows], state.y[rows], state.ids[rows])
         climbed, extra, answered = self._climbs(stage, start, *own, seed)
-        call = keyed(model, derive_seed(seed, "select"))
-        winner = stage.race.run(call, torch.stack([*found, *climbed]), *own[1:], self.max_rows)
-        state.best[rows], state.loss[rows] = winner.images, winner.loss
+        winner = stage.race.run(keyed(model, state.select), torch.stack([*found, *climbed]), *own[1:], self.max_rows)
+        state.keep(rows, winner.images, winner.loss, winner.score)
         state.used[rows] += stage.calls + extra
         for answers in (*answered, winner.submitted):
             state.submitted.include(rows, answers)
@@ -116,7 +142,11 @@ class Adaptive(Attack):
         least = self.least(model)
         if self.calls < least:
             raise ValueError(f"{self._takes(least, 'this purifier')}, got {self.calls}; give as many.")
-        return plan(model, self._climb, self.calls - self.warm(model))
+        return plan(model, self._climb, (self.calls - self.warm(model)) // self.tries(model))
+
+    def tries(self, model: Any) -> int:
+        """How often an image that does not break is attacked anew."""
+        return tries(model, self.calls)
 
     def least(self, model: Any) -> int:
         """Calls of a step of every climb."""
@@ -135,7 +165,7 @@ class Adaptive(Attack):
 
     def stages(self, model: Any) -> Sequence[Stage]:
         """The stages of an image that takes most calls."""
-        return self.plan(model).longest
+        return self.plan(model).longest * self.tries(model)
 
     def climbs(self, model: nn.Module) -> list[tuple[nn.Module, int]]:
         if not isinstance(model, DefendedClassifier):
@@ -189,9 +219,9 @@ class Adaptive(Attack):
     def passes(self, model: nn.Module) -> tuple[float, float]:
         if not isinstance(model, DefendedClassifier):
             return self.gradients, self.forwards
-        plan = self.plan(model)
-        climbs = self.warm(model) + plan.probing + sum(stage.climbs for stage in plan.longest)
-        return climbs / calls(model).gradient, sum(stage.race.used for stage in plan.longest)
+        stages, probing = self.stages(model), self.tries(model) * self.plan(model).probing
+        climbs = self.warm(model) + probing + sum(stage.climbs for stage in stages)
+        return climbs / calls(model).gradient, sum(stage.race.used for stage in stages)
 
     def answers(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
@@ -200,7 +230,7 @@ class Adaptive(Attack):
         for stages in (plan.stages, plan.fallen):
             climbs = [phase.climb for stage in stages for phase in stage.phases if phase.whole]
             found.append(sum(climb.steps * climb.eot for climb in climbs) + sum(stage.race.used for stage in stages))
-        return max(found)
+        return self.tries(model) * max(found)
 
     def counts(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
@@ -208,7 +238,8 @@ class Adaptive(Attack):
         plan = self.plan(model)
         climbs = [phase.climb for stage in plan.longest for phase in stage.phases]
         climbs += [] if plan.probe is None else [plan.probe.climb]
-        return sum(climb.steps * climb.eot for climb in climbs) + (GUIDE_STEPS if self.warm(model) else 0)
+        each = sum(climb.steps * climb.eot for climb in climbs)
+        return self.tries(model) * each + (GUIDE_STEPS if self.warm(model) else 0)
 
     def on_deterministic(self) -> Attack:
         return replace(self, calls=min(self.calls, ALONE))

@@ -90,6 +90,11 @@ class Winner:
         """Mean margin (N,); NaN without draws."""
         return self.margins.mean(1)
 
+    @property
+    def score(self) -> Tensor:
+        """What tells it from winners of other races on the same draws, (N,): inf where broken; NaN without draws."""
+        return score(self.margins).masked_fill(self.broken, torch.inf)
+
 
 SOFTNESS = 2.0  # margin that counts as clearly wrong
 ENOUGH = 16  # draws, all wrong, after which no more is spent on an image
