@@ -43,6 +43,7 @@ from purify.attacks import (
     NormAutoAttackRand,
     NormPGD,
     RandomNoise,
+    StepsPGD,
     SurrogatePGD,
     Transfer,
 )
@@ -152,6 +153,8 @@ def price(attack: Any, model: Any) -> int:
     gradient = own.forward + GRADIENT - 1 if isinstance(attack, BPDA) else own.gradient
     if weighted or isinstance(attack, NormPGD):  # the statistic's own way back
         gradient += model.purifications * model.purifier.level.calls
+    if isinstance(attack, StepsPGD):  # back through the whole for its second term, too
+        gradient += own.gradient - own.forward
     if isinstance(attack, LowLevelPGD):  # whose loss is asked at the level that is judged
         gradient += own.forward
     if isinstance(attack, SurrogatePGD):  # the whole forward, and the shorter one forward and back

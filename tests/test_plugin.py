@@ -132,7 +132,7 @@ def test_what_is_beside_goes_before_what_is_loaded_under_its_name(tmp_path, monk
         assert {name: sys.modules[name] for name in others} == others
 
 
-def test_imports_within_functions_find_what_stands_beside(tmp_path):
+def test_imports_within_functions_find_what_stands_beside(tmp_path, monkeypatch):
     """Long after loading, whatever other files have under that name, and the very module that was there before."""
     late = (
         "import scaling, own\n\ndef value():\n    import scaling as s, late\n"
@@ -141,10 +141,14 @@ def test_imports_within_functions_find_what_stands_beside(tmp_path):
     for folder, factor in (("a", 1), ("b", 2)):
         values_of(tmp_path / folder, factor)
         write(tmp_path / folder / "late.py", late)
+    monkeypatch.setitem(sys.modules, "scaling", None)  # of another test
+    monkeypatch.delitem(sys.modules, "scaling")
     found = [load_function(f"{tmp_path}/{folder}/late.py:value") for folder in "ab"]
     assert [value() for value in found] == [(1, True, True), (2, True, True)]
     assert call(f"{tmp_path}/a/late.py:value") == (1, True, True)
     assert "scaling" not in sys.modules
+    monkeypatch.setitem(sys.modules, "scaling", ModuleType("scaling"))
+    assert [value() for value in found] == [(1, True, True), (2, True, True)]
 
 
 def test_a_file_that_loads_another_keeps_its_own_modules(tmp_path):
