@@ -82,7 +82,7 @@ def load_class(name: str, base: type[T], what: str) -> type[T]:
 
 def name_of(kind: type) -> str | None:
     """``file.py:Class`` of a class that came from a file of the user's own; None for any other."""
-    main = getattr(sys.modules.get(kind.__module__.partition(".")[0]), MARK, None)
+    main = _file(kind.__module__.partition(".")[0])
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return f"{Path(file).relative_to(main.parent).as_posix()}:{kind.__qualname__}" if main and file else None
 
@@ -181,6 +181,12 @@ def _package(path: Path) -> str:
     return name
 
 
+def _file(package: str) -> Path | None:
+    """The file that such a package is of; None of any other, whose own ``__getattr__`` is not asked."""
+    found: Path | None = getattr(sys.modules.get(package), "__dict__", {}).get(MARK)
+    return found
+
+
 def _importing(package: str, own: set[str]) -> Callable[..., Any]:
     """The import statement of the modules in such a package: what stands beside the file comes from the package."""
 
@@ -202,7 +208,7 @@ class _Finder:
     @staticmethod
     def find_spec(fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
-        file = getattr(sys.modules.get(package), MARK, None)
+        file = _file(package)
         if file is None:
             return None
         if name == _main(file):
