@@ -152,8 +152,8 @@ def network_guided(model: Any) -> bool:
 def tries(model: Any, budget: int) -> int:
     """How often an image that does not break is attacked anew.
 
-    A guide's steps turn a little noise in the gradient into another image, and more calls find more in such images than
-    in longer climbs. Elsewhere tries end alike.
+    Behind a guide, whose steps turn a little noise in the gradient into another image, longer climbs find hardly more,
+    and tries spare the calls of images that break early (docs/adaptive.md).
     """
     return max(1, int(budget / (TRY * calls(model).gradient))) if network_guided(model) else 1
 
