@@ -1,6 +1,7 @@
 """Network calls of the adaptive attack: those that it takes are those that it states, and no more than it was given."""
 
 from dataclasses import replace
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import TinyClassifier, smooth_model
 from purify import DefendedClassifier, Evaluation, diffpure
 from purify.attacks import Adaptive
 from purify.attacks.adaptive import State, phases
+from purify.attacks.adaptive.climb import Climb
 from purify.attacks.adaptive.phases import Stage
 from purify.attacks.adaptive.select import ENOUGH, Race
 from purify.attacks.base import keyed
@@ -101,14 +103,39 @@ def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, m
         assert full <= budget
 
 
+def test_behind_a_guide_in_l2_climbs_have_no_memory_and_tries_begin_apart(images, labels, monkeypatch):
+    """One draw in each step, no momentum, no warm start; calls counted by hooks, each try from a place of its own."""
+    model, attack = DefendedClassifier(TinyClassifier(), MODELS["network"]()), Adaptive("L2", 0.5, calls=2500)
+    monkeypatch.setattr(phases, "TRY", 2500 / calls(model).gradient / 3.5)
+    begun, path = [], Climb.path
+
+    def begin(self, target, start, *rest):
+        begun.append((len(start), start[0].clone()))
+        return path(self, target, start, *rest)
+
+    monkeypatch.setattr(Climb, "path", begin)
+    meter = Meter(model, monkeypatch)
+    found = attack.run(model, images, labels, IDS, 0)
+    assert found.calls.sum() == meter.total
+    assert (found.calls <= 2500).all()
+    assert attack.warm(model) == 0
+    assert all((p.climb.eot, p.climb.momentum) == (1, 0) for stage in attack.stages(model) for p in stage.phases)
+    first = [start for _, start in begun[:: len(begun) // 3]]
+    assert len(first) == 3
+    assert all((a != b).any() for a, b in pairwise(first))
+    kept = Adaptive("Linf", 0.1, calls=2500)
+    assert all(p.climb.momentum == 0.9 for stage in kept.stages(model) for p in stage.phases)
+    assert kept.warm(model) > 0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(name, images, labels):
     model = DefendedClassifier(TinyClassifier(), MODELS[name]())
     with pytest.warns(UserWarning, match=r"takes at least (\d+) network calls .* in place of 1\.") as said:
         least = Adaptive("Linf", 0.1, calls=1).fitted(model).calls
     assert f" {least} " in str(said[0].message)
-    for budget in range(least, 5 * least, max(1, least // 7)):
-        attack = Adaptive("Linf", 0.1, calls=budget)
+    for norm, budget in product(("Linf", "L2"), range(least, 5 * least, max(1, least // 7))):
+        attack = Adaptive(norm, 0.1, calls=budget)
         assert attack.fitted(model) is attack
         plan = attack.plan(model)
         for stages in filter(None, (plan.stages, plan.fallen)):

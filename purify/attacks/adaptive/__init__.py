@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from purify.attacks.adaptive import phases
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, network_guided, plan, tries
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, plan, tries
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -62,10 +63,10 @@ class Adaptive(Attack):
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Purifiers
-    guided by a network are also climbed with the guidance held constant, from where it is deceived, and in several
-    tries where there are calls for them; where t* varies, images whose t* a probe lowers are climbed towards a smaller
-    one. On a model without randomness: the better of PGD and APGD on the margin, with draws where answers differ. See
-    docs/adaptive.md.
+    guided by a network are also climbed with the guidance held constant, from where it is deceived (in L2 anywhere,
+    with one draw in each step and no momentum), and in several tries where there are calls for them; where t* varies,
+    images whose t* a probe lowers are climbed towards a smaller one. On a model without randomness: the better of PGD
+    and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
 
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
@@ -88,19 +89,20 @@ class Adaptive(Attack):
     def run(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         if not isinstance(model, DefendedClassifier):
             return self._plain(model, x, y, ids, seed)
-        start, found = self._start(model, x, y, ids, seed)
+        deceived = self._deceived(model, x, y, ids, seed)
         state = State(x, y, ids, self.warm(model), derive_seed(seed, "select"))
         left = torch.arange(len(x), device=x.device)
         for number in range(self.tries(model)):
             own, again = derive_seed(seed, f"try {number}") if number else seed, state.again()
-            going = self._try(model, again, left, start, found, own) if len(left) else left
+            going = self._try(model, again, left, deceived, own) if len(left) else left
             state.take(again, left)
             left = going
         return AttackResult(state.best, state.loss, state.used, state.submitted)
 
-    def _try(self, model: Any, state: State, left: Tensor, start: Tensor, found: list[Tensor], seed: int) -> Tensor:
-        """All stages of the images ``left``: those not broken after them."""
+    def _try(self, model: Any, state: State, left: Tensor, found: list[Tensor], seed: int) -> Tensor:
+        """All stages of the images ``left``, from what is ``found`` or else anywhere: those not broken after them."""
         plan, going = self.plan(model), []
+        start = found[0] if found else self._anywhere(state.x, state.ids, seed)
         fallen = torch.zeros_like(left, dtype=torch.bool)
         if plan.probe is not None:
             fallen, extra = self._probe(plan.probe, state.x[left], state.y[left], state.ids[left], seed)
@@ -181,16 +183,18 @@ class Adaptive(Attack):
 
     def warm(self, model: Any) -> int:
         """Calls of the warm start."""
-        return GUIDE_STEPS * GRADIENT + 1 if network_guided(model) else 0
+        return GUIDE_STEPS * GRADIENT + 1 if phases.warm(model, self.norm) else 0
 
-    def _start(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """Where the first climb begins, and what may be chosen besides its iterates."""
-        if network_guided(model):
-            guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
-            deceived = guide.run(model, x, y, ids, derive_seed(seed, "guide")).images
-            return deceived, [deceived]
+    def _deceived(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> list[Tensor]:
+        """Where the first climbs begin, if the guide tells, which may be chosen besides their iterates."""
+        if not self.warm(model):
+            return []
+        guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
+        return [guide.run(model, x, y, ids, derive_seed(seed, "guide")).images]
+
+    def _anywhere(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
         uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)
-        return BALLS[self.norm].start(x, self.eps, uniform), []
+        return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _climbs(
         self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int

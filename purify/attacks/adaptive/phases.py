@@ -158,6 +158,19 @@ def tries(model: Any, budget: int) -> int:
     return max(1, int(budget / (TRY * calls(model).gradient))) if network_guided(model) else 1
 
 
+def warm(model: Any, norm: str) -> bool:
+    """Whether climbs begin where the guide is deceived; otherwise anywhere in the ball."""
+    return network_guided(model) and not memoryless(model, norm)
+
+
+def memoryless(model: Any, norm: str) -> bool:
+    """Whether climbs have one draw in each step and no momentum.
+
+    Behind a guide in L2: momentum leaves far more there; in L_inf and L1 it makes no difference (docs/adaptive.md).
+    """
+    return network_guided(model) and norm == "L2"
+
+
 def first_order(model: Any) -> nn.Module:
     """``model`` with the network that guides it held constant in the gradient; itself where none does."""
     return model.with_gradient(second_order=False) if network_guided(model) else model
@@ -166,14 +179,19 @@ def first_order(model: Any) -> nn.Module:
 def lower(phase: Phase) -> Phase:
     """The phase with the loss at a share of t*(x), and a way to images of a smaller one, as ``pgd-eot-low-level``."""
     climb = phase.climb
-    lowering = LevelClimb(climb.norm, climb.eps, climb.steps, climb.eot, scaled=climb.scaled, max_rows=climb.max_rows)
+    lowering = LevelClimb(climb.norm, climb.eps, climb.steps, climb.eot)
+    lowering = replace(lowering, momentum=climb.momentum, scaled=climb.scaled, max_rows=climb.max_rows)
     return replace(phase, model=phase.model.at_share(SHARE), climb=lowering)
 
 
 def sized(phase: Phase, share: float) -> Phase:
-    """The phase with the steps and draws that ``share`` calls allow: more steps first, then more draws."""
+    """The phase with the steps and draws that ``share`` calls allow: more steps first, then more draws.
+
+    Without momentum more steps alone.
+    """
     gradients = max(1, int(share / calls(phase.model).gradient))
-    eot = max(1, min(phase.climb.eot, gradients // 2), round(math.sqrt(gradients * phase.climb.eot / LONG)))
+    more = round(math.sqrt(gradients * phase.climb.eot / LONG)) if phase.climb.momentum else 1
+    eot = max(1, min(phase.climb.eot, gradients // 2), more)
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
 
@@ -195,6 +213,8 @@ def plan(model: Any, climb: Climb, budget: int) -> Plan:
     """What an attack on a purified classifier does, at ``budget`` calls for one image, which are :func:`needed` ones at
     least."""
     climb = replace(climb, scaled=network_guided(model))
+    if memoryless(model, climb.norm):
+        climb = replace(climb, eot=1, momentum=0.0)
     probe = probe_of(model, climb)
     found = [stages(model, *way, budget - probing(probe)) for way in ways(model, climb)]
     return Plan(found[0], probe, *found[1:])
@@ -229,7 +249,7 @@ def stages(model: Any, first: list[Phase], then: list[Phase], budget: int) -> tu
     left = budget - sum(phase.calls for phase in short)
     full = divided(then, min(CLIMB_FULL * budget, left))
     answers = (left - sum(phase.calls for phase in full)) // each
-    given = int(network_guided(model))  # the start may be chosen where it is more than random
+    given = int(warm(model, first[0].climb.norm))  # the start may be chosen where it is more than random
     race = Race(given + _kept(short), min(int(CHOOSE_SHORT * (budget / each)), answers))
     last = Race(1 + _kept(full), min(int(CHOOSE_FULL * (budget / each)), answers - race.used), race.draws)
     return Stage(short, race, each), Stage(full, last, each)
