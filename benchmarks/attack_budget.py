@@ -67,7 +67,7 @@ HALVES = ("first", "second")
 SHARES = (1 / 25, 1 / 10, 1 / 4, 1 / 2)  # of the calls of pgd-eot at steps x eot
 SMALL = (1 / 25, 1 / 10)  # of the calls of all of `strongest`
 # Constants of purify/attacks/adaptive/phases.py.
-CHOICES = ("ROUNDS", "SHORT", "HELD", "LONG", "SHARE", "PROBE", "FALLEN", "TRY")
+CHOICES = ("ROUNDS", "SHORT", "HELD", "LONG", "SHARE", "PROBE", "FALLEN", "TRY", "MOMENTUM")
 CHOICES += ("CLIMB_SHORT", "CHOOSE_SHORT", "CLIMB_FULL", "CHOOSE_FULL")
 NUMBERS = {int: "a whole number", float: "a number"}
 WORST = "together"  # each image meets the worst for it, cross-fitted

@@ -9,15 +9,18 @@ from purify.purification.guidance import AdversarialGuidance, MSEGuidance
 IDS = torch.arange(7)
 
 
+def network(**options):
+    return AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2", **options)
+
+
 def guided(**options):
-    guidance = AdversarialGuidance(20.0, auxiliary=TinyClassifier(size=4), layer="layers.2", **options)
-    return Purifier(smooth_model(), 0.3, "ddpm", 8, guidance=guidance)
+    return Purifier(smooth_model(), 0.3, "ddpm", 8, guidance=network(**options))
 
 
-def varying():
+def varying(guidance=None):
     score_model = smooth_model()
     found = calibrate(score_model, torch.rand(30, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-    return Purifier(score_model, SSNISigmoid(0.4, found), "ddpm", 6)
+    return Purifier(score_model, SSNISigmoid(0.4, found), "ddpm", 6, guidance=guidance)
 
 
 MODELS = {
@@ -27,5 +30,6 @@ MODELS = {
     "mse": lambda: Purifier(smooth_model(), 0.3, "ddpm", 6, guidance=MSEGuidance(1.0)),
     "network": guided,
     "diffused": lambda: guided(reference="diffused"),
+    "both": lambda: varying(network()),
     "packed": lambda: diffpure(smooth_model(), 0.3, FixedDt(0.05), "ddpm"),
 }

@@ -62,7 +62,14 @@ def test_draws_of_gradients_selection_and_judges_are_apart(images, labels):
 
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    [("plain", "L2", 0.5), ("level", "Linf", 0.1), ("mse", "L1", 1.5), ("network", "Linf", 0.1), ("packed", "L2", 0.5)],
+    [
+        ("plain", "L2", 0.5),
+        ("level", "Linf", 0.1),
+        ("mse", "L1", 1.5),
+        ("network", "Linf", 0.1),
+        ("packed", "L2", 0.5),
+        ("network", "L2", 0.5),
+    ],
 )
 def test_images_stay_in_the_ball(name, norm, eps, images, labels):
     model = DefendedClassifier(TinyClassifier(), MODELS[name]())
@@ -74,17 +81,18 @@ def test_images_stay_in_the_ball(name, norm, eps, images, labels):
 
 
 @pytest.mark.parametrize(("name", "gradients"), [("plain", 170), ("network", 170), ("network", 1), ("level", 170)])
-def test_an_image_does_not_depend_on_its_batch(name, gradients, images, labels, monkeypatch):
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.2), ("L2", 0.5)])
+def test_an_image_does_not_depend_on_its_batch(norm, eps, name, gradients, images, labels, monkeypatch):
     """In several tries, too."""
     monkeypatch.setattr(phases, "TRY", gradients)
-    model, attack = DefendedClassifier(TinyClassifier(), MODELS[name]()), Adaptive("Linf", 0.2, calls=500)
+    model, attack = DefendedClassifier(TinyClassifier(), MODELS[name]()), Adaptive(norm, eps, calls=500)
     whole = attack(model, images, labels, sample_ids=IDS)
     again = attack(model, images, labels, sample_ids=IDS)
     assert torch.equal(whole.images, again.images)
     rows = torch.tensor([4, 1])
     part = attack(model, images[rows], labels[rows], sample_ids=rows)
     torch.testing.assert_close(part.images, whole.images[rows], rtol=0, atol=1e-4)
-    small = Adaptive("Linf", 0.2, calls=500, max_rows=3)(model, images, labels, sample_ids=IDS)
+    small = Adaptive(norm, eps, calls=500, max_rows=3)(model, images, labels, sample_ids=IDS)
     torch.testing.assert_close(small.images, whole.images, rtol=0, atol=1e-4)
 
 

@@ -1,7 +1,7 @@
 """Network calls of the adaptive attack: those that it takes are those that it states, and no more than it was given."""
 
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import combinations
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from purify.attacks.adaptive.phases import Stage
 from purify.attacks.adaptive.select import ENOUGH, Race
 from purify.attacks.base import keyed
 from purify.attacks.losses import margin_loss
-from purify.diffusion.noise import derive_seed
+from purify.attacks.norms import BALLS
+from purify.diffusion.noise import Noise, derive_seed
 from purify.evaluate import Defence, Samples
 from purify.evaluate.attacking import prepare
 from purify.evaluate.progress import cost, weight
@@ -89,6 +90,7 @@ def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, m
     monkeypatch.setattr(phases, "FALLEN", 2.0 if name == "falling" else 0.0)
     model = DefendedClassifier(TinyClassifier(), MODELS[{"falling": "level"}.get(name, name)]())
     attack, meter = Adaptive("Linf", 0.1, calls=budget), Meter(model, monkeypatch)
+    attack = replace(attack, calls=max(budget, attack.least(model)))
     found = attack.run(model, images, labels, ids, 0)
     plan = attack.plan(model)
     taken = plan.fallen if name == "falling" else plan.stages
@@ -103,14 +105,14 @@ def test_calls_counted_by_hooks_are_those_stated(name, budget, images, labels, m
         assert full <= budget
 
 
-def test_behind_a_guide_in_l2_climbs_have_no_memory_and_tries_begin_apart(images, labels, monkeypatch):
-    """One draw in each step, no momentum, no warm start; calls counted by hooks, each try from a place of its own."""
+def test_behind_a_guide_in_l2_tries_begin_apart(images, labels, monkeypatch):
+    """At random, each with its own seed; calls counted by hooks."""
     model, attack = DefendedClassifier(TinyClassifier(), MODELS["network"]()), Adaptive("L2", 0.5, calls=2500)
     monkeypatch.setattr(phases, "TRY", 2500 / calls(model).gradient / 3.5)
     begun, path = [], Climb.path
 
     def begin(self, target, start, *rest):
-        begun.append((len(start), start[0].clone()))
+        begun.append(start.clone())
         return path(self, target, start, *rest)
 
     monkeypatch.setattr(Climb, "path", begin)
@@ -118,29 +120,43 @@ def test_behind_a_guide_in_l2_climbs_have_no_memory_and_tries_begin_apart(images
     found = attack.run(model, images, labels, IDS, 0)
     assert found.calls.sum() == meter.total
     assert (found.calls <= 2500).all()
-    assert attack.warm(model) == 0
-    assert all((p.climb.eot, p.climb.momentum) == (1, 0) for stage in attack.stages(model) for p in stage.phases)
-    first = [start for _, start in begun[:: len(begun) // 3]]
-    assert len(first) == 3
-    assert all((a != b).any() for a, b in pairwise(first))
-    kept = Adaptive("Linf", 0.1, calls=2500)
-    assert all(p.climb.momentum == 0.9 for stage in kept.stages(model) for p in stage.phases)
-    assert kept.warm(model) > 0
+    assert [len(start) for start in begun] == [len(images)] * 9  # none breaks; three climbs in each of three tries
+    for start, seed in zip(begun[::3], (0, derive_seed(0, "try 1"), derive_seed(0, "try 2")), strict=True):
+        uniform = Noise.keyed(seed, IDS).stream("attack").uniform(0, images.shape[1:], images.dtype)
+        assert torch.equal(start, BALLS["L2"].start(images, 0.5, uniform))
+    for one, other in combinations(begun[::3], 2):
+        assert (one != other).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("name", ["network", "both"])
+def test_behind_a_guide_in_l2_climbs_have_no_memory(name):
+    """One draw in each step, no momentum, no warm start; in L_inf as elsewhere."""
+    model = DefendedClassifier(TinyClassifier(), MODELS[name]())
+    for norm in ("L2", "Linf"):
+        attack = Adaptive(norm, 0.5, calls=9000)
+        plan = attack.plan(model)
+        assert bool(plan.fallen) == (name == "both")
+        climbs = [p.climb for stage in (*plan.stages, *plan.fallen) for p in stage.phases]
+        assert {climb.momentum for climb in climbs} == {0.0 if norm == "L2" else 0.9}
+        assert plan.probe is None or plan.probe.climb.momentum == climbs[0].momentum
+        assert (max(climb.eot for climb in climbs) == 1) == (norm == "L2")
+        assert attack.warm(model) == (0 if norm == "L2" else 61)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(name, images, labels):
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_budget_is_kept_down_to_a_step_of_every_climb_and_fewer_are_refused(norm, name, images, labels):
     model = DefendedClassifier(TinyClassifier(), MODELS[name]())
     with pytest.warns(UserWarning, match=r"takes at least (\d+) network calls .* in place of 1\.") as said:
-        least = Adaptive("Linf", 0.1, calls=1).fitted(model).calls
+        least = Adaptive(norm, 0.1, calls=1).fitted(model).calls
     assert f" {least} " in str(said[0].message)
-    for norm, budget in product(("Linf", "L2"), range(least, 5 * least, max(1, least // 7))):
+    for budget in range(least, 5 * least, max(1, least // 7)):
         attack = Adaptive(norm, 0.1, calls=budget)
         assert attack.fitted(model) is attack
         plan = attack.plan(model)
         for stages in filter(None, (plan.stages, plan.fallen)):
             assert attack.warm(model) + plan.probing + sum(stage.calls for stage in stages) <= budget
-    attack = Adaptive("Linf", 0.1, calls=least)
+    attack = Adaptive(norm, 0.1, calls=least)
     assert all(phase.climb.steps == phase.climb.eot == 1 for stage in attack.stages(model) for phase in stage.phases)
     with pytest.raises(ValueError, match=f"at least {least} network calls .* got {least - 1}; give as many"):
         replace(attack, calls=least - 1)(model, images, labels)

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from purify.attacks.adaptive import phases
 from purify.attacks.adaptive.climb import Climb
-from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, plan, tries
+from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, plan, tries, warm
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
 from purify.attacks.norms import BALLS
@@ -63,7 +62,7 @@ class Adaptive(Attack):
 
     On a purifier: momentum climbs with few draws, first along a shorter process, then along the whole one from the best
     iterate so far; which iterate that is, and which is returned, is decided on draws held out for it. Purifiers
-    guided by a network are also climbed with the guidance held constant, from where it is deceived (in L2 anywhere,
+    guided by a network are also climbed with the guidance held constant, from where it is deceived (in L2 at random,
     with one draw in each step and no momentum), and in several tries where there are calls for them; where t* varies,
     images whose t* a probe lowers are climbed towards a smaller one. On a model without randomness: the better of PGD
     and APGD on the margin, with draws where answers differ. See docs/adaptive.md.
@@ -71,8 +70,8 @@ class Adaptive(Attack):
     Args:
         calls: network calls for one image, at most: see :func:`purify.purification.calls.calls`. Of a model without a
             purifier answers, however many calls one of them takes. Every climb has a step at least, which takes 45 on
-            DiffPure with 10 steps, 252 on GNS, 264 on AGDM and 10 on a model without a purifier: fewer are refused, and
-            raised by :meth:`fitted`.
+            DiffPure with 10 steps, 252 on GNS, 264 on AGDM (203 in L2) and 10 on a model without a purifier: fewer are
+            refused, and raised by :meth:`fitted`.
         max_rows: images times draws that go through the model at once.
     """
 
@@ -100,9 +99,9 @@ class Adaptive(Attack):
         return AttackResult(state.best, state.loss, state.used, state.submitted)
 
     def _try(self, model: Any, state: State, left: Tensor, found: list[Tensor], seed: int) -> Tensor:
-        """All stages of the images ``left``, from what is ``found`` or else anywhere: those not broken after them."""
+        """All stages of the images ``left``, from what is ``found`` or else at random: those not broken after them."""
         plan, going = self.plan(model), []
-        start = found[0] if found else self._anywhere(state.x, state.ids, seed)
+        start = found[0] if found else self._random(state.x, state.ids, seed)
         fallen = torch.zeros_like(left, dtype=torch.bool)
         if plan.probe is not None:
             fallen, extra = self._probe(plan.probe, state.x[left], state.y[left], state.ids[left], seed)
@@ -183,7 +182,7 @@ class Adaptive(Attack):
 
     def warm(self, model: Any) -> int:
         """Calls of the warm start."""
-        return GUIDE_STEPS * GRADIENT + 1 if phases.warm(model, self.norm) else 0
+        return GUIDE_STEPS * GRADIENT + 1 if warm(model, self.norm) else 0
 
     def _deceived(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> list[Tensor]:
         """Where the first climbs begin, if the guide tells, which may be chosen besides their iterates."""
@@ -192,7 +191,7 @@ class Adaptive(Attack):
         guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
         return [guide.run(model, x, y, ids, derive_seed(seed, "guide")).images]
 
-    def _anywhere(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
+    def _random(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
         uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)
         return BALLS[self.norm].start(x, self.eps, uniform)
 

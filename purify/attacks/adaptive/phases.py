@@ -24,6 +24,7 @@ SHARE = 0.7  # of t*(x), where a purifier that varies it is also climbed
 PROBE = 6  # steps of one draw each that try to lower t*, where it varies
 FALLEN = 0.9  # of the greatest t*: below, the probe has lowered it
 TRY = 170  # gradients of the whole process that a try has, where there are several
+MOMENTUM = 0.0  # behind a guide in L2, with one draw in each step
 GUIDE_STEPS = 20  # of the warm start, at 3 calls each
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
@@ -159,14 +160,15 @@ def tries(model: Any, budget: int) -> int:
 
 
 def warm(model: Any, norm: str) -> bool:
-    """Whether climbs begin where the guide is deceived; otherwise anywhere in the ball."""
+    """Whether climbs begin where the guide is deceived; otherwise at random."""
     return network_guided(model) and not memoryless(model, norm)
 
 
 def memoryless(model: Any, norm: str) -> bool:
     """Whether climbs have one draw in each step and no momentum.
 
-    Behind a guide in L2: momentum leaves far more there; in L_inf and L1 it makes no difference (docs/adaptive.md).
+    Behind a guide in L2, where momentum leaves far more; in L1 and, but at few calls, in L_inf it makes no difference
+    (docs/adaptive.md).
     """
     return network_guided(model) and norm == "L2"
 
@@ -179,18 +181,17 @@ def first_order(model: Any) -> nn.Module:
 def lower(phase: Phase) -> Phase:
     """The phase with the loss at a share of t*(x), and a way to images of a smaller one, as ``pgd-eot-low-level``."""
     climb = phase.climb
-    lowering = LevelClimb(climb.norm, climb.eps, climb.steps, climb.eot)
-    lowering = replace(lowering, momentum=climb.momentum, scaled=climb.scaled, max_rows=climb.max_rows)
-    return replace(phase, model=phase.model.at_share(SHARE), climb=lowering)
+    kept = {name: getattr(climb, name) for name in ("steps", "eot", "momentum", "scaled", "max_rows")}
+    return replace(phase, model=phase.model.at_share(SHARE), climb=LevelClimb(climb.norm, climb.eps, **kept))
 
 
 def sized(phase: Phase, share: float) -> Phase:
     """The phase with the steps and draws that ``share`` calls allow: more steps first, then more draws.
 
-    Without momentum more steps alone.
+    Without momentum more steps alone: draws stay as they are.
     """
     gradients = max(1, int(share / calls(phase.model).gradient))
-    more = round(math.sqrt(gradients * phase.climb.eot / LONG)) if phase.climb.momentum else 1
+    more = round(math.sqrt(gradients * phase.climb.eot / LONG)) if phase.climb.momentum > 0 else phase.climb.eot
     eot = max(1, min(phase.climb.eot, gradients // 2), more)
     return replace(phase, climb=replace(phase.climb, eot=eot, steps=max(1, int(share / phase.each(eot)))))
 
@@ -214,7 +215,7 @@ def plan(model: Any, climb: Climb, budget: int) -> Plan:
     least."""
     climb = replace(climb, scaled=network_guided(model))
     if memoryless(model, climb.norm):
-        climb = replace(climb, eot=1, momentum=0.0)
+        climb = replace(climb, eot=1, momentum=MOMENTUM)
     probe = probe_of(model, climb)
     found = [stages(model, *way, budget - probing(probe)) for way in ways(model, climb)]
     return Plan(found[0], probe, *found[1:])
