@@ -5,7 +5,8 @@
 # Seen with secml-torch 1.5, foolbox 3.3.4, PyTorch 2.14.1, Python 3.11. None of it is documented, and nothing is said:
 # 1. PGD("l1", backend="native") steps along the largest gradient of the whole batch, not of each image: the others stay as
 #    they are. Of 272 digits in one batch, one is touched in 20 steps, and the larger the batch, the "more robust" the network:
-#    80.9, 97.1 and 99.6 % in batches of 1, 16 and 272. The same call with backend="foolbox": 39.7 % whatever the batch. L2 and L_inf agree with foolbox.
+#    80.9, 97.1 and 99.6 % in batches of 1, 16 and 272. The same call with backend="foolbox": 39.7 % whatever the batch.
+#    L2 and L_inf agree with foolbox.
 # 2. MinDistanceEnsemble, which is to keep the nearest adversarial image of several attacks, begins with the clean image and
 #    takes what is nearer to it than that. Given two attacks that fool every image, it returns the data set, bit for bit.
 # 3. random_start=True begins at image + noise, cut to the ball, where the noise is meant: a pixel above 2 eps gets +eps in every
