@@ -3,12 +3,12 @@
 # at L_inf 0.2 they certify 74.7 % of digits, and ART's own PGD at 0.2 fools more than half of these.
 #
 # Seen with adversarial-robustness-toolbox 1.20.1, PyTorch 2.14.1, numpy 2.4.6, Python 3.11. All of ART's classifiers take
-# preprocessing=(mean, std) and subtract and divide before the network; its attacks' eps and clip_values are in the units of the
-# images, before that. PyTorchIBPClassifier.predict_intervals takes images as well and preprocesses them, but puts `bounds`
-# and `limits` on what comes out. With limits=[0, 1], as its trainer asks for ("after normalization"), pixels well
-# below the mean become 0 and those well above mean + std become 1, where an adversary has no say: the boxes need not even hold the image. Without limits the ball is
-# too small by the factor std. predict_intervals' docstring names no units, and certify() knows no better. Digits, a
-# network trained with interval bounds:
+# preprocessing=(mean, std) and subtract and divide before the network; its attacks' eps and clip_values are in the units
+# of the images, before that. PyTorchIBPClassifier.predict_intervals takes images as well and preprocesses them, but puts
+# `bounds` and `limits` on what comes out. With limits=[0, 1], as its trainer asks for ("after normalization"), pixels
+# well below the mean become 0 and those well above mean + std become 1, where an adversary has no say: the boxes need not
+# even hold the image. Without limits the ball is too small by the factor std. predict_intervals' docstring names no
+# units, and certify() knows no better. Digits, a network trained with interval bounds:
 #   eps 0.1: certified 78.4 % (93.7 % without limits), right 78.8 %; eps 0.2: 74.7 % (83.3 %), right 14.5 %.
 # PGD fools 19 (29) of the images certified at 0.1 and 110 of 201 (127 of 224) at 0.2.
 # Given eps / std and the range divided likewise, the same calls agree with an independent computation image by image.

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# On the CPU, ART's derandomized smoothing blackens the images that it certifies: after the first column of a batch, the network votes on
-# ever emptier pictures, and a certified accuracy of 42.4 % becomes 8.1 %, the accuracy of its votes 10.4 % instead of 83.8 %.
+# On the CPU, ART's derandomized smoothing blackens the images that it certifies: after the first column of a batch, the
+# network votes on ever emptier pictures, and a certified accuracy of 42.4 % becomes 8.1 %, the accuracy of its votes 10.4
+# % instead of 83.8 %.
 #
-# Seen with adversarial-robustness-toolbox 1.20.1, timm 1.0.31, PyTorch 2.14.1, Python 3.11. eval_and_certify shows the network one
-# band of columns (or rows, or a block) at a time and counts its answers. It copies each batch once; the ablator makes a tensor of the
-# array, which shares its memory on the CPU, and sets all outside the band to 0 in place. The next band is cut from what is left of the last
-# one. With the default algorithm, salman2021, and any network but a vision transformer nothing makes a copy in between
-# (levine2020 and the transformers append channels, which does). fit and predict copy before each band, so training works
-# and predict is right. What is left is the class of a black image: about its share of the data comes out as accuracy, and where
-# it is common the certificates look good. Nothing is said; the batch size does not matter.
+# Seen with adversarial-robustness-toolbox 1.20.1, timm 1.0.31, PyTorch 2.14.1, Python 3.11. eval_and_certify shows the
+# network one band of columns (or rows, or a block) at a time and counts its answers. It copies each batch once; the
+# ablator makes a tensor of the array, which shares its memory on the CPU, and sets all outside the band to 0 in place.
+# The next band is cut from what is left of the last one. With the default algorithm, salman2021, and any network but a
+# vision transformer nothing makes a copy in between (levine2020 and the transformers append channels, which does). fit
+# and predict copy before each band, so training works and predict is right. What is left is the class of a black image:
+# about its share of the data comes out as accuracy, and where it is common the certificates look good. Nothing is said;
+# the batch size does not matter.
 # What a user should do: give the ablator a copy each time, as below, or count the votes by hand.
 # shellcheck disable=SC1091
 set -euo pipefail

@@ -284,8 +284,11 @@ class PGD(Attack):
     def _start(self, target: Target, restart: int, first: Tensor | None) -> Tensor:
         if first is not None:
             return first
-        x = target.x
-        uniform = Noise.keyed(target.seed, target.ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
+        return self.anywhere(target.x, target.ids, target.seed, restart)
+
+    def anywhere(self, x: Tensor, ids: Tensor, seed: int, restart: int = 0) -> Tensor:
+        """Random starts around x, one for each restart."""
+        uniform = Noise.keyed(seed, ids, restart).stream("attack").uniform(0, x.shape[1:], x.dtype)
         return self.ball.start(x, self.eps, uniform)
 
     def _eot(

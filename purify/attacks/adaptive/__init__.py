@@ -14,12 +14,11 @@ from purify.attacks.adaptive.climb import Climb
 from purify.attacks.adaptive.phases import GUIDE_STEPS, Phase, Plan, Stage, lowered, needed, plan, tries, warm
 from purify.attacks.apgd import APGD
 from purify.attacks.base import Attack, AttackResult, keyed
-from purify.attacks.norms import BALLS
 from purify.attacks.pgd import PGD
 from purify.attacks.submitted import Submitted
 from purify.attacks.transfer import GuideTransfer
 from purify.checks import check_count
-from purify.diffusion.noise import Noise, derive_seed
+from purify.diffusion.noise import derive_seed
 from purify.purification.calls import GRADIENT, calls
 from purify.purification.defended import DefendedClassifier
 
@@ -101,7 +100,7 @@ class Adaptive(Attack):
     def _try(self, model: Any, state: State, left: Tensor, found: list[Tensor], seed: int) -> Tensor:
         """All stages of the images ``left``, from what is ``found`` or else at random: those not broken after them."""
         plan, going = self.plan(model), []
-        start = found[0] if found else self._random(state.x, state.ids, seed)
+        start = found[0] if found else self._climb.anywhere(state.x, state.ids, seed)
         fallen = torch.zeros_like(left, dtype=torch.bool)
         if plan.probe is not None:
             fallen, extra = self._probe(plan.probe, state.x[left], state.y[left], state.ids[left], seed)
@@ -190,10 +189,6 @@ class Adaptive(Attack):
             return []
         guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
         return [guide.run(model, x, y, ids, derive_seed(seed, "guide")).images]
-
-    def _random(self, x: Tensor, ids: Tensor, seed: int) -> Tensor:
-        uniform = Noise.keyed(seed, ids).stream("attack").uniform(0, x.shape[1:], x.dtype)
-        return BALLS[self.norm].start(x, self.eps, uniform)
 
     def _climbs(
         self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int
