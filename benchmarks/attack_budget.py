@@ -2,7 +2,7 @@
 """Accuracy left against network calls per image: the adaptive attack, PGD+EOT, and several attacks together.
 
 All rows of a purifier meet the same images and are judged on the same draws, so differences are paired. Calls are those
-of ``purify.purification.calls``. Tuned on the first half of the test images; this quotes the second unless asked for
+of ``Attack.network_calls``. Tuned on the first half of the test images; this quotes the second unless asked for
 the first. With --strongest the other attacks are all of ``purify attack --attacks strongest`` at the ``standard``
 budget. --constants changes a choice of the adaptive attack, to see what it is worth.
 
@@ -32,7 +32,6 @@ from matplotlib.ticker import NullFormatter
 import purify
 from purify.attacks import (
     APGD,
-    BPDA,
     PGD,
     Adaptive,
     Attack,
@@ -40,12 +39,8 @@ from purify.attacks import (
     FirstOrderPGD,
     GuidePGD,
     LowLevelPGD,
-    NormAutoAttackRand,
-    NormPGD,
     RandomNoise,
-    StepsPGD,
     SurrogatePGD,
-    Transfer,
 )
 from purify.attacks.adaptive import phases
 from purify.checks import check_count, check_weight, check_writable, choose
@@ -56,8 +51,6 @@ from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct
 from purify.evaluate.pictures import panels, percents, save
 from purify.evaluate.runner import Defence, judge
 from purify.presets import PURIFIERS
-from purify.purification.calls import GRADIENT, calls
-from purify.purification.cost import shortened
 from purify.purification.levels import LEVELS
 
 SYSTEMS = ("diffpure", "agdm", "gdmp", "ssni-l", "gns")
@@ -112,7 +105,7 @@ class Bench:
         """Rows by name, the cheapest first."""
         options = {"norm": self.norm, "eps": self.eps, "max_rows": 256}
         pgd = PGD(steps=self.steps, eot=self.eot, **options)
-        whole = price(pgd, model)
+        whole = pgd.network_calls(model)
         found: list[tuple[str, Attack]] = [
             (f"adaptive 1/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SHARES
         ]
@@ -124,7 +117,7 @@ class Bench:
             others = [(named(a), a) for a in (self.union() if self.strongest else kinds) if a.applies_to(model)]
             found += [(name, attack) for name, attack in others if name not in dict(found)]
         if together and self.strongest:
-            whole = sum(price(attack, model) for name, attack in others)
+            whole = sum(attack.network_calls(model) for name, attack in others)
             found += [(f"adaptive strongest/{round(1 / s)}", Adaptive(calls=int(whole * s), **options)) for s in SMALL]
         return [(" ".join([n, *self.constants]) if isinstance(a, Adaptive) else n, a) for n, a in found]
 
@@ -142,30 +135,6 @@ def named(attack: Any) -> str:
     return attack.label + effort
 
 
-def price(attack: Any, model: Any) -> int:
-    """Network calls for one image, of attacks that take gradients of the purifier."""
-    if isinstance(attack, Adaptive):
-        return attack.warm(model) + sum(stage.calls for stage in attack.stages(model))
-    if isinstance(attack, Transfer):  # steps on a bare network
-        return attack.steps * GRADIENT
-    weighted = isinstance(attack, NormAutoAttackRand)  # a wrapper around the whole
-    own = calls(model if weighted else attack.attacked(model))
-    gradient = own.forward + GRADIENT - 1 if isinstance(attack, BPDA) else own.gradient
-    if weighted or isinstance(attack, NormPGD):  # the statistic's own way back
-        gradient += model.purifications * model.purifier.level.calls
-    if isinstance(attack, StepsPGD):  # back through the whole for its second term, too
-        gradient += own.gradient - own.forward
-    if isinstance(attack, LowLevelPGD):  # whose loss is asked at the level that is judged
-        gradient += own.forward
-    if isinstance(attack, SurrogatePGD):  # the whole forward, and the shorter one forward and back
-        short = calls(model.with_purifier(shortened(model.purifier, attack.surrogate_steps)))
-        gradient = own.forward + short.gradient
-    guide = 0
-    if isinstance(attack, GuidePGD):  # its warm start, and the guide's own gradient at every draw
-        guide = attack.steps * GRADIENT + 1 + attack.gradients * GRADIENT + attack.forwards
-    return attack.gradients * gradient + attack.forwards * own.forward + guide
-
-
 def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) -> dict[str, Any]:
     """One row: the judges' answers, calls and seconds."""
     x, y, ids = bench.samples()
@@ -173,7 +142,7 @@ def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) ->
     found = attack(model, x, y, sample_ids=ids, seed=derive_seed(bench.seed, "attack"))
     seconds = time.perf_counter() - start
     judged = judge(Defence(system, model, [], bench.draws, {}), found.images, ids, bench.seed, 256)
-    planned = price(attack, model)
+    planned = attack.network_calls(model)
     used = float(planned) if found.calls is None else found.calls.double().mean().item()
     right = (judged.predictions == y[:, None]).int().tolist()
     return {"system": system, "attack": name, "planned": planned, "calls": used, "seconds": seconds, "right": right}

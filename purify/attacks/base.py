@@ -30,6 +30,7 @@ from purify.checks import (
 )
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.score import ScoreModel
+from purify.purification.calls import calls
 from purify.purification.purifier import Purifier
 
 KeyedCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
@@ -175,9 +176,23 @@ class Attack(ABC):
         """Forward passes of the judged model, without a gradient, that the attack takes per image."""
         return 0
 
+    def gradient_calls(self, model: nn.Module) -> int:
+        """Network calls of one of the gradients that it takes of ``model``."""
+        return calls(self.attacked(model)).gradient
+
+    def other_calls(self, model: nn.Module) -> int:
+        """Network calls for one image on networks beside ``model``: where it begins, say."""
+        return 0
+
+    def network_calls(self, model: nn.Module) -> int:
+        """Network calls for one image on ``model``, at most; see :func:`purify.purification.calls.calls`."""
+        taken = self.gradients * self.gradient_calls(model) + self.forwards * calls(model).forward
+        return taken + self.other_calls(model)
+
     def passes(self, model: nn.Module) -> tuple[float, float]:
-        """``gradients`` and ``forwards`` on ``model``, of attacks that decide by the model how many they take."""
-        return self.gradients, self.forwards
+        """:meth:`network_calls` in gradients and in forward passes of ``model``."""
+        own = calls(model)
+        return (self.network_calls(model) - self.forwards * own.forward) / own.gradient, self.forwards
 
     def answers(self, model: nn.Module) -> int:
         """Answers of ``model`` to its iterates that ``AttackResult.submitted`` counts, for one image at most."""

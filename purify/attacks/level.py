@@ -17,6 +17,7 @@ from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import VARYING_LEVEL, Feature
 from purify.attacks.threats import NORMS
 from purify.checks import is_number
+from purify.purification.calls import calls
 from purify.transforms import run_plainly
 
 
@@ -33,6 +34,10 @@ class Weighted(Attack):
     @property
     def label(self) -> str:
         return f"{super().label}({self.norm_weight:g})"
+
+    def gradient_calls(self, model: nn.Module) -> int:
+        own = calls(model)  # the statistic has a way back of its own
+        return own.gradient + own.statistic
 
 
 class ConstantLevel(Attack):
@@ -174,6 +179,9 @@ class LowLevelPGD(NormPGD):
         super().__post_init__()
         if not (is_number(self.share) and 0 < self.share <= 1):
             raise ValueError(f"share must lie in (0, 1], got {self.share}.")
+
+    def gradient_calls(self, model: nn.Module) -> int:
+        return super().gradient_calls(model) + calls(model).forward  # the loss is that of t*(x) itself
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:
         true = super().evaluator(model, seed)

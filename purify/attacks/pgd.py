@@ -24,8 +24,7 @@ from purify.attacks.threats import NORMS, PERCEPTUAL, THREATS
 from purify.checks import NO_GRADIENT, check_count, choose, is_number
 from purify.diffusion.noise import Noise
 from purify.memory import Parts
-from purify.purification.calls import GRADIENT, calls, own_calls
-from purify.purification.defended import DefendedClassifier
+from purify.purification.calls import GRADIENT, calls
 from purify.purification.gradients import DEFAULT_BUDGET, Surrogate
 from purify.transforms import compiled_in_words, run_plainly
 
@@ -143,7 +142,7 @@ class PGD(Attack):
 
     def _aimed(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> AttackResult:
         """The attack at each class that the goal names for the labels ``y``, in turn."""
-        target = self.target(self.attacked(model), x, y, ids, seed)
+        target = self.target(model, x, y, ids, seed)
         found = AttackResult(x.clone(), torch.full((len(x),), -math.inf, device=x.device))
         for turn, aim in enumerate(self.aim.aims(y, lambda: self._asked(model, x, ids, seed))):
             aimed, first = replace(target, y=aim), self.first(model, x, aim, ids, seed)
@@ -173,12 +172,10 @@ class PGD(Attack):
         return torch.cat([found for _, found in Parts(self.max_rows).of(rows, ask)]).unflatten(0, (-1, eot)).mean(1)
 
     def target(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Target:
-        """What iterates are asked of."""
+        """What is asked of iterates."""
         n, device = len(x), x.device
         own = Inside(n, device), Submitted(n, device), Parts(self.max_rows)
-        purified = isinstance(model, DefendedClassifier)
-        each = calls(model).gradient if purified else GRADIENT * own_calls(model)
-        return Target(self.evaluator(model, seed), x, y, ids, seed, *own, each)
+        return Target(self.evaluator(self.attacked(model), seed), x, y, ids, seed, *own, self.gradient_calls(model))
 
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor | None:
         """Where the first run starts; None: at random, like all others. ``y``: what the objective takes."""
@@ -368,6 +365,10 @@ class BPDA(PGD):
     def attacked(self, model: nn.Module) -> nn.Module:
         return PURIFIER.of(model).with_gradient("bpda")
 
+    def gradient_calls(self, model: nn.Module) -> int:
+        own = calls(model)  # only the classifier has a way back
+        return own.forward + (GRADIENT - 1) * own.classifier
+
 
 @dataclass(frozen=True)
 class SurrogatePGD(PGD):
@@ -390,6 +391,9 @@ class SurrogatePGD(PGD):
         purified = PURIFIER.of(model)
         budget = getattr(purified.purifier.engine, "memory_budget", DEFAULT_BUDGET)
         return purified.with_gradient(Surrogate(self.surrogate_steps, memory_budget=budget))
+
+    def gradient_calls(self, model: nn.Module) -> int:
+        return calls(model).forward + calls(model, self.surrogate_steps).gradient  # its own steps are not gone back
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import IN_STEP, Feature
 from purify.checks import is_number
+from purify.purification.calls import calls
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class StepsPGD(PGD):
             return self.objective(details.logits, y), details.deviation.mean(1)
 
         return evaluate
+
+    def gradient_calls(self, model: nn.Module) -> int:
+        own = calls(model)  # each term has a way back
+        return 2 * own.gradient - own.forward
 
     def direction(self, gradients: Sequence[Tensor], z: Tensor, x: Tensor) -> Tensor:
         return self.ball.direction(mixed(gradients, self.step_weight), z, x)

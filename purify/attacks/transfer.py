@@ -13,6 +13,7 @@ from purify.attacks.base import AttackResult, keyed
 from purify.attacks.pgd import PGD, Evaluator, mixed
 from purify.attacks.protocols import AUXILIARY, BARE_CLASSIFIER, Feature
 from purify.checks import is_number
+from purify.purification.calls import calls
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Transfer(PGD):
     @property
     def counted(self) -> int:
         return self.runs * self.steps  # of the other network
+
+    def other_calls(self, model: nn.Module) -> int:
+        asked = self.runs + self.aim.asks
+        return self.counted * self.gradient_calls(model) + asked * calls(self.attacked(model)).forward
 
     def attacked(self, model: nn.Module) -> nn.Module:
         return BARE_CLASSIFIER.of(model).classifier
@@ -102,9 +107,16 @@ class GuidePGD(PGD):
     def counted(self) -> int:
         return self.gradients + self.aim.turns * self.steps  # those of its starts
 
+    def gradient_calls(self, model: nn.Module) -> int:
+        return calls(model).gradient + calls(guide_of(model)).gradient
+
+    def other_calls(self, model: nn.Module) -> int:
+        starts = self.aim.turns * GuideTransfer(self.norm, self.eps, steps=self.steps).other_calls(model)
+        return starts + self.runs * self.eot * calls(guide_of(model)).forward
+
     def first(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> Tensor:
         other = GuideTransfer(self.norm, self.eps, steps=self.steps, goal=self.goal).alone
-        target = other.target(other.attacked(model), x, y, ids, seed)
+        target = other.target(model, x, y, ids, seed)
         return other.climb(target, None, AttackResult(x, torch.full((len(x),), -torch.inf, device=x.device))).images
 
     def evaluator(self, model: nn.Module, seed: int) -> Evaluator:

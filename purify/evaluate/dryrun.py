@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from purify.attacks.base import keyed
 from purify.checks import ran_out
+from purify.evaluate.progress import weight
 from purify.evaluate.runner import Defence, Samples
 from purify.machine import seconds
 from purify.memory import free_bytes
@@ -29,7 +30,8 @@ class Cost:
     Attributes:
         rows: images times draws in the model at once.
         gradient, forward: seconds per row, at the greatest noise level, in the precision of the attacks.
-        seconds: of all its attacks and judgements in one process.
+        calls: network calls of all its attacks and judgements for one image, at most.
+        seconds: of these in one process, for all images.
         memory: bytes that graphs of reverse steps and of the classifier take in a gradient of ``rows`` rows, of the
             attack that takes most.
     """
@@ -37,6 +39,7 @@ class Cost:
     rows: int
     gradient: float
     forward: float
+    calls: float
     seconds: float
     memory: int
 
@@ -67,10 +70,11 @@ def estimate(defence: Defence, samples: Samples, rows: int, images: int | None =
             "--memory-budget."
         )
     n = len(samples)
-    passes = [attack.passes(model) for attack in defence.attacks]
+    passes = [attack.passes(model) for attack in defence.attacks if attack.applies_to(model)]
     total = sum(gradients * gradient + forwards * forward for gradients, forwards in passes) * n
     total += len(defence.stages()) * defence.draws * judged * n
-    return Cost(rows, gradient, forward, total, memory)
+    each = sum(weight(defence, attack) for attack in defence.stages())
+    return Cost(rows, gradient, forward, each, total, memory)
 
 
 def most_held(defence: Defence, x: Tensor, rows: int, images: int) -> int:
@@ -161,6 +165,7 @@ def table(costs: dict[str, Cost]) -> pd.DataFrame:
             "rows at once": c.rows,
             "ms per gradient": f"{1000 * c.gradient:.3g}",
             "ms per forward": f"{1000 * c.forward:.3g}",
+            "network calls per image": f"{c.calls:,.0f}",
             "graphs, GiB": f"{c.memory / 2**30:.2f}",
             "time": duration(c.seconds),
         }

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from purify.attacks.base import Attack
 from purify.attacks.counting import heard
 from purify.purification.calls import Calls, calls
-from purify.purification.defended import DefendedClassifier
 
 if TYPE_CHECKING:
     from purify.evaluate.runner import Defence
@@ -30,10 +29,7 @@ def weight(defence: Defence, attack: Attack | None) -> float:
     """Network calls of one sample in a stage: the attack's, and its judges'."""
     if attack is None:
         return cost(defence) * defence.draws
-    gradients, forwards = attack.passes(defence.model)
-    seen = attack.attacked(defence.model)  # whose gradient may lack a term
-    seen = seen if isinstance(seen, DefendedClassifier) else defence.model
-    return calls(seen).gradient * gradients + cost(defence) * (forwards + defence.draws)
+    return attack.network_calls(defence.model) + cost(defence) * defence.draws
 
 
 class Progress:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from climbed import IDS, MODELS
 from conftest import TinyClassifier, smooth_model
+from metered import Meter
 
 from purify import DefendedClassifier, Evaluation, diffpure
 from purify.attacks import Adaptive
@@ -24,48 +25,6 @@ from purify.evaluate.progress import cost, weight
 from purify.evaluate.runner import judge
 from purify.evaluate.selfchecks import convergence_checks
 from purify.purification.calls import GRADIENT, calls
-
-
-class Meter:
-    """Network calls by hooks: rows of every network's forward passes, with what is differentiated at its price."""
-
-    def __init__(self, model, monkeypatch):
-        self.total, self.passes, self.inside = 0, 0, None
-        details = DefendedClassifier.details
-
-        def metered(model, x, **keys):
-            self.enter(model, x)
-            found = details(model, x, **keys)
-            self.inside = None
-            return found
-
-        monkeypatch.setattr(DefendedClassifier, "details", metered)
-        for network in (model.purifier.score_model.network, model.classifier):
-            network.register_forward_hook(self.network)
-        if model.purifier.auxiliary is not None:
-            model.purifier.auxiliary.register_forward_hook(self.auxiliary)
-
-    def enter(self, model, x):
-        guidance = model.purifier.guidance
-        asked = torch.is_grad_enabled() and x.requires_grad
-        held = guidance is not None and not guidance.second_order
-        self.inside = (GRADIENT, GRADIENT - held) if asked else (1, 1)
-        self.once = guidance is not None and guidance.reference == "input"
-        self.reference = True
-
-    def network(self, network, inputs, output):
-        if torch._C._current_graph_task_id() == -1:  # what is recomputed is in the price
-            self.total += len(inputs[0]) * self.inside[0]
-
-    def auxiliary(self, network, inputs, output):
-        if torch._C._current_graph_task_id() != -1:
-            return
-        if self.inside is None:
-            self.total += len(inputs[0]) * (GRADIENT if output.requires_grad else 1)
-            return
-        # The state's way through the network is gone back at once; that of a reference, which comes first, is not.
-        self.total += len(inputs[0]) * self.inside[1] * (1 if self.reference else 2)
-        self.reference = not self.once and not self.reference
 
 
 def uncounted(plan, used):

@@ -179,16 +179,19 @@ class Adaptive(Attack):
     def _climb(self) -> Climb:
         return Climb(self.norm, self.eps, max_rows=self.max_rows)
 
+    @property
+    def _guide(self) -> GuideTransfer:
+        return GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
+
     def warm(self, model: Any) -> int:
         """Calls of the warm start."""
-        return GUIDE_STEPS * GRADIENT + 1 if warm(model, self.norm) else 0
+        return self._guide.other_calls(model) if warm(model, self.norm) else 0
 
     def _deceived(self, model: Any, x: Tensor, y: Tensor, ids: Tensor, seed: int) -> list[Tensor]:
         """Where the first climbs begin, if the guide tells, which may be chosen besides their iterates."""
         if not self.warm(model):
             return []
-        guide = GuideTransfer(self.norm, self.eps, steps=GUIDE_STEPS)
-        return [guide.run(model, x, y, ids, derive_seed(seed, "guide")).images]
+        return [self._guide.run(model, x, y, ids, derive_seed(seed, "guide")).images]
 
     def _climbs(
         self, stage: Stage, start: Tensor, x: Tensor, y: Tensor, ids: Tensor, seed: int
@@ -214,12 +217,17 @@ class Adaptive(Attack):
     def forwards(self) -> int:
         return sum(attack.forwards for attack in self._alone(1)) + ASKED
 
+    def network_calls(self, model: nn.Module) -> int:
+        if not isinstance(model, DefendedClassifier):
+            return super().network_calls(model)
+        found = self.plan(model)
+        return self.warm(model) + self.tries(model) * (found.probing + sum(stage.calls for stage in found.longest))
+
     def passes(self, model: nn.Module) -> tuple[float, float]:
         if not isinstance(model, DefendedClassifier):
-            return self.gradients, self.forwards
-        stages, probing = self.stages(model), self.tries(model) * self.plan(model).probing
-        climbs = self.warm(model) + probing + sum(stage.climbs for stage in stages)
-        return climbs / calls(model).gradient, sum(stage.race.used for stage in stages)
+            return super().passes(model)
+        own, answers = calls(model), sum(stage.race.used for stage in self.stages(model))
+        return (self.network_calls(model) - answers * own.forward) / own.gradient, answers
 
     def answers(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):

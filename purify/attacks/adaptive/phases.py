@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from purify.attacks.adaptive.climb import Climb, LevelClimb, Mix
 from purify.attacks.adaptive.select import Race
-from purify.purification.calls import GRADIENT, calls
+from purify.purification.calls import calls
 from purify.purification.cost import shortened
 
 ROUNDS = 2  # of the shorter process at most, the last ones
@@ -25,7 +25,7 @@ PROBE = 6  # steps of one draw each that try to lower t*, where it varies
 FALLEN = 0.9  # of the greatest t*: below, the probe has lowered it
 TRY = 170  # gradients of the whole process that a try has, where there are several
 MOMENTUM = 0.0  # behind a guide in L2, with one draw in each step
-GUIDE_STEPS = 20  # of the warm start, at 3 calls each
+GUIDE_STEPS = 20  # of the warm start
 CLIMB_SHORT, CHOOSE_SHORT, CLIMB_FULL, CHOOSE_FULL = 0.55, 0.1, 0.2, 0.15  # shares of the calls
 
 
@@ -64,12 +64,11 @@ class Phase:
     @cached_property
     def drawn(self) -> int:
         """Network calls of the gradient at one draw."""
-        statistic = self.model.purifier.level.calls if self.lowers else 0  # its own way back
-        return calls(self.model).gradient + self.model.purifications * statistic
+        return self.climb.gradient_calls(self.model)
 
     def each(self, eot: int) -> int:
         """Network calls of a step of ``eot`` draws."""
-        return eot * self.drawn + (0 if self.mix is None else GRADIENT)
+        return eot * self.drawn + (0 if self.mix is None else calls(self.mix.network).gradient)
 
     @cached_property
     def marks(self) -> frozenset[int]:

@@ -44,7 +44,7 @@ class InLoop(Protocol):
 
     def stages(self, attacked: Attacked) -> Iterator[Stage]:
         attack, own = strongest(attacked), calls(attacked.model)
-        again = 0.0 if _known(attacked, _counts(attacked, attack)) else _spent(attack, attacked.defence)
+        again = 0.0 if _known(attacked, _counts(attacked, attack)) else attack.network_calls(attacked.model)
         yield Stage(stage(attack), again, lambda batch: self._submit(attacked, attack, batch))
         asked = int(_asked(attacked, attack).max())
         more = max(asked - attacked.defence.draws, 0)
@@ -53,7 +53,7 @@ class InLoop(Protocol):
     def planned(self, defence: Defence, effort: Effort) -> float:
         attacks = submitting(defence)
         asked = max(attack.answers(defence.model) for attack in attacks)
-        again = 0.0 if defence.precision == FLOAT32 else max(_spent(attack, defence) for attack in attacks)
+        again = 0.0 if defence.precision == FLOAT32 else max(attack.network_calls(defence.model) for attack in attacks)
         return again + max(asked - defence.draws, 0) * calls(defence.model).forward
 
     def lines(self, attacked: Attacked) -> list[Line]:
@@ -83,7 +83,7 @@ class InLoop(Protocol):
         if not _known(attacked, found):
             seed = derive_seed(attacked.seed, "attack")  # the run's
             again = attack(attacked.model, batch.images, batch.labels, sample_ids=batch.ids, seed=seed)
-            found, spent = [counted(again, i) for i in range(len(batch))], _spent(attack, attacked.defence)
+            found, spent = [counted(again, i) for i in range(len(batch))], attack.network_calls(attacked.model)
         wrong = torch.tensor([record["submitted_wrong"] for record in found])
         survivors = torch.where(wrong == 0, batch.labels.cpu(), -1)
         more = [{name: record[name] for name in ("submitted", "submitted_wrong")} for record in found]
@@ -143,10 +143,3 @@ def _known(attacked: Attacked, found: list[dict[str, Any]]) -> bool:
 def _asked(attacked: Attacked, attack: Attack) -> np.ndarray:
     """Answers to the iterates of each sample, (N,): attacks that stop early ask less."""
     return np.array([record["submitted"] for record in attacked.records(stage(attack))])
-
-
-def _spent(attack: Attack, defence: Defence) -> float:
-    """Network calls of an attack for one image."""
-    gradients, forwards = attack.passes(defence.model)
-    own = calls(defence.model)
-    return gradients * own.gradient + forwards * own.forward
