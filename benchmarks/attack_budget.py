@@ -49,6 +49,7 @@ from purify.diffusion.noise import derive_seed
 from purify.evaluate.build import Request, build_attacks
 from purify.evaluate.metrics import Estimate, difference, estimate, mean_correct, worst_mean
 from purify.evaluate.pictures import panels, percents, save
+from purify.evaluate.provenance import git_revision
 from purify.evaluate.runner import Defence, judge
 from purify.presets import PURIFIERS
 from purify.purification.levels import LEVELS
@@ -145,7 +146,8 @@ def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) ->
     planned = attack.network_calls(model)
     used = float(planned) if found.calls is None else found.calls.double().mean().item()
     right = (judged.predictions == y[:, None]).int().tolist()
-    return {"system": system, "attack": name, "planned": planned, "calls": used, "seconds": seconds, "right": right}
+    cost = {"planned": planned, "calls": used, "seconds": seconds}
+    return {"system": system, "attack": name, **cost, "right": right, "git": git_revision()}
 
 
 def run(bench: Bench, systems: list[str], minutes: float, together: bool, rows: list[str]) -> None:
@@ -225,12 +227,23 @@ def report(bench: Bench, systems: list[str], together: bool) -> None:
             })  # fmt: skip
         lines.append("")
         curves[system] = rows
+    check_versions(curves)
     stated = {k: str(v) for k, v in vars(bench).items() if k != "out"}
     bench.out.mkdir(parents=True, exist_ok=True)
     (bench.out / "attack_budget.json").write_text(json.dumps({"bench": stated, "rows": summary}, indent=1))
     (bench.out / "attack_budget.md").write_text("\n".join(lines))
     draw(curves, bench.out / "attack_budget.png", f"{bench.dataset}, {bench.norm} {bench.eps:g}, {bench.images} images")
     print("\n".join(lines))
+
+
+def check_versions(systems: dict[str, dict[str, Any]]) -> None:
+    """Say so if the rows come from more than one version of the attacks."""
+    measured = [row for rows in systems.values() for row in rows.values() if "right" in row]
+    versions = sorted({str(row.get("git"))[:9] for row in measured})
+    if len(versions) > 1:
+        print(
+            f"The rows come from versions {', '.join(versions)} of the code; give each its own --out to tell them apart."
+        )
 
 
 def text(found: Estimate | None) -> str:

@@ -59,6 +59,10 @@ def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     again = capsys.readouterr().out
     assert "s\n" in first.partition("###")[0]
     assert again.startswith("###")
+    file = next(tmp_path.glob("rows/*/*"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"git": "0123456789abcdef"}))
+    script.main(command)
+    assert capsys.readouterr().out.startswith("The rows come from versions 012345678, ")
 
 
 def test_choices_of_the_adaptive_attack_can_be_changed(tmp_path, capsys, monkeypatch):
