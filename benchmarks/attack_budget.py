@@ -239,11 +239,9 @@ def report(bench: Bench, systems: list[str], together: bool) -> None:
 def check_versions(systems: dict[str, dict[str, Any]]) -> None:
     """Say so if the rows come from more than one version of the attacks."""
     measured = [row for rows in systems.values() for row in rows.values() if "right" in row]
-    versions = sorted({str(row.get("git"))[:9] for row in measured})
+    versions = sorted({str(row.get("git")) for row in measured})
     if len(versions) > 1:
-        print(
-            f"The rows come from versions {', '.join(versions)} of the code; give each its own --out to tell them apart."
-        )
+        print(f"The rows come from several versions of the code ({', '.join(versions)}); give each its own --out.")
 
 
 def text(found: Estimate | None) -> str:

@@ -62,7 +62,7 @@ def test_attack_budgets_are_measured_once_and_resumed(tmp_path, capsys):
     file = next(tmp_path.glob("rows/*/*"))
     file.write_text(json.dumps(json.loads(file.read_text()) | {"git": "0123456789abcdef"}))
     script.main(command)
-    assert capsys.readouterr().out.startswith("The rows come from versions 012345678, ")
+    assert capsys.readouterr().out.startswith("The rows come from several versions of the code (0123456789abcdef, ")
 
 
 def test_choices_of_the_adaptive_attack_can_be_changed(tmp_path, capsys, monkeypatch):
