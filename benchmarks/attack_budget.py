@@ -153,14 +153,16 @@ def measure(bench: Bench, system: str, name: str, attack: Attack, model: Any) ->
 def run(bench: Bench, systems: list[str], minutes: float, together: bool, rows: list[str]) -> None:
     """Measure what is not there yet, as long as the time allows; a row that has begun is finished.
 
-    ``rows``: what the names of the rows contain, one of these; none: all.
+    ``rows``: see :func:`is_asked`.
     """
     end = time.monotonic() + 60 * minutes
     for system in systems:
         model = bench.model(system)
-        for name, attack in bench.attacks(model, together):
+        found = bench.attacks(model, together)
+        names = {name for name, _ in found}
+        for name, attack in found:
             file = row_file(bench, system, name)
-            if file.exists() or (rows and not any(part in name for part in rows)):
+            if file.exists() or not is_asked(name, rows, names):
                 continue
             if time.monotonic() > end:
                 print(f"Time is up before {system}, {name}; the same command goes on from here.")
@@ -172,6 +174,11 @@ def run(bench: Bench, systems: list[str], minutes: float, together: bool, rows: 
             partial.replace(file)  # whole or not at all
             left = 100 * np.mean(row["right"])
             print(f"{system:9} {name:28} {row['calls']:8.0f} calls  {left:5.1f} %  {row['seconds']:.0f} s", flush=True)
+
+
+def is_asked(name: str, rows: list[str], names: set[str]) -> bool:
+    """Whether a row is one of these, or has a part in its name that is no whole name; none asked for: all are."""
+    return not rows or any(part == name if part in names else part in name for part in rows)
 
 
 def row_file(bench: Bench, system: str, name: str) -> Path:
@@ -241,7 +248,7 @@ def check_versions(systems: dict[str, dict[str, Any]]) -> None:
     measured = [row for rows in systems.values() for row in rows.values() if "right" in row]
     versions = sorted({str(row.get("git")) for row in measured})
     if len(versions) > 1:
-        print(f"The rows come from several versions of the code ({', '.join(versions)}); give each its own --out.")
+        print(f"The rows come from several versions of the code ({', '.join(versions)}); another --out has all of one.")
 
 
 def text(found: Estimate | None) -> str:

@@ -255,7 +255,7 @@ class _Library(Attack):
         images = x.clone()
         groups = ids // self.group_size
         attacked = self.attacked(model)
-        with self._counting(attacked):
+        with self._counting(attacked, 0 if self.black_box else self.gradient_calls(model)):
             for group in groups.unique().tolist():
                 rows = (groups == group).nonzero()[:, 0]
                 rows = rows[ids[rows].argsort()]
@@ -263,13 +263,16 @@ class _Library(Attack):
         return AttackResult(images, torch.full((len(x),), float("nan"), device=x.device))
 
     @contextmanager
-    def _counting(self, model: Any) -> Iterator[None]:
-        """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted."""
+    def _counting(self, model: Any, each: int) -> Iterator[None]:
+        """Counts the model's calls: those with a gradient, or all of a black-box attack. Functions are not counted.
+
+        ``each``: network calls of one; 0 where they are queries, which are seen by themselves.
+        """
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
             logits = as_logits(output)
             if self.black_box or logits.requires_grad:
-                count(len(logits), 0 if self.black_box else None)  # queries are seen by themselves
+                count(len(logits), each)
 
         hook = model.register_forward_hook(called) if isinstance(model, nn.Module) else None
         try:

@@ -30,7 +30,7 @@ from purify.checks import (
 )
 from purify.diffusion.noise import derive_seed
 from purify.diffusion.score import ScoreModel
-from purify.purification.calls import calls
+from purify.purification.calls import calls, is_purified
 from purify.purification.purifier import Purifier
 
 KeyedCall = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, sample ids, draws -> logits
@@ -178,14 +178,18 @@ class Attack(ABC):
 
     def gradient_calls(self, model: nn.Module) -> int:
         """Network calls of one of the gradients that it takes of ``model``."""
-        return calls(self.attacked(model)).gradient
+        seen = self.attacked(model)
+        return calls(seen if is_purified(seen) else model).gradient  # a wrapper takes what it wraps
 
     def other_calls(self, model: nn.Module) -> int:
         """Network calls for one image on networks beside ``model``: where it begins, say."""
         return 0
 
     def network_calls(self, model: nn.Module) -> int:
-        """Network calls for one image on ``model``, at most; see :func:`purify.purification.calls.calls`."""
+        """Network calls for one image on ``model``, by :func:`purify.purification.calls.calls`.
+
+        Beyond them are gradients that are taken again inside [0, 1], and what libraries ask before they attack.
+        """
         taken = self.gradients * self.gradient_calls(model) + self.forwards * calls(model).forward
         return taken + self.other_calls(model)
 

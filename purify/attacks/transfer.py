@@ -48,6 +48,9 @@ class Transfer(PGD):
     def counted(self) -> int:
         return self.runs * self.steps  # of the other network
 
+    def gradient_calls(self, model: nn.Module) -> int:
+        return calls(self.attacked(model)).gradient  # of the other network
+
     def other_calls(self, model: nn.Module) -> int:
         asked = self.runs + self.aim.asks
         return self.counted * self.gradient_calls(model) + asked * calls(self.attacked(model)).forward
@@ -62,7 +65,8 @@ class Transfer(PGD):
 def guide_of(model: nn.Module) -> nn.Module:
     """The network that guides the model's purifier, as a classifier of images."""
     auxiliary = AUXILIARY.of(model).auxiliary
-    assert auxiliary is not None
+    if auxiliary is None:
+        raise ValueError(AUXILIARY.refusal("An attack on the guide", model))
     return auxiliary
 
 

@@ -70,10 +70,11 @@ def estimate(defence: Defence, samples: Samples, rows: int, images: int | None =
             "--memory-budget."
         )
     n = len(samples)
-    passes = [attack.passes(model) for attack in defence.attacks if attack.applies_to(model)]
+    fit = [attack for attack in defence.attacks if attack.applies_to(model)]
+    passes = [attack.passes(model) for attack in fit]
     total = sum(gradients * gradient + forwards * forward for gradients, forwards in passes) * n
     total += len(defence.stages()) * defence.draws * judged * n
-    each = sum(weight(defence, attack) for attack in defence.stages())
+    each = sum(weight(defence, attack) for attack in (None, *fit))
     return Cost(rows, gradient, forward, each, total, memory)
 
 

@@ -67,7 +67,7 @@ class Progress:
     @contextmanager
     def work(self, defence: Defence, amount: float) -> Iterator[None]:
         """Count ``amount``; while it lasts, as the model and its twins are called, never more than that."""
-        start, hooked = self.bar.n, 0
+        start, ahead, told = self.bar.n, 0.0, False
         prices: WeakKeyDictionary[Any, Calls] = WeakKeyDictionary()
 
         def price(model: Any) -> Calls:
@@ -80,17 +80,23 @@ class Progress:
 
         def called(model: Any, inputs: tuple[Any, ...], output: Any) -> None:
             """A twin has the hooks of its original, and its own price: a shorter process, say."""
-            nonlocal hooked
-            rows = len(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else 1
+            nonlocal ahead
             gradient = torch.is_grad_enabled() and output.requires_grad
-            hooked += rows if gradient else 0
-            done(rows * (price(model).gradient if gradient else price(model).forward))
+            if gradient and told:
+                return
+            rows = len(inputs[0]) if inputs and isinstance(inputs[0], torch.Tensor) else 1
+            taken = rows * (price(model).gradient if gradient else price(model).forward)
+            ahead += taken if gradient else 0
+            done(taken)
 
         def on_count(rows: int, each: int | None) -> None:
-            """Of gradients through ``model.details``, which has no hooks, only the attack tells."""
-            nonlocal hooked
-            done((price(defence.model).gradient if each is None else each) * max(rows - hooked, 0))
-            hooked = 0
+            """What an attack tells of its gradients is their price, and takes the place of what the hook saw."""
+            nonlocal ahead, told
+            if each == 0:  # queries
+                return
+            due = rows * (price(defence.model).gradient if each is None else each) - ahead
+            ahead, told = max(-due, 0), True
+            done(max(due, 0))
 
         hook = defence.model.register_forward_hook(called)
         try:

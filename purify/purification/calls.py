@@ -30,6 +30,12 @@ def own_calls(classifier: Any) -> int:
     return int(getattr(classifier, "network_calls", 1))
 
 
+def is_purified(model: Any) -> bool:
+    """Whether calls of a purifier are in the model's; a classifier may have something else by that name."""
+    parts = ("purifications", "classifier")
+    return isinstance(getattr(model, "purifier", None), Purifier) and all(hasattr(model, part) for part in parts)
+
+
 def calls(model: Any, steps: int | None = None) -> Calls:
     """What one answer of ``model`` takes; a model without a purifier is one network, or as many as it says.
 
@@ -37,10 +43,10 @@ def calls(model: Any, steps: int | None = None) -> Calls:
     its greatest noise level, and a gradient as if all its steps were recomputed. So the count is an upper bound.
     ``steps``: of a purifier with so many in each round at most; default: as it is.
     """
-    purifier, m = (getattr(model, name, None) for name in ("purifier", "purifications"))
-    if not (isinstance(purifier, Purifier) and m):  # a guide knows the former; a classifier may call another thing so
+    if not is_purified(model):
         own = own_calls(model)
         return Calls(own, GRADIENT * own, own)
+    purifier, m = model.purifier, model.purifications
     taken = most_steps(purifier if steps is None else shortened(purifier, steps))
     score = purifier.level.calls + taken * (purifier.rule.calls or ADAPTIVE)
     guide, once = (0, 0) if purifier.guidance is None else purifier.guidance.calls

@@ -1,6 +1,7 @@
 """Network calls that attacks state, against passes counted by hooks while every step is recomputed."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import pytest
 from climbed import IDS, MODELS
@@ -12,7 +13,7 @@ from purify import DefendedClassifier
 from purify.attacks import ATTACKS, PGD
 from purify.attacks.protocols import IN_STEP, PURIFIER
 from purify.evaluate import Defence
-from purify.evaluate.progress import cost, weight
+from purify.evaluate.progress import Progress, cost, weight
 from purify.purification.calls import GRADIENT, Calls, calls
 from purify.purification.gradients import Checkpoint
 
@@ -105,3 +106,47 @@ def test_passes_are_the_calls_in_gradients_and_answers():
                 continue
             (gradients, forwards), own = attack.passes(model), calls(model)
             assert gradients * own.gradient + forwards * own.forward == pytest.approx(attack.network_calls(model)), name
+
+
+class Halved(nn.Module):
+    """Somebody else's wrapper around the whole."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, x, **keys):
+        return self.model(x, **keys) / 2
+
+
+@dataclass(frozen=True)
+class HalvedPGD(PGD):
+    name: ClassVar[str] = "pgd-eot-halved"
+
+    def attacked(self, model):
+        return Halved(model)
+
+
+def test_a_wrapper_around_the_model_costs_what_it_wraps():
+    model = DefendedClassifier(TinyClassifier(), MODELS["plain"]())
+    attack = small(HalvedPGD)
+    assert attack.network_calls(model) == small(PGD).network_calls(model)
+    assert attack.passes(model) == small(PGD).passes(model)
+
+
+@pytest.mark.parametrize("name", ["pgd-eot", "bpda-eot", "surrogate-eot", "pgd-eot-steps", "pgd-eot-guide"])
+@pytest.mark.parametrize("rows", [4, 2048])
+def test_the_bar_has_told_all_calls_when_the_attack_ends(name, rows, images, labels, monkeypatch):
+    """Whatever its hooks see: twins of the model at another price, or nothing."""
+    model = DefendedClassifier(TinyClassifier(), MODELS["network"]())
+    attack = replace(small(ATTACKS[name]), max_rows=rows)
+    one, seen = Defence("d", model, [attack], 2, {}), []
+    monkeypatch.setattr(
+        "purify.evaluate.progress.tqdm.update", lambda bar, n: setattr(bar, "n", seen.append(n) or bar.n + n)
+    )
+    amount = len(images) * weight(one, attack)
+    with Progress(amount, shown=True).work(one, amount):
+        attack(model, images, labels)
+    taken = len(images) * attack.network_calls(model)
+    assert 0.95 * taken <= sum(seen[:-1]) <= taken  # the last is what the judges would take
