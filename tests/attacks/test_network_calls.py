@@ -149,4 +149,5 @@ def test_the_bar_has_told_all_calls_when_the_attack_ends(name, rows, images, lab
     with Progress(amount, shown=True).work(one, amount):
         attack(model, images, labels)
     taken = len(images) * attack.network_calls(model)
-    assert 0.95 * taken <= sum(seen[:-1]) <= taken  # the last is what the judges would take
+    told = sum(seen[:-1])  # the last is what the judges would take
+    assert 0.9 * taken <= told <= taken + cost(one)  # one image is asked for the number of classes
