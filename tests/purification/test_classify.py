@@ -129,9 +129,9 @@ def test_calls_are_counted():
     model = classifier()
     model(X)
     assert model.score_model.network.rows == len(X) * model.network_calls == 5 * 9
-    assert calls(model) == Calls(9, 27)
+    assert calls(model) == Calls(9, 27, 9)
     behind = DefendedClassifier(model, diffpure(smooth_model(), 0.1, steps=4, reverse="ddpm"), purifications=2)
-    assert calls(behind) == Calls(2 * (4 + 9), 2 * 3 * (4 + 9))
+    assert calls(behind) == Calls(2 * (4 + 9), 2 * 3 * (4 + 9), 2 * 9)
 
 
 def test_answers_are_those_of_the_image_alone():
