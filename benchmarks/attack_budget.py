@@ -234,7 +234,7 @@ def report(bench: Bench, systems: list[str], together: bool) -> None:
             })  # fmt: skip
         lines.append("")
         curves[system] = rows
-    check_versions(curves)
+    say_versions(curves)
     stated = {k: str(v) for k, v in vars(bench).items() if k != "out"}
     bench.out.mkdir(parents=True, exist_ok=True)
     (bench.out / "attack_budget.json").write_text(json.dumps({"bench": stated, "rows": summary}, indent=1))
@@ -243,7 +243,7 @@ def report(bench: Bench, systems: list[str], together: bool) -> None:
     print("\n".join(lines))
 
 
-def check_versions(systems: dict[str, dict[str, Any]]) -> None:
+def say_versions(systems: dict[str, dict[str, Any]]) -> None:
     """Say so if the rows come from more than one version of the attacks."""
     measured = [row for rows in systems.values() for row in rows.values() if "right" in row]
     versions = sorted({str(row.get("git")) for row in measured})
@@ -329,7 +329,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 def check_rows(bench: Bench, systems: list[str], together: bool, rows: list[str]) -> None:
     """Raise ValueError if no row is named like one of ``rows``."""
     names = {name: None for system in systems for name, _ in bench.attacks(bench.model(system), together)}
-    if rows and not any(part in name for part in rows for name in names):
+    if not any(is_asked(name, rows, set(names)) for name in names):
         raise ValueError(f"--rows {','.join(rows)} names none of the rows: {', '.join(names)}.")
 
 

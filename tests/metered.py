@@ -10,7 +10,7 @@ class Meter:
     """Network calls by hooks: rows of every network's forward passes, with what is differentiated at its price."""
 
     def __init__(self, model, monkeypatch):
-        self.total, self.passes, self.inside = 0, 0, None
+        self.total, self.inside = 0, None
         details = DefendedClassifier.details
 
         def metered(model, x, **keys):

@@ -195,8 +195,12 @@ class Attack(ABC):
 
     def passes(self, model: nn.Module) -> tuple[float, float]:
         """:meth:`network_calls` in gradients and in forward passes of ``model``."""
-        own = calls(model)
-        return (self.network_calls(model) - self.forwards * own.forward) / own.gradient, self.forwards
+        own, forwards = calls(model), self.forwards_on(model)
+        return (self.network_calls(model) - forwards * own.forward) / own.gradient, forwards
+
+    def forwards_on(self, model: nn.Module) -> int:
+        """``forwards`` on ``model``, of attacks that decide by the model how many they take."""
+        return self.forwards
 
     def answers(self, model: nn.Module) -> int:
         """Answers of ``model`` to its iterates that ``AttackResult.submitted`` counts, for one image at most."""

@@ -26,8 +26,8 @@ class Free(TinyClassifier):
     network_calls = 0
 
 
-def small(kind, norm="Linf"):
-    return kind(norm, 0.1, **{f.name: SMALL[f.name] for f in fields(kind) if f.name in SMALL})
+def small(kind):
+    return kind("Linf", 0.1, **{f.name: SMALL[f.name] for f in fields(kind) if f.name in SMALL})
 
 
 def climbing():

@@ -223,11 +223,10 @@ class Adaptive(Attack):
         found = self.plan(model)
         return self.warm(model) + self.tries(model) * (found.probing + sum(stage.calls for stage in found.longest))
 
-    def passes(self, model: nn.Module) -> tuple[float, float]:
+    def forwards_on(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
-            return super().passes(model)
-        own, answers = calls(model), sum(stage.race.used for stage in self.stages(model))
-        return (self.network_calls(model) - answers * own.forward) / own.gradient, answers
+            return self.forwards
+        return sum(stage.race.used for stage in self.stages(model))
 
     def answers(self, model: nn.Module) -> int:
         if not isinstance(model, DefendedClassifier):
